@@ -25,7 +25,6 @@ from words import (
     PEOPLE,
     PLACES,
     SHELVES,
-    THING_SECOND,
     THINGS,
     TOWNS,
     WOMEN,
@@ -424,9 +423,9 @@ PLOTS = [
 ]  # fmt: skip
 
 KINDS = [  # how often each kind of document is written, of 100
-    ("fact_sheet", 44),
+    ("fact_sheet", 38),
     ("two_sheets", 9),
-    ("read_back", 9),
+    ("read_back", 15),
     ("story", 14),
     ("talk", 6),
     ("review", 9),

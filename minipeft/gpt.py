@@ -1,7 +1,8 @@
 r"""A small GPT: GPT-2's architecture and module names, in plain PyTorch.
 
 A token's embedding and its position's are added; `n_layer` blocks follow, each an attention and an
-MLP behind a layer norm and a residual sum; a last norm and the transposed embedding give the logits:
+MLP behind a layer norm and a residual sum; a last norm and the transposed embedding give the
+logits:
 
     x_0 = wte[token] + wpe[position]                                (1)
     x  <- x + Attention(LN(x)),   x <- x + MLP(LN(x))               (2)
@@ -211,7 +212,8 @@ class GPT(nn.Module):
 
     @staticmethod
     def _mask(attention_mask: Tensor | None, b: int, t: int, p: int, device) -> Tensor | None:
-        """True where token i may look at key j: j <= p + i, and j is no padding. (b or 1, 1, t, p + t)
+        """True where token i may look at key j: j <= p + i, and j is no padding. (b or 1, 1, t, p
+        + t)
 
         None stands for the plain causal mask; with p > 0 that would be wrong, since it lets token 0
         see key 0 alone and not the p keys before it. A padding token sees itself, so that no row is
@@ -444,7 +446,8 @@ def _check() -> None:
     assert n == 97 * d + 32 * d + 3 * (12 * d * d + 13 * d) + 2 * d
     ids = torch.randint(97, (2, 12))
     loss, logits, _ = model(ids, labels=ids)
-    assert logits.shape == (2, 12, 97) and abs(loss.item() - math.log(97)) < 0.5
+    assert logits.shape == (2, 12, 97)
+    assert abs(loss.item() - math.log(97)) < 0.5
     first = model(ids[:, :5], use_cache=True)
     rest = model(ids[:, 5:], past_key_values=first.past_key_values).logits
     assert torch.allclose(rest, logits[:, 5:], atol=1e-12)

@@ -164,7 +164,8 @@ class PeftModel(nn.Module):
     # --- adapters ---
 
     def add_adapter(self, adapter_name: str, config: PeftConfig) -> None:
-        """Make a new adapter. The first one is put in place, a later one waits for `set_adapter`."""
+        """Make a new adapter. The first one is put in place, a later one waits for
+        `set_adapter`."""
         if getattr(config, "peft_type", None) not in METHODS:
             raise TypeError(
                 f"{config!r} is not a config of a method; those are: {', '.join(METHODS)}"
@@ -361,7 +362,8 @@ def get_peft_model(
 ) -> PeftModel:
     """Freeze a model, put a new adapter on it, and return the two as one.
 
-    >>> model = get_peft_model(GPT.from_pretrained("data/base/1m"), LoraConfig(target_modules=["c_attn"]))
+    >>> model = get_peft_model(GPT.from_pretrained("data/base/1m"),
+    LoraConfig(target_modules=["c_attn"]))
     """
     return PeftModel(model, peft_config, adapter_name)
 
@@ -390,7 +392,7 @@ def _read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter
     wrong = [f"{key} is missing" for key in wanted if key not in found]
     wrong += [f"{key} has no place in this model" for key in found if key not in wanted]
     wrong += [
-        f"{key} is {tuple(tensor.shape)} of {tensor.dtype}, and the model needs {tuple(wanted[key].shape)}"
+        f"{key} is {tuple(tensor.shape)} of {tensor.dtype}, not {tuple(wanted[key].shape)} of floats"
         for key, tensor in found.items()
         if key in wanted and not (tensor.shape == wanted[key].shape and tensor.is_floating_point())
     ]

@@ -1,13 +1,46 @@
-"""The training loop, for pretraining and for fine-tuning, and what is measured around it."""
+"""The training loop, for pretraining and for fine-tuning, and what is measured around it.
 
+What a method is, this file does not know: `build_model` asks `get_peft_model`, and from there on a
+model is something that takes a batch and returns a loss.
+"""
+
+import math
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from minipeft.gpt import GPT, GPTConfig
+from minipeft.lab import tasks
+from minipeft.lab.tasks import Example, Task
+from minipeft.peft_model import LoraConfig, PeftModel, get_peft_model
+
+# How each method is set up. The learning rates are from the sweep of 2026-11-24 that data/LOG.md
+# reports (1M base, `describe`, 100 steps, seed 100, which no reported run uses).
+METHODS = {
+    "frozen": {"learning_rate": 0.0},
+    "full": {"learning_rate": 3e-3},
+    "lora": {
+        "learning_rate": 1e-2,
+        "config": lambda: LoraConfig(
+            r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+    },
+}
+
+
+# --- devices ---
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -24,63 +57,64 @@ def autocast(device: torch.device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
+# --- training ---
+
+
 def train(
     model: nn.Module,
     batches: Iterable[list[dict[str, Tensor]]],
     steps: int,
     learning_rate: float,
-    warmup: int,
+    warmup: int = 0,
     final: float = 0.0,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     max_grad_norm: float = 1.0,
-    each_step: Callable[[int, float], None] = lambda step, loss: None,
+    each_step: Callable[[int], None] = lambda step: None,
     title: str = "training",
+    quiet: bool = False,
 ) -> dict:
-    """AdamW with linear warm-up, then a cosine down to `final` times the learning rate.
+    """AdamW with a linear warm-up, then a cosine down to `final` times the learning rate.
 
-    `batches` yields a list of micro-batches a step (gradient accumulation); each is weighted by its
-    labelled tokens, so the gradient is that of the whole batch. Returns losses by step, the median
-    seconds a step (after the first tenth), and the optimizer. `each_step(step, loss)` is called
-    after every step. Raises ValueError where nothing is trainable, FloatingPointError where a loss
-    is not finite.
+    `batches` yields, for every step, the micro-batches whose gradients are accumulated; each counts
+    by its labelled tokens, so the gradient is that of the whole batch. `each_step(n)` is called
+    after step n, counted from 1. Returns the losses by step, the median seconds of a step (the
+    first tenth left out), and the bytes of gradients and optimizer state.
+    Raises ValueError where nothing is trainable, FloatingPointError where a loss is not finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("nothing is trainable: every parameter of the model is frozen")
-    groups = [  # as is usual, biases and norms do not decay
+    groups = [  # biases and norms do not decay
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    device = parameters[0].device
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
-    span = max(steps - warmup, 1)
 
     def scale(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        cosine = (
-            1 + torch.pi * 0 + float(torch.cos(torch.tensor(torch.pi * (step - warmup) / span)))
-        ) / 2
-        return final + (1 - final) * cosine
+        done = (step - warmup) / max(steps - warmup, 1)
+        return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
     losses, seconds = [], []
     model.train()
-    bar = tqdm(zip(range(steps), batches), total=steps, desc=title, mininterval=0.5)
-    for step, micro in bar:
+    bar = tqdm(islice(batches, steps), total=steps, desc=title, disable=quiet, mininterval=0.5)
+    for step, micro_batches in enumerate(bar, 1):
         start = time.perf_counter()
-        counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in micro]
+        counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches]
         total = 0.0
-        for batch, count in zip(micro, counts, strict=True):
-            with autocast(device):
+        for batch, count in zip(micro_batches, counts, strict=True):
+            with autocast(parameters[0].device):
                 loss = model(**batch)[0] * (count / sum(counts))
             loss.backward()
             total += loss.item()
-        if not torch.isfinite(torch.tensor(total)):
+        if not math.isfinite(total):
             raise FloatingPointError(
-                f"the loss is {total} at step {step}: lower the learning rate (now {learning_rate})"
+                f"the loss is {total} at step {step}: lower the learning rate ({learning_rate})"
             )
+        gradient_bytes = sum(p.grad.nbytes for p in parameters if p.grad is not None)
         nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         optimizer.step()
         scheduler.step()
@@ -88,9 +122,292 @@ def train(
         seconds.append(time.perf_counter() - start)
         losses.append(total)
         bar.set_postfix(loss=f"{total:.3f}", refresh=False)
-        each_step(step + 1, total)
+        each_step(step)
+    state = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     return {
         "losses": losses,
         "seconds_per_step": statistics.median(seconds[steps // 10 :]),
-        "optimizer": optimizer,
+        "gradient_bytes": gradient_bytes,
+        "optimizer_bytes": sum(v.nbytes for v in state),
     }
+
+
+def pretrain(
+    documents: list[str],
+    config: GPTConfig,
+    tokenizer: Tokenizer,
+    steps: int,
+    batch_size: int = 16,
+    window: int = 128,
+    learning_rate: float = 4e-3,
+    seed: int = 0,
+    device: str | None = None,
+) -> tuple[GPT, dict]:
+    """A GPT trained from nothing on documents, in windows of `window` tokens.
+
+    One in fifty documents is held out; the record has their loss, in nats a token.
+    """
+    torch.manual_seed(seed)
+    model = GPT(config).to(pick_device(device))
+    encoded = [e.ids for e in tokenizer.encode_batch(documents)]
+    end = config.eos_token_id
+    n_held = len(encoded) // 50
+    rows = tasks.windows(encoded[n_held:], window, end)
+    queue = tasks.shuffled(list(range(len(rows))), batch_size, seed)
+
+    def batches():
+        for indices in queue:
+            ids = rows[indices].to(model.device)
+            yield [{"input_ids": ids, "labels": ids}]
+
+    record = train(
+        model,
+        batches(),
+        steps,
+        learning_rate,
+        warmup=min(200, steps // 10),
+        final=0.05,
+        weight_decay=0.1,
+        betas=(0.9, 0.95),
+        title="pretraining",
+    )
+    if n_held:
+        held = tasks.windows(encoded[:n_held], window, end)[:200]
+        record["held_out_loss"] = text_loss(model, held)
+    return model.eval(), record
+
+
+# --- bases and models ---
+
+
+@dataclass
+class Base:
+    """A pretrained model's folder: where it is, its tokenizer, text that it has not seen."""
+
+    folder: str
+    tokenizer: Tokenizer
+    end: int  # the id of the end-of-text token
+    held_out: Tensor | None  # windows (n, t) of held-out pretraining text, to measure forgetting
+
+    def model(self) -> GPT:
+        """A fresh copy of the pretrained model."""
+        return GPT.from_pretrained(self.folder)
+
+
+def load_base(folder: str | Path) -> Base:
+    """Open a GPT-2 folder; `held_out.txt` in it is used to measure forgetting, where there is
+    one."""
+    tokenizer, config = tasks.load_tokenizer(folder), GPT.from_pretrained(folder).config
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, "
+            f"the model {config.vocab_size}"
+        )
+    text = Path(folder) / "held_out.txt"
+    held_out = None
+    if text.is_file():
+        encoded = [e.ids for e in tokenizer.encode_batch(tasks.read_text(text))]
+        held_out = tasks.windows(encoded, min(128, config.n_positions), config.eos_token_id)
+    return Base(str(folder), tokenizer, config.eos_token_id, held_out)
+
+
+def build_model(base: Base, method: str, seed: int, random_base: bool = False) -> nn.Module:
+    """A model ready to be trained by a method: everything free, nothing, or an adapter on it.
+
+    `random_base` takes a model of the same shape that was never trained: the control.
+    """
+    if method not in METHODS:
+        raise ValueError(f"there is no method {method!r}; there are: {', '.join(METHODS)}")
+    torch.manual_seed(seed)
+    model = base.model()
+    if random_base:
+        model = GPT(model.config)
+    if "config" in METHODS[method]:
+        return get_peft_model(model, METHODS[method]["config"]())
+    return model.requires_grad_(method == "full")
+
+
+# --- measuring ---
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Eval mode without gradients; afterwards the mode is what it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(next(model.parameters()).device):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def text_loss(model: nn.Module, rows: Tensor, batch_size: int = 32) -> float:
+    """Mean loss a token on windows of plain text (n, t)."""
+    device = next(model.parameters()).device
+    with evaluating(model):
+        losses = [
+            model(ids.to(device), labels=ids.to(device))[0].item() * len(ids)
+            for ids in rows.split(batch_size)
+        ]
+    return sum(losses) / len(rows)
+
+
+def task_loss(model: nn.Module, examples: list[Example], end: int, batch_size: int = 64) -> dict:
+    """Mean loss a token of the completions: over all, over slot tokens, over frame tokens."""
+    device, losses, slots = next(model.parameters()).device, [], []
+    with evaluating(model):
+        for i in range(0, len(examples), batch_size):
+            part = examples[i : i + batch_size]
+            batch = tasks.collate(part, end, device)
+            labels = batch.pop("labels")[:, 1:]  # (b, t - 1)
+            logits = model(**batch)[1][:, :-1].float()  # (b, t - 1, v)
+            each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (b, t - 1)
+            losses.append(each[labels != -100].cpu())
+            slots.append(torch.tensor([s for e in part for s in e.is_slot]))
+    losses, slots = torch.cat(losses), torch.cat(slots)
+    result = {"loss": losses.mean().item()}
+    if slots.any():
+        result |= {
+            "slot_loss": losses[slots].mean().item(),
+            "frame_loss": losses[~slots].mean().item(),
+        }
+    return result
+
+
+def complete(model: nn.Module, base: Base, examples: list[Example], batch_size: int = 64):
+    """Greedy completions of the examples' prompts, as texts."""
+    device, texts = next(model.parameters()).device, []
+    longest = max(len(e.completion_ids) for e in examples) + 8
+    with evaluating(model):
+        for i in range(0, len(examples), batch_size):
+            prompts = [e.prompt_ids for e in examples[i : i + batch_size]]
+            ids, mask = tasks.pad_left(prompts, base.end, device)
+            room = model.config.n_positions - ids.shape[1]
+            out = model.generate(
+                ids, mask, max_new_tokens=min(longest, room), eos_token_id=base.end
+            )
+            new = out[:, ids.shape[1] :].tolist()
+            texts += [base.tokenizer.decode(row, skip_special_tokens=True) for row in new]
+    return texts
+
+
+def activation_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    """Bytes that one forward pass keeps for the backward pass, parameters not counted."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        autocast(next(model.parameters()).device),
+    ):
+        loss = model(**batch)[0]  # alive until here, so no address is used twice
+    del loss
+    return sum(kept.values())
+
+
+def disk_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that a task needs on disk: an adapter's, or the whole model's."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(os.path.getsize(file) for file in Path(folder).rglob("*.safetensors"))
+
+
+def finetune(
+    base: Base,
+    task: Task,
+    method: str,
+    steps: int,
+    seed: int = 0,
+    learning_rate: float | None = None,
+    batch_size: int = 16,
+    accumulation: int = 1,
+    generated: int = 64,
+    random_base: bool = False,
+    device: str | None = None,
+    output: str | Path | None = None,
+    quiet: bool = False,
+) -> dict:
+    """Fine-tune a base on a task with one method, measure, and return the record.
+
+    With `output`, the adapter (or for full fine-tuning the model, with its tokenizer) is saved
+    there.
+    """
+    if learning_rate is None:
+        learning_rate = METHODS.get(method, {}).get("learning_rate")
+    model = build_model(base, method, seed, random_base).to(pick_device(device))
+    parameters = list(model.parameters())
+    record = {
+        "method": method,
+        "random_base": random_base,
+        "seed": seed,
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "parameters": sum(p.numel() for p in parameters),
+        "weight_bytes": sum(p.nbytes for p in parameters),
+        "validation": [],
+    }
+
+    def validate(step: int) -> None:
+        if step % max(steps // 8, 1) == 0 or step == steps:
+            losses = task_loss(model, task.validation, base.end)
+            record["validation"].append({"step": step} | losses)
+
+    validate(0)
+    if base.held_out is not None:
+        record["forgetting"] = {"base": text_loss(model, base.held_out)}
+    if method != "frozen":
+        order = tasks.shuffled(task.train, batch_size, seed)
+        batches = (
+            [
+                tasks.collate(part, base.end, model.device)
+                for i in range(accumulation)
+                if (part := batch[i::accumulation])
+            ]
+            for batch in order
+        )
+        first = tasks.collate(task.train[:batch_size], base.end, model.device)
+        model.train()
+        record["activation_bytes"] = activation_bytes(model, first)
+        title = f"{method}{' on a random base' if random_base else ''}, seed {seed}"
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        record |= train(
+            model,
+            batches,
+            steps,
+            learning_rate,
+            warmup=max(steps // 10, 1),
+            each_step=validate,
+            title=title,
+            quiet=quiet,
+        )
+        if model.device.type == "cuda":
+            record["max_memory_allocated"] = torch.cuda.max_memory_allocated()
+        record["disk_bytes"] = disk_bytes(model)
+    examples = task.test[:generated]
+    texts = complete(model, base, examples)
+    record |= task.score(examples, texts) | {
+        f"test_{name}": value for name, value in task_loss(model, task.test, base.end).items()
+    }
+    record["examples"] = [
+        {"prompt": e.prompt, "reference": e.completion, "generated": text}
+        for e, text in zip(examples[:8], texts, strict=False)
+    ]
+    if base.held_out is not None and method != "frozen":
+        record["forgetting"]["on"] = text_loss(model, base.held_out)
+        if isinstance(model, PeftModel):
+            with model.disable_adapter():
+                record["forgetting"]["off"] = text_loss(model, base.held_out)
+    if output is not None:
+        model.save_pretrained(output)
+        if not isinstance(model, PeftModel):
+            base.tokenizer.save(str(Path(output) / "tokenizer.json"))
+    return record

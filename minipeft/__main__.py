@@ -1,0 +1,165 @@
+"""`python -m minipeft …`: parses arguments and calls the lab."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from minipeft.gpt import GPTConfig
+from minipeft.lab import compare, finetune, tasks
+from minipeft.peft_model import PeftModel, write_file
+
+
+def parser() -> argparse.ArgumentParser:
+    base = argparse.ArgumentParser(add_help=False)
+    base.add_argument(
+        "--base",
+        default=str(tasks.DATA / "base" / "1m"),
+        help="a GPT-2 folder (default: %(default)s)",
+    )
+    base.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    job = argparse.ArgumentParser(add_help=False, parents=[base])
+    job.add_argument("--task", help="a shipped task (default: describe)")
+    job.add_argument(
+        "--train", metavar="FILE", help="your own task: JSONL of prompt and completion"
+    )
+    job.add_argument("--validation", metavar="FILE", help="its validation part")
+    steps = int(os.environ.get("MINIPEFT_STEPS", 100))  # for a quick look, and for CI
+    job.add_argument(
+        "--steps", type=int, default=steps, help="training steps (default: %(default)s)"
+    )
+    job.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
+    job.add_argument(
+        "--accumulation", type=int, default=1, help="micro-batches a step (default: %(default)s)"
+    )
+    job.add_argument(
+        "--generated", type=int, default=64, help="test examples (default: %(default)s)"
+    )
+    top = argparse.ArgumentParser(prog="python -m minipeft", description="PEFT methods, measured.")
+    commands = top.add_subparsers(dest="command", required=True)
+    known = ",".join(finetune.METHODS)
+
+    c = commands.add_parser("compare", parents=[job], help="methods against full fine-tuning")
+    c.add_argument("--methods", default=known, help="default: %(default)s")
+    c.add_argument("--seeds", type=int, default=1, help="seeds a method (default: %(default)s)")
+    c.add_argument("--output", default="out/compare", help="default: %(default)s")
+
+    f = commands.add_parser(
+        "finetune", parents=[job], help="train one method, save what it learned"
+    )
+    f.add_argument(
+        "--method", default="lora", choices=[m for m in finetune.METHODS if m != "frozen"]
+    )
+    f.add_argument("--learning-rate", type=float, help="default: the method's own")
+    f.add_argument("--seed", type=int, default=0)
+    f.add_argument("--output", required=True, help="the folder to write")
+
+    p = commands.add_parser("pretrain", help="a small GPT and its tokenizer from a text file")
+    p.add_argument("--text", required=True, help=f"plain text; {tasks.END} divides documents")
+    p.add_argument("--output", required=True, help="the folder to write")
+    p.add_argument("--steps", type=int, default=2000, help="default: %(default)s")
+    for name, value in (("vocab-size", 2048), ("n-embd", 128), ("n-layer", 4), ("n-head", 4)):
+        p.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
+    p.add_argument(
+        "--n-positions", type=int, default=256, help="the context (default: %(default)s)"
+    )
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+
+    g = commands.add_parser("generate", parents=[base], help="continue a prompt")
+    g.add_argument("--adapter", metavar="FOLDER", help="an adapter to put on the base")
+    g.add_argument("--prompt", required=True)
+    g.add_argument("--max-new-tokens", type=int, default=60, help="default: %(default)s")
+    g.add_argument("--temperature", type=float, help="sample (default: greedy)")
+    g.add_argument("--top-k", type=int)
+    g.add_argument("--seed", type=int, default=0)
+
+    m = commands.add_parser(
+        "merge", parents=[base], help="write a base with an adapter merged into it"
+    )
+    m.add_argument("--adapter", metavar="FOLDER", required=True)
+    m.add_argument("--output", required=True, help="the folder to write")
+    return top
+
+
+def open_job(args) -> tuple[finetune.Base, tasks.Task, dict]:
+    base = finetune.load_base(args.base)
+    name = args.task or (None if args.train or args.validation else "describe")
+    limit = base.model().config.n_positions
+    task = tasks.load_task(base.tokenizer, base.end, limit, name, args.train, args.validation)
+    names = ("batch_size", "accumulation", "generated", "device")
+    return base, task, {name: getattr(args, name) for name in names}
+
+
+def run(args) -> None:
+    if args.command == "compare":
+        base, task, options = open_job(args)
+        methods = [method for method in args.methods.split(",") if method]
+        for method in set(methods) - set(finetune.METHODS):
+            raise ValueError(f"no method {method!r}; there are: {', '.join(finetune.METHODS)}")
+        records = compare.compare(base, task, methods, args.steps, args.seeds, **options)
+        compare.save(records, task, args.output)
+        print(compare.show_examples(records))
+        print(
+            f"\n{compare.table(records, task)}\n\nwrote {args.output}/compare.json and compare.png"
+        )
+    elif args.command == "finetune":
+        base, task, options = open_job(args)
+        record = finetune.finetune(
+            base, task, args.method, args.steps, args.seed, args.learning_rate,
+            output=args.output, **options,
+        )  # fmt: skip
+        text = json.dumps(record, indent=1) + "\n"
+        write_file(Path(args.output) / "record.json", lambda file: Path(file).write_text(text))
+        print(f"{task.metric} {record['score']:.3f}, BLEU-4 {record['bleu']:.3f}; {args.output}")
+    elif args.command == "pretrain":
+        documents = tasks.read_text(args.text)
+        tokenizer = tasks.train_tokenizer(documents, args.vocab_size)
+        names = ("n_positions", "n_embd", "n_layer", "n_head")
+        config = GPTConfig(
+            vocab_size=args.vocab_size, bos_token_id=0, eos_token_id=0, initializer_range=0.06,
+            embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+            **{name: getattr(args, name) for name in names},
+        )  # fmt: skip
+        model, record = finetune.pretrain(
+            documents, config, tokenizer, args.steps,
+            window=min(128, args.n_positions), seed=args.seed, device=args.device,
+        )  # fmt: skip
+        model.save_pretrained(args.output)
+        tokenizer.save(str(Path(args.output) / "tokenizer.json"))
+        print(f"last loss {record['losses'][-1]:.3f}; wrote {args.output}")
+    else:
+        base = finetune.load_base(args.base)
+        model = base.model().to(
+            finetune.pick_device(args.device if args.command == "generate" else "cpu")
+        )
+        if args.adapter:
+            model = PeftModel.from_pretrained(model, args.adapter)
+        if args.command == "merge":
+            model.merge_and_unload(inplace=True).save_pretrained(args.output)
+            base.tokenizer.save(str(Path(args.output) / "tokenizer.json"))
+            print(f"wrote {args.output}")
+            return
+        ids = torch.tensor([base.tokenizer.encode(args.prompt).ids], device=model.device)
+        sampling = {"do_sample": args.temperature is not None, "top_k": args.top_k}
+        generator = torch.Generator(model.device).manual_seed(args.seed)
+        out = model.generate(
+            ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature or 1.0,
+            generator=generator, **sampling,
+        )  # fmt: skip
+        print(base.tokenizer.decode(out[0].tolist()))
+
+
+def main() -> None:
+    args = parser().parse_args()
+    try:
+        run(args)
+    except (ValueError, FloatingPointError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The main job: methods against full fine-tuning on one task, as a table, a JSON file and a
+picture."""
+
+import json
+import statistics
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from minipeft.lab.finetune import Base, finetune
+from minipeft.lab.tasks import Task
+from minipeft.peft_model import write_file
+
+COLORS = {"frozen": "#777777", "full": "#1b4f8f", "lora": "#d1741f", "random": "#b9b9b9"}
+RANDOM = "full, random base"
+
+
+def compare(base: Base, task: Task, methods: list[str], steps: int, seeds: int, **options) -> list:
+    """A record for every method and seed, all on the same data in the same order, and the control:
+    full fine-tuning of a random model of the same shape."""
+    runs = [(m, seed, False) for m in methods for seed in range(1 if m == "frozen" else seeds)]
+    if "full" in methods:
+        runs += [("full", seed, True) for seed in range(seeds)]
+    return [
+        finetune(base, task, method, steps, seed, random_base=random_base, **options)
+        for method, seed, random_base in runs
+    ]
+
+
+def rows(records: list[dict]) -> dict[str, list[dict]]:
+    """The records by row of the table, in order."""
+    grouped = {}
+    for record in records:
+        name = RANDOM if record["random_base"] else record["method"]
+        grouped.setdefault(name, []).append(record)
+    return grouped
+
+
+def mean(records: list[dict], key: str) -> float:
+    return statistics.mean(record[key] for record in records)
+
+
+def spread(records: list[dict], key: str) -> str:
+    values = [record[key] for record in records]
+    text = f"{statistics.mean(values):.3f}"
+    return text + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def share_of_gap(records: list[dict], row: list[dict]) -> float | None:
+    """The part of the way from the frozen base's score to full fine-tuning's: 0 is the base, 1
+    full."""
+    grouped = rows(records)
+    if not {"frozen", "full"} <= set(grouped):
+        return None
+    low, high = mean(grouped["frozen"], "score"), mean(grouped["full"], "score")
+    return (mean(row, "score") - low) / (high - low) if high > low else None
+
+
+def table(records: list[dict], task: Task) -> str:
+    """A Markdown table, a line a method, means ± standard deviations over the seeds."""
+    head = [
+        "method", "trainable", "on disk", "s / step", "validation loss", "slot loss", "frame loss",
+        task.metric, "share of gap", "BLEU-4", "forgetting on", "off",
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, row in rows(records).items():
+        share, forgetting = share_of_gap(records, row), [r.get("forgetting", {}) for r in row]
+
+        def forgot(state: str, forgetting: list[dict] = forgetting) -> str:
+            found = [f[state] - f["base"] for f in forgetting if state in f]
+            return f"{statistics.mean(found):+.2f}" if found else "–"
+
+        trained = "seconds_per_step" in row[0]
+        cells = [
+            name,
+            f"{row[0]['trainable']:,}",
+            f"{row[0]['disk_bytes'] / 1e3:,.0f} kB" if trained else "–",
+            f"{mean(row, 'seconds_per_step'):.3f}" if trained else "–",
+            f"{statistics.mean(r['validation'][-1]['loss'] for r in row):.3f}",
+            f"{mean(row, 'test_slot_loss'):.3f}" if "test_slot_loss" in row[0] else "–",
+            f"{mean(row, 'test_frame_loss'):.3f}" if "test_frame_loss" in row[0] else "–",
+            spread(row, "score"),
+            "–" if share is None else f"{share:.2f}",
+            f"{mean(row, 'bleu'):.3f}",
+            "–" if row[0]["random_base"] else forgot("on"),
+            forgot("off"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def picture(records: list[dict], task: Task) -> Figure:
+    """Left: validation loss by step. Right: the score of each row, with the value on the bar."""
+    grouped = rows(records)
+    with matplotlib.rc_context(
+        {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+    ):
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        key = "slot_loss" if "slot_loss" in records[0]["validation"][0] else "loss"
+        for name, row in grouped.items():
+            color = COLORS.get("random" if name == RANDOM else name)
+            style = {"frozen": ":", RANDOM: "--"}.get(name, "-")
+            points = row[0]["validation"]
+            steps = [p["step"] for p in points]
+            values = [
+                statistics.mean(r["validation"][i][key] for r in row) for i in range(len(points))
+            ]
+            if name == "frozen":
+                left.axhline(values[0], color=color, linestyle=style, label=name)
+            else:
+                left.plot(steps, values, style, color=color, marker="o", markersize=4, label=name)
+        tokens = "slot tokens" if key == "slot_loss" else "completions"
+        left.set(
+            xlabel="step", ylabel=f"validation loss on {tokens} (nats a token)", ylim=(0, None)
+        )
+        left.legend(frameon=False)
+        names = list(grouped)
+        scores = [mean(grouped[name], "score") for name in names]
+        colors = [COLORS.get("random" if name == RANDOM else name) for name in names]
+        errors = [
+            statistics.stdev(r["score"] for r in row) if len(row) > 1 else 0
+            for row in grouped.values()
+        ]
+        bars = right.bar(names, scores, color=colors, yerr=errors, width=0.6)
+        right.bar_label(bars, [f"{score:.2f}" for score in scores], padding=3)
+        right.set(ylabel=f"{task.metric} on held-out names", ylim=(0, 1.08))
+        figure.suptitle(f"Task {task.name}: {records[-1]['steps']} steps")
+    return figure
+
+
+def save(records: list[dict], task: Task, folder: str | Path) -> None:
+    """Write compare.json and compare.png."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(records, indent=1) + "\n"
+    write_file(folder / "compare.json", lambda file: Path(file).write_text(text))
+    figure = picture(records, task)
+    write_file(folder / "compare.png", lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def show_examples(records: list[dict], n: int = 2) -> str:
+    """What each method wrote for the first prompts of the test set."""
+    lines = []
+    for i in range(min(n, len(records[0]["examples"]))):
+        lines += ["", f"prompt     {records[0]['examples'][i]['prompt']}"]
+        lines += [f"reference {records[0]['examples'][i]['reference']}"]
+        for name, row in rows(records).items():
+            lines.append(f"  {name:<18}{row[0]['examples'][i]['generated'].strip()}")
+    return "\n".join(lines)

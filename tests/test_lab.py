@@ -1,0 +1,150 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import BASE
+
+from minipeft import GPT
+from minipeft.lab import compare, finetune, tasks
+
+
+@pytest.fixture(scope="module")
+def base():
+    return finetune.load_base(BASE)
+
+
+@pytest.fixture(scope="module")
+def task(base):
+    return tasks.load_task(base.tokenizer, base.end, 256, "describe")
+
+
+def test_the_shipped_tasks_are_what_the_generator_makes(tmp_path):
+    code = "import build, pathlib, sys; build.build_tasks(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    subprocess.run(command, cwd=tasks.DATA, check=True, timeout=60)
+    for file in (tasks.DATA / "tasks" / "describe").iterdir():
+        assert (tmp_path / "describe" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_held_out_names_stand_in_no_training_prompt(task):
+    def names(examples):
+        return {v for e in examples for _, v in task.facts(e.prompt)}
+
+    trained = names(task.train)
+    assert not trained & names(task.validation)
+    assert not trained & names(task.test)
+    assert not names(task.validation) & names(task.test)
+    assert not any(e.prompt.endswith(" ") for e in task.train + task.validation + task.test)
+
+
+def test_the_reference_scores_one_and_swapped_values_do_not(task):
+    examples = task.test[:50]
+    texts = [e.completion for e in examples]
+    assert task.score(examples, texts) == {"score": 1.0, "bleu": pytest.approx(1.0)}
+    assert task.score(examples, texts[1:] + texts[:1])["score"] < 0.1
+    frames = [" ".join(p[0] for p in task.phrasings.values())] * 50
+    assert task.score(examples, frames)["score"] == 0
+
+
+def test_slot_tokens_spell_the_values(task, base):
+    for e in task.test[:20]:
+        slots = [i for i, slot in zip(e.completion_ids, e.is_slot, strict=True) if slot]
+        text = base.tokenizer.decode(slots)
+        assert all(value in e.completion for _, value in task.facts(e.prompt))
+        assert sorted(text.split()) == sorted(w for _, v in task.facts(e.prompt) for w in v.split())
+
+
+def test_bleu():
+    assert tasks.bleu(["a b c d e"], ["a b c d e"]) == pytest.approx(1)
+    assert tasks.bleu(["a b c d"], ["a b c d e"]) == pytest.approx(2.718281828 ** (1 - 5 / 4))
+    assert tasks.bleu(["x y z"], ["a b c d"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ('{"prompt": "a"}', 'line 2 needs a "completion"'),
+        ('{"prompt": "a", "completion": ""}', 'line 2 needs a "completion"'),
+        ('["a"]', 'line 2 needs a "prompt"'),
+        (
+            json.dumps({"prompt": "a " * 50, "completion": " b"}),
+            "line 2 has .* the context holds 40",
+        ),
+    ],
+)
+def test_a_bad_line_is_named(base, tmp_path, line, message):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"prompt": "a", "completion": " b"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        tasks.load_jsonl(file, base.tokenizer, base.end, 40)
+
+
+def test_batches_go_through_everything_once_before_repeating():
+    stream = tasks.shuffled(list(range(10)), 4, seed=0)
+    seen = [i for _ in range(5) for i in next(stream)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+
+
+def test_windows_begin_with_a_document():
+    rows = tasks.windows([[1] * 3, [2] * 3, [3] * 9, [4]], 4, 0)
+    assert rows.tolist() == [[1, 1, 1, 0], [2, 2, 2, 0], [3] * 4, [3] * 4]
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(gpt):
+    ids = torch.randint(1, 61, (4, 8))
+    labels = ids.clone()
+    labels[0, :6] = -100  # parts of unequal weight
+    batch = {"input_ids": ids, "labels": labels}
+    parts = [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2)]
+    results = []
+    for micro in ([batch], parts):
+        torch.manual_seed(0)
+        model = GPT(gpt.config)
+        record = finetune.train(model, [micro] * 3, 3, 1e-2, quiet=True)
+        results.append((record["losses"], model.lm_head.weight))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-4)
+
+
+def test_nothing_trainable_and_a_loss_that_is_not_finite_stop_the_run(gpt):
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    batch["labels"] = batch["input_ids"]
+    gpt.transformer.wpe.weight.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1"):
+        finetune.train(gpt, [[batch]], 1, 1e-3, quiet=True)
+    with pytest.raises(ValueError, match="nothing is trainable"):
+        finetune.train(gpt.requires_grad_(False), [[batch]], 1, 1e-3, quiet=True)
+
+
+def test_compare_end_to_end(base, task, tmp_path):
+    options = {"generated": 4, "quiet": True, "batch_size": 4}
+    short = tasks.Task(
+        "describe", task.train, task.validation[:8], task.test[:8], task.fact, task.phrasings
+    )
+    records = compare.compare(base, short, ["frozen", "full", "lora"], 2, 1, **options)
+    assert [r["method"] for r in records] == ["frozen", "full", "lora", "full"]
+    full, lora = records[1], records[2]
+    assert full["trainable"] == full["parameters"]
+    assert lora["trainable"] < 0.2 * full["trainable"]
+    assert lora["optimizer_bytes"] < 0.2 * full["optimizer_bytes"]
+    assert lora["gradient_bytes"] == 4 * lora["trainable"]
+    assert lora["disk_bytes"] < 0.2 * full["disk_bytes"]
+    assert lora["forgetting"]["off"] == lora["forgetting"]["base"]
+    compare.save(records, short, tmp_path)
+    assert len(json.loads((tmp_path / "compare.json").read_text())) == 4
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert compare.table(records, short).count("\n") == 5
+
+
+def test_the_commands_help_and_one_clear_error(tmp_path):
+    def run(*words):
+        command = [sys.executable, "-m", "minipeft", *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert "--methods" in run("compare", "--help").stdout
+    done = run("generate", "--prompt", "The names:", "--base", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: there is no")
