@@ -18,9 +18,7 @@ DOCUMENTS, STEPS = 110_000, 3_200  # 3,200 steps of 16 windows of 128 tokens: 6.
 SHAPE = {"n_positions": 256, "n_embd": 128, "n_layer": 4, "n_head": 4, "initializer_range": 0.06}
 
 # The task `describe`: each slot with the kind of its value and two ways to state it. Owner, cook
-# and
-# guest are all people, name and near places, lost and found things: only the key tells which is
-# which.
+# and guest are all people, name and near places, lost and found things: only the key tells.
 SLOTS = {
     "name": ("place", ["Come and see {v}", "This is the story of {v}"]),
     "near": ("place", ["It stands by the side of {v}", "The road to it begins at {v}"]),

@@ -2,26 +2,22 @@ r"""LoRA: learn the change of a weight as the product of two thin matrices.
 
 A fine-tuned weight is W + ΔW. LoRA freezes W and writes ΔW as B A, where A and B are thin. B starts
 at zero, so at first nothing has changed; then A and B alone are trained. Afterwards B A can be
-added
-to W, and the layer costs what it cost before. The whole adaptation is then a small file.
+added to W, and the layer costs what it cost before. The whole adaptation is a small file.
 
 Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 
     y = W x + b + s B A dropout(x)        s = α / r            (1)  section 4.1
-    s = α / √r  with `use_rslora`                              (2)  Kalajdzievski 2023, arXiv
-    2312.03732
+    s = α / √r  with `use_rslora`                              (2)  arXiv 2312.03732
     W' = W + s B A                                             (3)  merging
 
 Shapes: W (out, in), A (r, in), B (out, r), x (…, in), y (…, out); r is the rank.
 Trainable parameters: the sum over the adapted layers of r (in + out).
 
 Where we differ. From the paper: A is drawn as Hugging Face peft draws it (Kaiming uniform, the very
-same random numbers), not from a Gaussian. From peft: one layer holds one adapter; merging keeps
-W' as a tensor of its own and never writes into W, so unmerging returns W to the bit (peft
-subtracts,
-and rounds); a target that matches nothing, is tied, or sits where PyTorch would skip it is an
-error.
-`target_modules` has no default: say what to adapt.
+same random numbers), not from a Gaussian. From peft: one layer holds one adapter; merging keeps W'
+as a tensor of its own and never writes into W, so unmerging returns W to the bit (peft subtracts,
+and rounds); a target that matches nothing, is tied, or sits where PyTorch would skip the adapter is
+an error; and `target_modules` has no default, so say what to adapt.
 
 >>> layers = add_lora(model, LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn", "c_proj"]))
 >>> ...train the parameters that require a gradient...

@@ -392,7 +392,7 @@ def _read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter
     wrong = [f"{key} is missing" for key in wanted if key not in found]
     wrong += [f"{key} has no place in this model" for key in found if key not in wanted]
     wrong += [
-        f"{key} is {tuple(tensor.shape)} of {tensor.dtype}, not {tuple(wanted[key].shape)} of floats"
+        f"{key} is {tuple(tensor.shape)} of {tensor.dtype}, not {tuple(wanted[key].shape)} floats"
         for key, tensor in found.items()
         if key in wanted and not (tensor.shape == wanted[key].shape and tensor.is_floating_point())
     ]

@@ -91,8 +91,7 @@ def test_lora_draws_the_same_random_numbers(theirs):
 
 @pytest.mark.parametrize("alpha", [8, 10])
 def test_lora_trains_as_peft_does(theirs, ids, tmp_path, alpha):
-    """Same weights in: logits, gradients and 20 AdamW steps, on our GPT and on transformers'
-    own."""
+    """Same weights in: logits, gradients, 20 AdamW steps, on our GPT and transformers'."""
     theirs.save_pretrained(tmp_path / "base")
     names = {"r": 4, "lora_alpha": alpha, "target_modules": ALL, "task_type": "CAUSAL_LM"}
     reference = peft.get_peft_model(theirs, peft.LoraConfig(**names))

@@ -1,5 +1,4 @@
-"""The main job: methods against full fine-tuning on one task, as a table, a JSON file and a
-picture."""
+"""The main job: methods against full fine-tuning, as a table, a JSON file and a picture."""
 
 import json
 import statistics
@@ -48,8 +47,7 @@ def spread(records: list[dict], key: str) -> str:
 
 
 def share_of_gap(records: list[dict], row: list[dict]) -> float | None:
-    """The part of the way from the frozen base's score to full fine-tuning's: 0 is the base, 1
-    full."""
+    """How far from the frozen base's score (0) to full fine-tuning's (1) a method comes."""
     grouped = rows(records)
     if not {"frozen", "full"} <= set(grouped):
         return None

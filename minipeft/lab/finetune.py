@@ -195,8 +195,7 @@ class Base:
 
 
 def load_base(folder: str | Path) -> Base:
-    """Open a GPT-2 folder; `held_out.txt` in it is used to measure forgetting, where there is
-    one."""
+    """Open a GPT-2 folder. A `held_out.txt` in it is used to measure forgetting."""
     tokenizer, config = tasks.load_tokenizer(folder), GPT.from_pretrained(folder).config
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise ValueError(
@@ -336,8 +335,7 @@ def finetune(
 ) -> dict:
     """Fine-tune a base on a task with one method, measure, and return the record.
 
-    With `output`, the adapter (or for full fine-tuning the model, with its tokenizer) is saved
-    there.
+    With `output`, the adapter, or the whole model with its tokenizer, is saved there.
     """
     if learning_rate is None:
         learning_rate = METHODS.get(method, {}).get("learning_rate")

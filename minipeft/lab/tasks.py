@@ -42,8 +42,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The `tokenizer.json` of a base's folder. Raises ValueError where there is none or a bad
-    one."""
+    """The `tokenizer.json` of a base's folder. Raises ValueError if it cannot be read."""
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"there is no {file}: a base needs its tokenizer beside it")
@@ -133,8 +132,7 @@ class Task:
 def load_jsonl(
     file: str | Path, tokenizer: Tokenizer, end: int, limit: int, fact: str | None = None
 ) -> list[Example]:
-    """Read and encode a task file. Raises ValueError naming the file, the line and what is
-    wrong."""
+    """Read and encode a task file. Raises ValueError naming file, line and fault."""
     examples = []
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
@@ -153,7 +151,7 @@ def load_jsonl(
         encoded = tokenizer.encode(row["completion"])
         if len(prompt_ids) + len(encoded.ids) + 1 > limit:
             raise ValueError(
-                f"{where} has {len(prompt_ids)} + {len(encoded.ids)} + 1 tokens (prompt, completion,"
+                f"{where} has {len(prompt_ids)} + {len(encoded.ids)} + 1 tokens (prompt, text,"
                 f" end), and the context holds {limit}"
             )
         spans = []
@@ -196,8 +194,7 @@ def load_task(
 
 
 def collate(examples: list[Example], end: int, device) -> dict[str, Tensor]:
-    """Prompt and completion side by side, padded on the right: input_ids, attention_mask, labels
-    (b, t)."""
+    """Prompt and completion, padded on the right: input_ids, attention_mask, labels (b, t)."""
     length = max(len(e.prompt_ids) + len(e.completion_ids) for e in examples)
     ids = torch.full((len(examples), length), end)
     labels = torch.full((len(examples), length), -100)
@@ -230,8 +227,7 @@ def pad_left(prompts: list[list[int]], end: int, device) -> tuple[Tensor, Tensor
 
 
 def bleu(texts: list[str], references: list[str]) -> float:
-    """Corpus BLEU-4 (Papineni et al. 2002): one reference each, split on spaces, no smoothing, 0
-    to 1."""
+    """Corpus BLEU-4 (Papineni et al. 2002), 0 to 1: split on spaces, no smoothing."""
     match, total, length, wanted = [0] * 4, [0] * 4, 0, 0
     for text, reference in zip(texts, references, strict=True):
         words, truth = text.split(), reference.split()
