@@ -30,9 +30,9 @@ from minipeft.peft_model import LoraConfig, PeftModel, get_peft_model
 # reports (1M base, `describe`, 100 steps, seed 100, which no reported run uses).
 METHODS = {
     "frozen": {"learning_rate": 0.0},
-    "full": {"learning_rate": 3e-3},
+    "full": {"learning_rate": 1e-3},
     "lora": {
-        "learning_rate": 1e-2,
+        "learning_rate": 2e-2,
         "config": lambda: LoraConfig(
             r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
