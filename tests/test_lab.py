@@ -148,3 +148,12 @@ def test_the_commands_help_and_one_clear_error(tmp_path):
     done = run("generate", "--prompt", "The names:", "--base", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr.startswith("error: there is no")
+
+
+def test_the_readmes_table_is_the_committed_runs(task):
+    records = json.loads((tasks.DATA / "results" / "compare.json").read_text())
+    assert compare.table(records, task) in (tasks.DATA.parent / "README.md").read_text()
+    by_row = {name: compare.mean(row, "score") for name, row in compare.rows(records).items()}
+    assert by_row["frozen"] < 0.25
+    assert by_row["full"] > 0.9
+    assert by_row[compare.RANDOM] < by_row["full"] / 2
