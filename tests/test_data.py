@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from conftest import BASE
 
-from minipeft.lab import finetune, tasks
+from minipeft.lab import tasks
 
 
 @pytest.fixture(scope="module")
