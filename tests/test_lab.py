@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -86,6 +87,14 @@ def test_batches_go_through_everything_once_before_repeating():
     stream = tasks.shuffled(list(range(10)), 4, seed=0)
     seen = [i for _ in range(5) for i in next(stream)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+
+
+def test_a_base_without_an_end_token_is_refused(tmp_path):
+    shutil.copytree(BASE, tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": None}))
+    with pytest.raises(ValueError, match="needs an eos_token_id"):
+        finetune.load_base(tmp_path / "base")
 
 
 def test_windows_begin_with_a_document():

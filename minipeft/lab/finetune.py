@@ -202,6 +202,8 @@ def load_base(folder: str | Path) -> Base:
             f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, "
             f"the model {config.vocab_size}"
         )
+    if config.eos_token_id is None:
+        raise ValueError(f"{folder}/config.json needs an eos_token_id: it ends every completion")
     text = Path(folder) / "held_out.txt"
     held_out = None
     if text.is_file():
