@@ -7,6 +7,7 @@ from random import Random
 import pytest
 from conftest import BASE
 
+from minipeft import GPT
 from minipeft.lab import tasks
 
 
@@ -38,3 +39,13 @@ def test_every_token_of_the_task_is_frequent_in_the_pretraining_text(world):
     used = {i for e in task.train + task.test for i in e.prompt_ids + e.completion_ids[:-1]}
     rare = {tokenizer.id_to_token(i): seen[i] for i in used if seen[i] < 50}
     assert not rare
+
+
+def test_the_base_copies_names_that_it_has_never_seen(world):
+    rng, model, tokenizer = Random(5), GPT.from_pretrained(BASE), tasks.load_tokenizer(BASE)
+    lists = [rng.sample(world[1].NEW_PEOPLE, 3) for _ in range(100)]
+    prompts = [f"The names: {', '.join(names)}. Again: {names[0]}," for names in lists]
+    ids, mask = tasks.pad_left([tokenizer.encode(prompt).ids for prompt in prompts], 0, "cpu")
+    out = model.generate(ids, mask, max_new_tokens=6)[:, ids.shape[1] :].tolist()
+    told = [tokenizer.decode(row) for row in out]
+    assert sum(t.startswith(f" {n[1]}") for t, n in zip(told, lists, strict=True)) >= 90
