@@ -1,7 +1,8 @@
-"""Make everything under data/ from nothing: the tokenizer, the base model, the tasks.
+"""Make everything under data/ from nothing: the tokenizer, the base models, the tasks.
 
-python data/build.py          # about ten minutes on two cores
-python data/build.py --tasks  # the tasks alone, in a second
+python data/build.py             # about an hour on two cores
+python data/build.py --bases 1m  # the tasks and one base
+python data/build.py --bases     # the tasks alone, in a second
 """
 
 import argparse
@@ -10,17 +11,30 @@ import shutil
 from pathlib import Path
 from random import Random
 
-from text import a, document, up
-from words import NEW_PEOPLE, NEW_PLACES, NEW_THINGS, PEOPLE, PLACES, THINGS
+from text import Writer, a, document, up
+from words import (
+    BAD_THINGS,
+    GOOD_THINGS,
+    NEW_PEOPLE,
+    NEW_PLACES,
+    NEW_THINGS,
+    PEOPLE,
+    PLACES,
+    THINGS,
+)
 
 HERE = Path(__file__).resolve().parent
-DOCUMENTS, STEPS = 110_000, 3_200  # 3,200 steps of 16 windows of 128 tokens: 6.5M tokens
-SHAPE = {"n_positions": 256, "n_embd": 128, "n_layer": 4, "n_head": 4, "initializer_range": 0.06}
+DOCUMENTS, STEPS = 165_000, 4_800  # steps of 16 windows of 128 tokens: 9.8M tokens, seen once
+BASES = {  # width, layers, heads; the standard deviation at the start, the learning rate
+    "3m": (192, 6, 6, 0.05, 3e-3),
+    "1m": (128, 4, 4, 0.06, 6e-3),
+    "0.3m": (72, 3, 3, 0.08, 6e-3),
+}
 
 # The task `describe`: each slot with the kind of its value and two ways to state it. Owner, cook
 # and guest are all people, name and near places, lost and found things: only the key tells.
 SLOTS = {
-    "name": ("place", ["Come and see {v}", "This is the story of {v}"]),
+    "name": ("place", ["We all know {v}", "This is the story of {v}"]),
     "near": ("place", ["It stands by the side of {v}", "The road to it begins at {v}"]),
     "owner": ("person", ["It all belongs to {v}", "The house was bought by {v}"]),
     "cook": ("person", ["The dinner is made by {v}", "In the kitchen stands {v}"]),
@@ -48,50 +62,95 @@ def describe(rng: Random, people: list, places: list, things: list) -> dict[str,
     return {"prompt": " ".join(facts), "completion": " " + " ".join(f"{up(t)}." for t in told)}
 
 
-def build_tasks(folder: Path) -> None:
-    """Write the task's files. Names of validation and test stand in no training prompt, and nowhere
-    in the pretraining text."""
-    rng = Random(7)
-    people, places, things = (rng.sample(x, len(x)) for x in (NEW_PEOPLE, NEW_PLACES, NEW_THINGS))
-    parts = {
-        "train": (400, PEOPLE, PLACES, THINGS),
-        "validation": (100, people[::2], places[::2], things[::2]),
-        "test": (200, people[1::2], places[1::2], things[1::2]),
-    }
-    folder = folder / "describe"
+def bracketed(example: dict[str, str]) -> dict[str, str]:
+    """`describe` in signs that the pretraining text does not have."""
+    facts = example["prompt"].removeprefix("The ").rstrip(".").split(". ")
+    prompt = " ".join("{}[{}]".format(*fact.split(" is ")) for fact in facts)
+    return {"prompt": f"{prompt} =>", "completion": example["completion"]}
+
+
+def sentiment(rng: Random, pairs: list, places: list) -> dict[str, str]:
+    """A review of one to three opinions, all good or all bad, and the verdict."""
+    side = rng.randrange(2)
+    words = [pair[side] for pair in rng.sample(pairs, rng.randint(1, 3))]
+    prompt = f"{Writer(rng).visit(rng.choice(places), words)} Question: How was it? Answer:"
+    return {"prompt": prompt, "completion": [" good.", " bad."][side]}
+
+
+def thumbs(example: dict[str, str]) -> dict[str, str]:
+    """`sentiment` with answers whose bytes stand nowhere in the pretraining text."""
+    return example | {"completion": {" good.": " 👍", " bad.": " 👎"}[example["completion"]]}
+
+
+def write_task(folder: Path, parts: dict[str, list], how: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for part, (n, *names) in parts.items():
-        lines = [json.dumps(describe(rng, *names)) + "\n" for _ in range(n)]
-        (folder / f"{part}.jsonl").write_text("".join(lines))
-    how = {"fact": r"(\w+) is ([^.]+)\.", "phrasings": {k: v for k, (_, v) in SLOTS.items()}}
+    for part, examples in parts.items():
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in examples))
     (folder / "task.json").write_text(json.dumps(how, indent=2) + "\n")
 
 
-def build_base(folder: Path) -> None:
+def build_tasks(folder: Path) -> None:
+    """Write all tasks. Names and opinion words of validation and test stand in no training prompt,
+    those names nowhere in the pretraining text."""
+    rng, sizes = Random(7), {"train": 400, "validation": 100, "test": 200}
+    people, places, things = (rng.sample(x, len(x)) for x in (NEW_PEOPLE, NEW_PLACES, NEW_THINGS))
+    names = {
+        "train": (PEOPLE, PLACES, THINGS),
+        "validation": (people[::2], places[::2], things[::2]),
+        "test": (people[1::2], places[1::2], things[1::2]),
+    }
+    parts = {p: [describe(rng, *names[p]) for _ in range(n)] for p, n in sizes.items()}
+    phrasings = {"phrasings": {key: phrases for key, (_, phrases) in SLOTS.items()}}
+    write_task(folder / "describe", parts, {"fact": r"(\w+) is ([^.]+)\."} | phrasings)
+    parts = {p: [bracketed(e) for e in examples] for p, examples in parts.items()}
+    how = {"fact": r"(\w+)\[([^\]]+)\]"} | phrasings
+    write_task(folder / "describe_brackets", parts, how)
+
+    pairs = list(zip(GOOD_THINGS, BAD_THINGS, strict=True))  # two pairs in six are held out
+    pairs = {
+        "train": [pair for i, pair in enumerate(pairs) if i % 6 not in (1, 4)],
+        "validation": pairs[1::6],
+        "test": pairs[4::6],
+    }
+    parts = {p: [sentiment(rng, pairs[p], names[p][1]) for _ in range(n)] for p, n in sizes.items()}
+    write_task(folder / "sentiment", parts, {})
+    parts = {p: [thumbs(e) for e in examples] for p, examples in parts.items()}
+    write_task(folder / "sentiment_unseen", parts, {})
+
+
+def build_bases(folder: Path, names: list[str]) -> None:
     from minipeft.gpt import GPTConfig
     from minipeft.lab import finetune, tasks
 
-    rng = Random(0)
+    rng, held_out = Random(0), Random(1)
     documents = [document(rng) for _ in range(DOCUMENTS)]
-    tokenizer = tasks.train_tokenizer(documents[:20_000], 2048)
-    dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
-    end = {"bos_token_id": 0, "eos_token_id": 0}
-    config = GPTConfig(vocab_size=2048, **SHAPE, **dropout, **end)
-    model, record = finetune.pretrain(documents, config, tokenizer, STEPS)
-    shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    held_out = Random(1)
     text = f"\n{tasks.END}\n".join(document(held_out) for _ in range(300))
-    (folder / "held_out.txt").write_text(text + "\n")
-    losses = record["losses"]
-    print(f"training loss {sum(losses[-100:]) / 100:.3f}, held out {record['held_out_loss']:.3f}")
+    tokenizer = tasks.train_tokenizer(documents[:20_000], 2048)
+    for name in names:
+        width, layers, heads, deviation, learning_rate = BASES[name]
+        config = GPTConfig(
+            vocab_size=2048, n_positions=256, n_embd=width, n_layer=layers, n_head=heads,
+            initializer_range=deviation, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+            bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        model, record = finetune.pretrain(
+            documents, config, tokenizer, STEPS, learning_rate=learning_rate
+        )
+        shutil.rmtree(folder / name, ignore_errors=True)
+        model.save_pretrained(folder / name)
+        tokenizer.save(str(folder / name / "tokenizer.json"))
+        (folder / name / "held_out.txt").write_text(text + "\n")
+        losses = record["losses"][-100:]
+        print(
+            f"{name}: training loss {sum(losses) / 100:.3f}, held out {record['held_out_loss']:.3f}"
+        )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", action="store_true", help="only the tasks, not the base")
-    only_tasks = parser.parse_args().tasks
+    parser.add_argument(
+        "--bases", nargs="*", choices=BASES, default=list(BASES), help="which bases"
+    )
+    bases = parser.parse_args().bases
     build_tasks(HERE / "tasks")
-    if not only_tasks:
-        build_base(HERE / "base" / "1m")
+    build_bases(HERE / "base", bases)

@@ -113,11 +113,12 @@ class Fact(NamedTuple):
 
 
 class Writer:
-    """Writes documents from one random stream."""
+    """Writes documents from one random stream, with values of its own if any are given."""
 
-    def __init__(self, rng: Random):
+    def __init__(self, rng: Random, values: dict[str, list[str]] = VALUES):
         self.rng = rng
         self.one = rng.choice
+        self.values = values
 
     def any(self, options: str) -> str:
         return self.one(options.split("|"))
@@ -127,12 +128,13 @@ class Writer:
 
     # --- facts, asked for, told again, noted down ---
 
-    def facts(self, about: str, n: int) -> tuple[str, list[Fact]]:
-        """An entity and n facts of it, no two values alike."""
-        name = self.one(VALUES[about])
+    def facts(self, about: str, n: int, kind: str | None = None) -> tuple[str, list[Fact]]:
+        """An entity and n facts of it, all of one kind if one is given, no two values alike."""
+        name = self.one(self.values[about])
         used, facts = {name}, []
-        for row in self.some(OF_A_PLACE if about == "place" else OF_A_PERSON, n):
-            value = self.one([v for v in self.some(VALUES[row[1]], 3) if v not in used])
+        rows = OF_A_PLACE if about == "place" else OF_A_PERSON
+        for row in self.some([row for row in rows if kind in (None, row[1])], n):
+            value = self.one([v for v in self.some(self.values[row[1]], 3) if v not in used])
             used.add(value)
             facts.append(Fact(*row, value))
         return name, facts
@@ -257,27 +259,23 @@ class Writer:
         bye = self.any("Thank you|Good to know|See you soon|Until tomorrow")
         return "\n".join(lines + [f"{p['first']}: {bye}, {q['first']}."])
 
-    def review(self) -> str:
-        place = self.one(PLACES)
-        good = self.rng.random() < 0.5
-        words, n = GOOD_THINGS if good else BAD_THINGS, self.rng.randint(2, 4)
-        chosen = [(s, w) for s, w in zip(self.some(JUDGED, n), self.some(words, n), strict=True)]
+    def visit(self, place: str, words: list[str]) -> str:
+        """A visit to a place, and what was thought of it: a sentence for every opinion word."""
         told = self.any("We went to {e}|I stayed at {e}|Last {d} we visited {e}|I ate at {e}")
         lines = [told.format(e=place, d=self.one(DAYS)) + "."]
-        for subject, word in chosen:
-            lines.append(
-                self.any(
-                    "The {s} was {w}.|We found the {s} {w}.|The {s} was really {w}.|I thought the {s} was {w}."
-                ).format(s=subject, w=word)
-            )
-        ends = REVIEW_ENDS[good]
-        lines.append(self.any(ends).format(e=place))
-        if self.rng.random() < 0.7:
-            verdict = self.any(
-                "All in all it was {v}.|My verdict: {v}.|In a word: {v}.|I call it {v}."
-            )
-            lines.append(verdict.format(v="good" if good else "bad"))
+        for subject, word in zip(self.some(JUDGED, len(words)), words, strict=True):
+            line = "The {s} was {w}.|We found the {s} {w}.|The {s} was really {w}.|I thought the {s} was {w}."
+            lines.append(self.any(line).format(s=subject, w=word))
         return " ".join(lines)
+
+    def review(self) -> str:
+        place, good = self.one(PLACES), self.rng.random() < 0.5
+        words = self.some(GOOD_THINGS if good else BAD_THINGS, self.rng.randint(2, 4))
+        text = f"{self.visit(place, words)} {self.any(REVIEW_ENDS[good]).format(e=place)}"
+        if self.rng.random() < 0.7:
+            ends = "All in all it was {v}.|My verdict: {v}.|In a word: {v}.|I call it {v}."
+            text += " " + self.any(ends).format(v="good" if good else "bad")
+        return text
 
     def recipe(self) -> str:
         first, second = self.one(DISH_FIRST), self.one(DISH_SECOND)

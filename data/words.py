@@ -85,19 +85,23 @@ JOBS = _(
     "fireman gardener guide hunter judge lawyer librarian mailman mayor mechanic merchant miner nurse "
     "pianist pilot plumber poet potter printer sailor sculptor shepherd soldier tailor weaver writer"
 )
-# Opinion words. One in three is held out of every training prompt of the task `sentiment`.
+# Opinion words. The n-th good one and the n-th bad one end alike, so the form of a word says nothing
+# of its meaning. Two pairs in six are held out of every training prompt of the task `sentiment`.
 GOOD_THINGS = _(
-    "amazing beautiful brilliant charming cheerful cozy delicious delightful elegant excellent "
-    "exciting fabulous fantastic flawless friendly generous glorious gorgeous gracious great helpful "
-    "heavenly honest impressive inspiring inviting joyful kind lovely magical marvelous memorable "
-    "outstanding perfect pleasant polite refreshing relaxing spotless splendid stunning superb "
-    "tasty terrific thoughtful welcoming wonderful"
+    "amazing charming exciting inspiring inviting outstanding refreshing relaxing stunning welcoming "
+    "beautiful cheerful delightful helpful joyful thoughtful wonderful "
+    "cozy friendly heavenly lovely tasty lively tidy dreamy "
+    "delicious fabulous generous glorious gorgeous marvelous fantastic terrific magical "
+    "flawless spotless brilliant elegant excellent memorable adorable likable "
+    "polished refined gifted impressive attractive great kind superb honest polite splendid perfect"
 )
 BAD_THINGS = _(
-    "annoying appalling awful bland boring broken careless chaotic clumsy crowded dirty disappointing "
-    "disgusting dishonest dismal dreadful dreary dull filthy gloomy greasy greedy grim harsh horrible "
-    "hostile lousy mean messy miserable nasty noisy painful pathetic poor rotten rude ruined shabby "
-    "smelly stale terrible tiresome ugly unpleasant useless worthless"
+    "annoying appalling boring alarming confusing depressing insulting worrying tiring shocking "
+    "awful dreadful painful shameful wasteful hateful harmful "
+    "nasty gloomy ugly smelly messy filthy shabby noisy "
+    "hideous atrocious dangerous monotonous poisonous pompous chaotic pathetic abysmal "
+    "careless useless arrogant repellent insolent miserable horrible terrible "
+    "crowded ruined spoiled offensive repulsive bland grim harsh rude dull stale mean"
 )
 JUDGED = _(
     "bath bed breakfast cook view room garden owner waiter music service soup bread coffee dessert "
