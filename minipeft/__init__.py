@@ -1,15 +1,23 @@
 """Parameter-efficient fine-tuning from scratch, one readable file a method."""
 
+from minipeft.adalora import AdaLoraConfig
 from minipeft.gpt import GPT, GPTConfig
 from minipeft.lora import LoraConfig
+from minipeft.p_tuning import PromptEncoderConfig
 from minipeft.peft_model import PeftConfig, PeftModel, TaskType, get_peft_model
+from minipeft.prefix_tuning import PrefixTuningConfig
+from minipeft.prompt_tuning import PromptTuningConfig
 
 __all__ = [
     "GPT",
+    "AdaLoraConfig",
     "GPTConfig",
     "LoraConfig",
     "PeftConfig",
     "PeftModel",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
     "TaskType",
     "get_peft_model",
 ]

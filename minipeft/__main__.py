@@ -4,12 +4,13 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from minipeft.gpt import GPTConfig
-from minipeft.lab import compare, finetune, tasks
+from minipeft.lab import compare, finetune, sweep, tasks
 from minipeft.peft_model import PeftModel, write_file
 
 
@@ -36,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
         "--accumulation", type=int, default=1, help="micro-batches a step (default: %(default)s)"
     )
     job.add_argument(
+        "--examples", type=int, metavar="N", help="the first N training examples (default: all)"
+    )
+    job.add_argument(
         "--generated", type=int, default=64, help="test examples (default: %(default)s)"
     )
     top = argparse.ArgumentParser(prog="python -m minipeft", description="PEFT methods, measured.")
@@ -45,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     c = commands.add_parser("compare", parents=[job], help="methods against full fine-tuning")
     c.add_argument("--methods", default=known, help="default: %(default)s")
     c.add_argument("--seeds", type=int, default=1, help="seeds a method (default: %(default)s)")
+    c.add_argument(
+        "--full",
+        action="store_true",
+        help="the README's run: the 3M base, three seeds, every test example",
+    )
     c.add_argument("--output", default="out/compare", help="default: %(default)s")
 
     f = commands.add_parser(
@@ -53,9 +62,32 @@ def parser() -> argparse.ArgumentParser:
     f.add_argument(
         "--method", default="lora", choices=[m for m in finetune.METHODS if m != "frozen"]
     )
-    f.add_argument("--learning-rate", type=float, help="default: the method's own")
+    f.add_argument("--learning-rate", type=float, help="default: the sweep's best")
+    f.add_argument("--size", type=int, help="rank or virtual tokens (default: the method's)")
     f.add_argument("--seed", type=int, default=0)
     f.add_argument("--output", required=True, help="the folder to write")
+
+    w = commands.add_parser(
+        "sweep", parents=[job], help="learning rates and sizes of a method, on a grid"
+    )
+    w.add_argument(
+        "--method", default="lora", choices=[m for m in finetune.METHODS if m != "frozen"]
+    )
+    w.add_argument(
+        "--learning-rates", default="2.5e-3,5e-3,1e-2,2e-2,4e-2", help="default: %(default)s"
+    )
+    w.add_argument("--sizes", default="", help="ranks or virtual tokens (default: the method's)")
+    w.add_argument("--seeds", type=int, default=1, help="seeds a point (default: %(default)s)")
+    w.add_argument(
+        "--random-base", action="store_true", help="on a model that was never pretrained"
+    )
+    w.add_argument(
+        "--trials", type=int, metavar="N", help="N trials of Optuna within the grid's ends"
+    )
+    w.add_argument("--output", default="out/sweep", help="for sweep.png (default: %(default)s)")
+    w.add_argument(
+        "--results", default=str(finetune.SWEEPS), help="the file to write (default: %(default)s)"
+    )
 
     p = commands.add_parser("pretrain", help="a small GPT and its tokenizer from a text file")
     p.add_argument("--text", required=True, help=f"plain text; {tasks.END} divides documents")
@@ -90,12 +122,18 @@ def open_job(args) -> tuple[finetune.Base, tasks.Task, dict]:
     name = args.task or (None if args.train or args.validation else "describe")
     limit = base.model().config.n_positions
     task = tasks.load_task(base.tokenizer, base.end, limit, name, args.train, args.validation)
+    if args.examples is not None:
+        if not 0 < args.examples <= len(task.train):
+            raise ValueError(f"--examples {args.examples}: there are {len(task.train)}")
+        task = replace(task, train=task.train[: args.examples])
     names = ("batch_size", "accumulation", "generated", "device")
     return base, task, {name: getattr(args, name) for name in names}
 
 
 def run(args) -> None:
     if args.command == "compare":
+        if args.full:
+            args.base, args.seeds, args.generated = str(tasks.DATA / "base" / "3m"), 3, 200
         base, task, options = open_job(args)
         methods = [method for method in args.methods.split(",") if method]
         for method in set(methods) - set(finetune.METHODS):
@@ -109,12 +147,27 @@ def run(args) -> None:
     elif args.command == "finetune":
         base, task, options = open_job(args)
         record = finetune.finetune(
-            base, task, args.method, args.steps, args.seed, args.learning_rate,
+            base, task, args.method, args.steps, args.seed, args.learning_rate, args.size,
             output=args.output, **options,
         )  # fmt: skip
         text = json.dumps(record, indent=1) + "\n"
         write_file(Path(args.output) / "record.json", lambda file: Path(file).write_text(text))
         print(f"{task.metric} {record['score']:.3f}, BLEU-4 {record['bleu']:.3f}; {args.output}")
+    elif args.command == "sweep":
+        base, task, options = open_job(args)
+        rates = [float(rate) for rate in args.learning_rates.split(",")]
+        sizes = [int(size) for size in args.sizes.split(",") if size]
+        entries = sweep.sweep(
+            base, task, args.method, rates, sizes, args.steps, args.seeds, args.trials,
+            args.random_base, **options,
+        )  # fmt: skip
+        print(sweep.table(entries))
+        file = Path(args.output) / "sweep.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure = sweep.picture(entries)
+        write_file(file, lambda path: figure.savefig(path, format="png", dpi=100))
+        sweep.save(entries, args.results)
+        print(f"wrote {file} and {args.results}")
     elif args.command == "pretrain":
         documents = tasks.read_text(args.text)
         tokenizer = tasks.train_tokenizer(documents, args.vocab_size)

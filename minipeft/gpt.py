@@ -235,7 +235,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         max_new_tokens: int = 20,
         do_sample: bool = False,
@@ -243,18 +243,24 @@ class GPT(nn.Module):
         top_k: int | None = None,
         eos_token_id: int | None = None,
         generator: torch.Generator | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KeyValues | None = None,
     ) -> Tensor:
         """Continue prompts (b, t), greedily or by sampling: (b, t + up to max_new_tokens).
 
-        Prompts of unequal length are padded on the LEFT, with 0 in attention_mask. A row ends at
-        `eos_token_id` (by default the config's) and is filled with it until all rows have ended.
-        Raises ValueError for right padding, a temperature not above 0, text beyond the context.
+        Prompts of unequal length are padded on the LEFT, with 0 in attention_mask (b, p + t). A row
+        ends at `eos_token_id` (by default the config's) and is filled with it until all rows have
+        ended. `past_key_values` hold p tokens that stand before. Given inputs_embeds (b, t, d), the
+        new tokens alone are returned. Raises ValueError for right padding, a temperature not above
+        0, text beyond the context.
         """
-        b, t = input_ids.shape
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        b, t = given.shape[:2]
+        p = past_key_values[0][0].shape[2] if past_key_values is not None else 0
         eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
-        if t + max_new_tokens > self.config.n_positions:
+        if p + t + max_new_tokens > self.config.n_positions:
             raise ValueError(
-                f"a prompt of {t} and {max_new_tokens} new tokens exceed the context of "
+                f"a prompt of {p + t} and {max_new_tokens} new tokens exceed the context of "
                 f"{self.config.n_positions}: shorten the prompt or lower max_new_tokens"
             )
         if do_sample and not temperature > 0:
@@ -262,10 +268,12 @@ class GPT(nn.Module):
                 f"temperature is {temperature}: give a number above 0, or do not sample"
             )
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+            attention_mask = torch.ones(b, p + t, dtype=torch.long, device=given.device)
         if not attention_mask[:, -1].all():
             raise ValueError("a prompt ends in padding: pad prompts on the left to generate")
-        was_training, past, new = self.training, None, input_ids
+        if inputs_embeds is not None:
+            input_ids = given.new_empty(b, 0, dtype=torch.long)
+        was_training, past, new = self.training, past_key_values, given
         done = torch.zeros(b, dtype=torch.bool, device=input_ids.device)
         self.eval()
         try:
@@ -273,7 +281,8 @@ class GPT(nn.Module):
                 positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[
                     :, -new.shape[1] :
                 ]  # (b, t)
-                out = self(new, attention_mask, None, None, past, positions, use_cache=True)
+                ids, embeds = (None, new) if new.dim() == 3 else (new, None)
+                out = self(ids, attention_mask, None, embeds, past, positions, use_cache=True)
                 past, logits = out.past_key_values, out.logits[:, -1].float()  # (b, v)
                 if not do_sample:
                     new = logits.argmax(-1, keepdim=True)  # (b, 1)

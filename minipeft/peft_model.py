@@ -1,9 +1,11 @@
 """One interface for all methods: put an adapter on a model, train it, switch it, save it, merge it.
 
-A weight method (LoRA, so far) makes a set of layers, each around the layer it adapts. An adapter is
-such a set with its config. One set at a time is in place; switching takes it out and puts another
-in, and with none in place the model is the base, to the bit. Files are Hugging Face peft's:
-`adapter_config.json` and `adapter_model.safetensors` with peft's keys.
+There are two families. A weight method (LoRA, AdaLoRA) makes layers, each around the one
+it adapts. A prompt method (prompt, P- and prefix tuning) makes an encoder that writes what
+the model is fed besides its input. An adapter is such a set, or such an encoder, with its config.
+One at a time is in place; switching takes it out and puts another in, and with none in place the
+model is the base, to the bit. Files are Hugging Face peft's: `adapter_config.json` and
+`adapter_model.safetensors` with peft's keys.
 
 A new method is one file beside this one and one line in METHODS.
 """
@@ -16,17 +18,18 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from minipeft.adalora import AdaLoraConfig, RankAllocator, adalora_layers, orthogonality
 from minipeft.lora import LoraConfig, lora_layers
-
-# peft_type: the config's class, and the function that makes an adapter's layers for a model.
-METHODS = {"LORA": (LoraConfig, lora_layers)}
+from minipeft.p_tuning import PromptEncoder, PromptEncoderConfig
+from minipeft.prefix_tuning import PrefixEncoder, PrefixTuningConfig
+from minipeft.prompt_tuning import PromptEmbedding, PromptTuningConfig
 
 # Keys of a peft config that we have no use for: free ones, and those with a default that is not
 # empty. Any other key that we do not know has to be null, false or empty, as it is by default.
@@ -34,11 +37,15 @@ FREE_KEYS = {
     "auto_mapping",
     "base_model_name_or_path",
     "fan_in_fan_out",
+    "num_attention_heads",  # these two peft fills in from the model
+    "num_layers",
     "peft_version",
     "revision",
 }
 DEFAULTS = {
     "bias": "none",
+    "num_transformer_submodules": 1,
+    "r": 8,  # AdaLoRA's file has it, and AdaLoRA does not use it
     "init_lora_weights": True,
     "megatron_core": "megatron.core",
     "qalora_group_size": 16,
@@ -89,16 +96,35 @@ class PeftConfig(abc.ABC):
         return config
 
 
-for _config_class, _ in METHODS.values():
-    PeftConfig.register(_config_class)
+class LayerAdapter:
+    """A weight method's config and layers, in place or not."""
 
+    def __init__(self, config: PeftConfig, model: nn.Module, make: Callable):
+        self.config = config
+        self.layers: dict[str, nn.Module] = make(model, config)  # by the name of what each adapts
 
-@dataclass
-class Adapter:
-    """A config and the layers that belong to it, in place or not."""
+    def modules(self) -> list[nn.Module]:
+        return list(self.layers.values())
 
-    config: PeftConfig
-    layers: dict[str, nn.Module]  # by the name of the layer that each adapts
+    def put_in(self, model: "PeftModel") -> None:
+        for name, layer in self.layers.items():
+            layer.train(model.training)
+            model.base_model.set_submodule(name, layer)
+
+    def take_out(self, model: "PeftModel") -> None:
+        for name, layer in self.layers.items():
+            model.base_model.set_submodule(name, layer.base_layer)
+
+    def run(self, model: nn.Module, inputs: dict):
+        first = (inputs.pop("input_ids"),) if "input_ids" in inputs else ()
+        return model(*first, **inputs)
+
+    def generate(self, model: nn.Module, *args, **options) -> Tensor:
+        return model.generate(*args, **options)
+
+    def penalty(self) -> Tensor | None:
+        """What training adds to the loss, if anything."""
+        return None
 
     def tensors(self) -> dict[str, Tensor]:
         """What is trained and saved, under peft's keys; nothing of the base."""
@@ -108,6 +134,122 @@ class Adapter:
             for key, tensor in layer.state_dict().items()
             if not key.startswith("base_layer.")
         }
+
+    def load(self, found: dict[str, Tensor]) -> None:
+        """Take saved tensors over. Raises ValueError for what is missing, surplus, or misshapen."""
+        copy_strictly(found, self.tensors())
+
+
+class AdaLoraAdapter(LayerAdapter):
+    """AdaLoRA's layers with the allocator of their ranks."""
+
+    def __init__(self, config: PeftConfig, model: nn.Module, make: Callable):
+        super().__init__(config, model, make)
+        fresh = config.rank_pattern is None and not config.inference_mode
+        self.allocator = RankAllocator(self.layers, config) if fresh else None
+
+    def penalty(self) -> Tensor:
+        return self.config.orth_reg_weight * orthogonality(self.layers)
+
+    def check_allocated(self) -> None:
+        """Raises RuntimeError for layers that were trained while no rank was ever allocated."""
+        trained = any(layer.lora_E.any() for layer in self.layers.values())
+        if self.allocator is not None and not self.allocator.steps and trained:
+            raise RuntimeError(
+                "this AdaLoRA was trained, but its ranks were never allocated: call "
+                "model.update_and_allocate(step) after every optimizer step"
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Cut to the triplets that were kept."""
+        self.check_allocated()
+        found = super().tensors()
+        for name, kept in (self.allocator.kept if self.allocator else {}).items():
+            for letter, column in (("A", False), ("E", False), ("B", True)):
+                key = f"base_model.model.{name}.lora_{letter}"
+                found[key] = found[key][:, kept] if column else found[key][kept]
+        return found
+
+
+class PromptAdapter:
+    """A prompt method's config and encoder, in place or not."""
+
+    def __init__(self, config: PeftConfig, model: nn.Module, make: Callable):
+        self.config, self.encoder = config, make(config, model)
+
+    def modules(self) -> list[nn.Module]:
+        return [self.encoder]
+
+    def put_in(self, model: "PeftModel") -> None:
+        self.encoder.train(model.training)
+        model.prompt_encoder = self.encoder  # a submodule from here on: counted, moved, trained
+
+    def take_out(self, model: "PeftModel") -> None:
+        model.prompt_encoder = None
+
+    def run(self, model: nn.Module, inputs: dict):
+        for name in ("past_key_values", "use_cache"):
+            if inputs.pop(name, None):
+                raise ValueError(f"{name} cannot be used with a prompt method: call generate()")
+        return self.encoder(model, **inputs)
+
+    def generate(self, model: nn.Module, *args, **options) -> Tensor:
+        return self.encoder.generate(model, *args, **options)
+
+    def penalty(self) -> None:
+        return None
+
+    def network(self) -> dict[str, Tensor]:
+        """The encoder's own tensors, where it is more than the prompt itself."""
+        state = self.encoder.state_dict()
+        return {f"prompt_encoder.{k}": v for k, v in state.items()} if len(state) > 1 else {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The prompt, which is all that peft reads, and what writes it, to go on training."""
+        with torch.no_grad():
+            prompt = self.encoder.prompt()  # (p, d), or (1, p, 2 l d)
+            return {"prompt_embeddings": prompt.view(prompt.shape[-2:])} | self.network()
+
+    def load(self, found: dict[str, Tensor]) -> None:
+        """Take a saved prompt over, and the network if this encoder has one."""
+        wanted = self.network() or {"prompt_embeddings": self.encoder.embedding.weight.data}
+        used = {k: v for k, v in found.items() if (k == "prompt_embeddings") == (len(wanted) == 1)}
+        copy_strictly(used, wanted)
+
+
+def copy_strictly(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Copy tensors into others of the same names. Before that, ValueError for any that differ."""
+    wrong = [f"{key} is missing" for key in wanted if key not in found]
+    wrong += [f"{key} has no place in this model" for key in found if key not in wanted]
+    wrong += [
+        f"{key} is {tuple(t.shape)} of {t.dtype}, not {tuple(wanted[key].shape)} floats"
+        for key, t in found.items()
+        if key in wanted and not (t.shape == wanted[key].shape and t.is_floating_point())
+    ]
+    if wrong:
+        raise ValueError(f"it does not fit: {'; '.join(wrong[:3])} ({len(wrong)} in all)")
+    for key, tensor in wanted.items():
+        tensor.copy_(found[key])
+
+
+Adapter = LayerAdapter | PromptAdapter
+
+# peft_type: the config's class, the family, and what makes the layers or the encoder.
+METHODS = {
+    "LORA": (LoraConfig, LayerAdapter, lora_layers),
+    "ADALORA": (AdaLoraConfig, AdaLoraAdapter, adalora_layers),
+    "PROMPT_TUNING": (PromptTuningConfig, PromptAdapter, PromptEmbedding),
+    "P_TUNING": (PromptEncoderConfig, PromptAdapter, PromptEncoder),
+    "PREFIX_TUNING": (PrefixTuningConfig, PromptAdapter, PrefixEncoder),
+}
+for _config_class, *_ in METHODS.values():
+    PeftConfig.register(_config_class)
+
+
+def make_adapter(model: nn.Module, config: PeftConfig) -> Adapter:
+    """A new adapter for a bare model, which is not changed."""
+    _, family, make = METHODS[config.peft_type]
+    return family(config, model, make)
 
 
 class PeftModel(nn.Module):
@@ -126,6 +268,8 @@ class PeftModel(nn.Module):
         if isinstance(model, PeftModel):
             raise ValueError("this model is a PeftModel already: use its add_adapter")
         self.base_model = model
+        self.prompt_encoder: nn.Module | None = None  # a prompt method's, while it is in place
+        self.task_loss: Tensor | None = None  # of the last forward, without any penalty
         self.adapters: dict[str, Adapter] = {}  # a plain dict: sets not in place are not submodules
         self.active_adapter: str | None = None
         self.in_place = False
@@ -145,8 +289,13 @@ class PeftModel(nn.Module):
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
     ):
-        """What the base returns, with the active adapter at work. None is not handed on."""
+        """What the base returns, with the active adapter at work. None is not handed on.
+
+        A prompt method returns (loss, logits), the logits those of the real tokens. In training
+        mode AdaLoRA's penalty is added to the loss; `task_loss` keeps the loss without it.
+        """
         named = {
+            "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
             "inputs_embeds": inputs_embeds,
@@ -154,12 +303,34 @@ class PeftModel(nn.Module):
             "position_ids": position_ids,
             "use_cache": use_cache,
         }
-        first = () if input_ids is None else (input_ids,)
-        return self.base_model(*first, **{k: v for k, v in named.items() if v is not None})
+        out = self._current.run(self.base_model, {k: v for k, v in named.items() if v is not None})
+        if labels is not None:
+            self.task_loss, penalty = out[0].detach(), self._current.penalty()
+            if self.training and penalty is not None:
+                out = replace_loss(out, out[0] + penalty)
+        return out
 
-    def generate(self, *args, **kwargs) -> Tensor:
+    def generate(self, *args, **options) -> Tensor:
         """The base's own `generate`, with the active adapter at work."""
-        return self.base_model.generate(*args, **kwargs)
+        return self._current.generate(self.base_model, *args, **options)
+
+    def update_and_allocate(self, step: int) -> None:
+        """AdaLoRA's work after the optimizer's step `step` and before the gradients are cleared.
+
+        For every other method, and for ranks that were read from a file, there is nothing to do.
+        """
+        allocator = getattr(self._active, "allocator", None)
+        if allocator is not None:
+            allocator.update_and_allocate(step)
+
+    def ranks(self) -> dict[str, int]:
+        """The rank that AdaLoRA has left to each layer; empty for every other method."""
+        active = self._active
+        if not isinstance(active, AdaLoraAdapter):
+            return {}
+        if active.allocator is not None:
+            return active.allocator.ranks()
+        return {name: len(layer.lora_E) for name, layer in active.layers.items()}
 
     # --- adapters ---
 
@@ -170,7 +341,7 @@ class PeftModel(nn.Module):
             raise TypeError(
                 f"{config!r} is not a config of a method; those are: {', '.join(METHODS)}"
             )
-        self._register(adapter_name, lambda: Adapter(config, _make_layers(self.base_model, config)))
+        self._register(adapter_name, lambda: make_adapter(self.base_model, config))
 
     def load_adapter(self, path: str | Path, adapter_name: str, is_trainable: bool = False) -> None:
         """Read an adapter's folder, ours or peft's; frozen unless `is_trainable`.
@@ -206,12 +377,12 @@ class PeftModel(nn.Module):
 
     def merge_adapter(self) -> None:
         """Let the active adapter's layers compute with W' = W + ΔW. Nothing of the base changes."""
-        for layer in self._active.layers.values():
+        for layer in self._mergeable():
             layer.merge()
 
     def unmerge_adapter(self) -> None:
         """Undo `merge_adapter`, to the bit."""
-        for layer in self._active.layers.values():
+        for layer in self._mergeable():
             layer.unmerge()
 
     def merge_and_unload(self, inplace: bool = False) -> nn.Module:
@@ -220,6 +391,7 @@ class PeftModel(nn.Module):
         It is a copy, and this model stays as it is. `inplace` saves the copy: the base's weights
         are overwritten, and the adapters, made for the old ones, are gone.
         """
+        self._mergeable()
         names = list(self._active.layers)
         model = self.base_model if inplace else copy.deepcopy(self.base_model)
         for name in names:
@@ -315,16 +487,26 @@ class PeftModel(nn.Module):
         if adapter_name not in self.adapters:
             raise ValueError(f"no adapter {adapter_name!r}; there are: {', '.join(self.adapters)}")
 
+    @property
+    def _current(self) -> Adapter:
+        """The active adapter, or, with none in place, one that does nothing."""
+        return self._active if self.in_place else BARE
+
+    def _mergeable(self) -> list[nn.Module]:
+        if not isinstance(self._active, LayerAdapter):
+            kind = self._active.config.peft_type
+            raise ValueError(f"{kind} changes what the model is fed: there is nothing to merge")
+        if isinstance(self._active, AdaLoraAdapter):
+            self._active.check_allocated()
+        return self._active.modules()
+
     def _put_in(self) -> None:
-        for name, layer in self._active.layers.items():
-            layer.train(self.training)
-            self.base_model.set_submodule(name, layer)
+        self._active.put_in(self)
         self.in_place = True
 
     def _take_out(self) -> None:
         if self.in_place:
-            for name, layer in self._active.layers.items():
-                self.base_model.set_submodule(name, layer.base_layer)
+            self._active.take_out(self)
         self.in_place = False
 
     @contextmanager
@@ -352,8 +534,8 @@ class PeftModel(nn.Module):
         """`.to()`, `.half()`, … reach the adapters that are not in place as well."""
         for name, adapter in self.adapters.items():
             if recurse and not (self.in_place and name == self.active_adapter):
-                for layer in adapter.layers.values():
-                    layer._apply(fn)
+                for module in adapter.modules():
+                    module._apply(fn)
         return super()._apply(fn, recurse)
 
 
@@ -368,8 +550,15 @@ def get_peft_model(
     return PeftModel(model, peft_config, adapter_name)
 
 
-def _make_layers(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
-    return METHODS[config.peft_type][1](model, config)
+BARE = LayerAdapter(LoraConfig(target_modules=[]), nn.Module(), lambda model, config: {})
+
+
+def replace_loss(out, loss: Tensor):
+    """A model's output with another loss: a named tuple, or transformers' ModelOutput."""
+    if hasattr(out, "_replace"):
+        return out._replace(loss=loss)
+    out["loss"] = loss
+    return out
 
 
 def _read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter:
@@ -377,7 +566,6 @@ def _read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
     config = PeftConfig.from_pretrained(folder)
-    config.inference_mode = not is_trainable
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ValueError(f"there is no {file} (pickled files, adapter_model.bin, are never read)")
@@ -385,21 +573,19 @@ def _read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter
         found = load_file(file)
     except Exception as error:  # safetensors raises a class of its own for damaged files
         raise ValueError(f"{file} is damaged: {error}") from error
+    # without its network a prompt is read as it is, and so it is where nothing will be trained
+    bare = "prompt_embeddings" in found and len(found) == 1
+    config.inference_mode = bare or not is_trainable
     state = torch.random.get_rng_state()  # what is drawn here is overwritten: leave no trace
-    adapter = Adapter(config, _make_layers(model, config))
+    adapter = make_adapter(model, config)
     torch.random.set_rng_state(state)
-    wanted = adapter.tensors()
-    wrong = [f"{key} is missing" for key in wanted if key not in found]
-    wrong += [f"{key} has no place in this model" for key in found if key not in wanted]
-    wrong += [
-        f"{key} is {tuple(tensor.shape)} of {tensor.dtype}, not {tuple(wanted[key].shape)} floats"
-        for key, tensor in found.items()
-        if key in wanted and not (tensor.shape == wanted[key].shape and tensor.is_floating_point())
-    ]
-    if wrong:
-        raise ValueError(f"{file} does not fit: {'; '.join(wrong[:3])} ({len(wrong)} in all)")
-    for key, tensor in wanted.items():
-        tensor.copy_(found[key])
+    try:
+        adapter.load(found)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    config.inference_mode = not is_trainable
+    if bare and is_trainable:
+        adapter.encoder.requires_grad_(True)
     return adapter
 
 

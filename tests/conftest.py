@@ -1,8 +1,11 @@
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
 from minipeft import GPT, GPTConfig
-from minipeft.lab import tasks
+from minipeft.lab import finetune, tasks
 
 BASE = tasks.DATA / "base" / "1m"
 
@@ -28,3 +31,23 @@ def ids() -> torch.Tensor:
 @pytest.fixture
 def trained_base() -> GPT:
     return GPT.from_pretrained(BASE)
+
+
+@pytest.fixture(scope="session")
+def world():
+    """The generator of the pretraining text, its words, and the data card's figures."""
+    sys.path.insert(0, str(tasks.DATA))
+    try:
+        import card
+        import text
+        import words
+    finally:
+        sys.path.remove(str(tasks.DATA))
+    return text, words, card
+
+
+@pytest.fixture(scope="session")
+def base() -> finetune.Base:
+    """The 1M base as the lab opens it, with four windows of held-out text, for speed."""
+    base = finetune.load_base(BASE)
+    return replace(base, held_out=base.held_out[:4])

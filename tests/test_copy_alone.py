@@ -11,7 +11,10 @@ import pytest
 HOUSE = Path(__file__).resolve().parents[1] / "minipeft"
 
 
-@pytest.mark.parametrize("name", ["gpt.py", "lora.py"])
+ALONE = ["gpt", "lora", "adalora", "prompt_tuning", "p_tuning", "prefix_tuning"]
+
+
+@pytest.mark.parametrize("name", [f"{name}.py" for name in ALONE])
 def test_a_file_runs_alone(name, tmp_path):
     shutil.copy(HOUSE / name, tmp_path)
     command = [sys.executable, "-I", name]  # -I: nothing of ours on the path
@@ -31,6 +34,8 @@ def test_shared_lines_are_the_same():
         ):
             blocks.setdefault(name, {})[file.name] = block
     assert set(blocks["write_file"]) == {"gpt.py", "peft_model.py"}
-    assert "lora.py" in blocks["find_targets"]
+    assert set(blocks["find_targets"]) == {"lora.py", "adalora.py"}
+    assert set(blocks["prepend"]) == {"prompt_tuning.py", "p_tuning.py"}
+    assert len(blocks["check_model"]) == 3
     for copies in blocks.values():
         assert len(set(copies.values())) == 1

@@ -1,9 +1,10 @@
 """The shipped base can do what the task builds on, and every token of the task is one it knows."""
 
-import sys
+import json
 from collections import Counter
 from random import Random
 
+import numpy as np
 import pytest
 from conftest import BASE
 
@@ -11,19 +12,8 @@ from minipeft import GPT
 from minipeft.lab import tasks
 
 
-@pytest.fixture(scope="module")
-def world():
-    sys.path.insert(0, str(tasks.DATA))
-    try:
-        import text
-        import words
-    finally:
-        sys.path.remove(str(tasks.DATA))
-    return text, words
-
-
 def test_the_text_follows_from_its_seed_and_has_no_held_out_name(world):
-    text, words = world
+    text, words, _ = world
     documents = [text.document(rng) for rng in [Random(0)] for _ in range(500)]
     assert documents == [text.document(rng) for rng in [Random(0)] for _ in range(500)]
     everything = "\n".join(documents)
@@ -31,21 +21,81 @@ def test_the_text_follows_from_its_seed_and_has_no_held_out_name(world):
     assert not set(words.PEOPLE) & set(words.NEW_PEOPLE)
 
 
-def test_every_token_of_the_task_is_frequent_in_the_pretraining_text(world):
-    tokenizer = tasks.load_tokenizer(BASE)
+@pytest.fixture(scope="module")
+def seen(world):
+    """How often each token stands in a fifth of the pretraining text."""
     documents = [world[0].document(rng) for rng in [Random(2)] for _ in range(20_000)]
-    seen = Counter(i for e in tokenizer.encode_batch(documents) for i in e.ids)
-    task = tasks.load_task(tokenizer, 0, 256, "describe")
-    used = {i for e in task.train + task.test for i in e.prompt_ids + e.completion_ids[:-1]}
-    rare = {tokenizer.id_to_token(i): seen[i] for i in used if seen[i] < 50}
-    assert not rare
+    encoded = tasks.load_tokenizer(BASE).encode_batch(documents)
+    return Counter(i for e in encoded for i in e.ids)
 
 
-def test_the_base_copies_names_that_it_has_never_seen(world):
-    rng, model, tokenizer = Random(5), GPT.from_pretrained(BASE), tasks.load_tokenizer(BASE)
+@pytest.mark.parametrize(
+    ("name", "unseen"),
+    [  # the variants are there to show what unseen tokens do
+        ("describe", set()),
+        ("sentiment", set()),
+        ("describe_brackets", {"[", "]", "=", ">"}),
+        ("sentiment_unseen", {"ð", "Ł", "ĳ", "į", "İ"}),  # the bytes of the two thumbs
+    ],
+)
+def test_every_token_of_a_task_is_frequent_in_the_pretraining_text(seen, name, unseen):
+    tokenizer = tasks.load_tokenizer(BASE)
+    task = tasks.load_task(tokenizer, 0, 256, name)
+    examples = task.train + task.validation + task.test
+    used = {i for e in examples for i in e.prompt_ids + e.completion_ids[:-1]}
+    assert {tokenizer.id_to_token(i) for i in used if not seen[i]} == unseen
+    if not unseen:
+        assert not [tokenizer.id_to_token(i) for i in used if seen[i] < 30]  # 250 in all of it
+
+
+def test_the_largest_base_copies_names_that_it_has_never_seen(world):
+    rng, folder = Random(5), tasks.DATA / "base" / "3m"
+    model, tokenizer = GPT.from_pretrained(folder), tasks.load_tokenizer(folder)
     lists = [rng.sample(world[1].NEW_PEOPLE, 3) for _ in range(100)]
     prompts = [f"The names: {', '.join(names)}. Again: {names[0]}," for names in lists]
     ids, mask = tasks.pad_left([tokenizer.encode(prompt).ids for prompt in prompts], 0, "cpu")
     out = model.generate(ids, mask, max_new_tokens=6)[:, ids.shape[1] :].tolist()
     told = [tokenizer.decode(row) for row in out]
     assert sum(t.startswith(f" {n[1]}") for t, n in zip(told, lists, strict=True)) >= 90
+
+
+def test_the_n_gram_model_is_a_distribution_and_learns_what_follows_what(world):
+    stream = np.tile([0, 1, 2, 0, 2, 3], 50)
+    model = world[2].NGram(stream, 8, 3)
+    every = np.array([[a, b, c] for a in range(8) for b in range(8) for c in range(8)])
+    after = model.probabilities(every)[:, 1].reshape(64, 8)  # of each c after a and b
+    assert after.sum(1) == pytest.approx(1)
+    assert (after > 0).all()
+    assert after[0 * 8 + 1].argmax() == 2
+    assert (
+        model.loss(stream[None, :60]) < 0.2 < world[2].NGram(stream, 8, 1).loss(stream[None, :60])
+    )
+
+
+def test_a_probes_answer_is_what_the_text_would_say(world):
+    text, words, card = world
+    rng, values = Random(0), text.VALUES | card.HELD_OUT
+    for ask in (card.about_one, card.about_one_of_a_kind, card.about_three):
+        prompt, answer = ask(text.Writer(rng, values))
+        assert answer.strip(" .").lower() in prompt.lower()
+    prompt, answer = card.copying(text.Writer(rng, values))
+    assert prompt.endswith(",")
+    assert answer.strip(" ,") in words.NEW_PEOPLE
+
+
+def test_the_data_card_shows_the_committed_figures(world):
+    card, page = world[2], (tasks.DATA / "README.md").read_text()
+    figures = json.loads(card.RESULTS.read_text())
+    assert card.tables(figures) in page
+    assert card.counted(figures) in page
+    assert card.samples() in page
+    largest = figures["bases"]["3m"]
+    assert largest["loss"] < figures["5-gram"] - 0.5
+    assert largest["probes"]["reads a list of names back, names held out"] >= 0.8
+    assert largest["probes"]["second mention of a name, names held out"] >= 0.8
+    assert largest["probes"]["answers about one place, values held out"] >= 0.8
+
+
+def test_the_shipped_files_are_small():
+    size = sum(file.stat().st_size for file in tasks.DATA.rglob("*.*") if file.suffix != ".pyc")
+    assert size < 20e6

@@ -10,10 +10,7 @@ from conftest import BASE
 from minipeft import GPT
 from minipeft.lab import compare, finetune, tasks
 
-
-@pytest.fixture(scope="module")
-def base():
-    return finetune.load_base(BASE)
+ALL_TASKS = ["describe", "describe_brackets", "sentiment", "sentiment_unseen"]
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +22,47 @@ def test_the_shipped_tasks_are_what_the_generator_makes(tmp_path):
     code = "import build, pathlib, sys; build.build_tasks(pathlib.Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(tmp_path)]
     subprocess.run(command, cwd=tasks.DATA, check=True, timeout=60)
-    for file in (tasks.DATA / "tasks" / "describe").iterdir():
-        assert (tmp_path / "describe" / file.name).read_bytes() == file.read_bytes()
+    made = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*.*")}
+    folder = tasks.DATA / "tasks"
+    assert made == {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.*")}
+    assert len(made) == 16
 
 
-def test_held_out_names_stand_in_no_training_prompt(task):
+@pytest.mark.parametrize("name", ["describe", "describe_brackets"])
+def test_held_out_names_stand_in_no_training_prompt(base, name):
+    task = tasks.load_task(base.tokenizer, base.end, 256, name)
+
     def names(examples):
         return {v for e in examples for _, v in task.facts(e.prompt)}
 
     trained = names(task.train)
+    assert len(trained) > 100
     assert not trained & names(task.validation)
     assert not trained & names(task.test)
     assert not names(task.validation) & names(task.test)
-    assert not any(e.prompt.endswith(" ") for e in task.train + task.validation + task.test)
+
+
+@pytest.mark.parametrize("name", ["sentiment", "sentiment_unseen"])
+def test_held_out_opinion_words_stand_in_no_training_prompt(base, world, name):
+    task = tasks.load_task(base.tokenizer, base.end, 256, name)
+    opinions = set(world[1].GOOD_THINGS + world[1].BAD_THINGS)
+
+    def words(examples):
+        return {w for e in examples for w in e.prompt.replace(".", " ").split()} & opinions
+
+    trained, validated, tested = map(words, (task.train, task.validation, task.test))
+    assert len(trained) > 70
+    assert len(validated) == len(tested) == 18
+    assert len(trained | validated | tested) == len(trained) + 36  # apart
+    assert 0.4 < sum(e.completion == task.test[0].completion for e in task.test) / 200 < 0.6
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_no_prompt_comes_twice_or_ends_in_a_space(base, name):
+    task = tasks.load_task(base.tokenizer, base.end, 256, name)
+    prompts = [e.prompt for e in task.train + task.validation + task.test]
+    assert len(set(prompts)) == len(prompts) == 700
+    assert not any(prompt.endswith(" ") for prompt in prompts)
 
 
 def test_the_reference_scores_one_and_swapped_values_do_not(task):
@@ -81,6 +106,17 @@ def test_a_bad_line_is_named(base, tmp_path, line, message):
     file.write_text('{"prompt": "a", "completion": " b"}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
         tasks.load_jsonl(file, base.tokenizer, base.end, 40)
+
+
+def test_a_batch_is_padded_on_the_right_and_only_completions_are_labelled():
+    examples = [
+        tasks.Example("", "", [5, 6], [7, 0], [False] * 2),
+        tasks.Example("", "", [5], [0], [False]),
+    ]
+    batch = tasks.collate(examples, 0, "cpu")
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 0], [5, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, 0], [-100, 0, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
 
 
 def test_batches_go_through_everything_once_before_repeating():
@@ -133,9 +169,12 @@ def test_compare_end_to_end(base, task, tmp_path):
     short = tasks.Task(
         "describe", task.train, task.validation[:8], task.test[:8], task.fact, task.phrasings
     )
-    records = compare.compare(base, short, ["frozen", "full", "lora"], 2, 1, **options)
-    assert [r["method"] for r in records] == ["frozen", "full", "lora", "full"]
-    full, lora = records[1], records[2]
+    methods = ["frozen", "full", "lora", "adalora", "prefix_tuning"]
+    records = compare.compare(base, short, methods, 2, 1, **options)
+    assert [r["method"] for r in records] == [*methods, "full"]
+    full, lora, adalora = records[1:4]
+    assert sum(adalora["ranks"].values()) == 8 * len(adalora["ranks"])
+    assert adalora["losses"][0] == pytest.approx(lora["losses"][0])  # the penalty is left out
     assert full["trainable"] == full["parameters"]
     assert lora["trainable"] < 0.2 * full["trainable"]
     assert lora["optimizer_bytes"] < 0.2 * full["optimizer_bytes"]
@@ -143,9 +182,10 @@ def test_compare_end_to_end(base, task, tmp_path):
     assert lora["disk_bytes"] < 0.2 * full["disk_bytes"]
     assert lora["forgetting"]["off"] == lora["forgetting"]["base"]
     compare.save(records, short, tmp_path)
-    assert len(json.loads((tmp_path / "compare.json").read_text())) == 4
-    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert compare.table(records, short).count("\n") == 5
+    assert len(json.loads((tmp_path / "compare.json").read_text())) == 6
+    for name in ("compare.png", "ranks.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert compare.table(records, short).count("\n") == 7
 
 
 def test_the_commands_help_and_one_clear_error(tmp_path):

@@ -11,15 +11,27 @@ from minipeft.lab.finetune import Base, finetune
 from minipeft.lab.tasks import Task
 from minipeft.peft_model import write_file
 
-COLORS = {"frozen": "#777777", "full": "#1b4f8f", "lora": "#d1741f", "random": "#b9b9b9"}
+COLORS = {
+    "frozen": "#777777", "full": "#1b4f8f", "lora": "#d1741f", "adalora": "#8c2d04",
+    "prompt_tuning": "#2e7d32", "p_tuning": "#7cb342", "prefix_tuning": "#6a3d9a",
+    "random": "#b9b9b9",
+}  # fmt: skip
 RANDOM = "full, random base"
 
 
-def compare(base: Base, task: Task, methods: list[str], steps: int, seeds: int, **options) -> list:
+def compare(
+    base: Base,
+    task: Task,
+    methods: list[str],
+    steps: int,
+    seeds: int,
+    control: bool = True,
+    **options,
+) -> list[dict]:
     """A record for every method and seed, all on the same data in the same order, and the control:
     full fine-tuning of a random model of the same shape."""
     runs = [(m, seed, False) for m in methods for seed in range(1 if m == "frozen" else seeds)]
-    if "full" in methods:
+    if control and "full" in methods:
         runs += [("full", seed, True) for seed in range(seeds)]
     return [
         finetune(base, task, method, steps, seed, random_base=random_base, **options)
@@ -55,11 +67,18 @@ def share_of_gap(records: list[dict], row: list[dict]) -> float | None:
     return (mean(row, "score") - low) / (high - low) if high > low else None
 
 
+def in_spread(record: dict, others: list[dict], key="score", margin: float = 0.05) -> bool:
+    """Whether a run lies within three standard deviations of others' mean, or `margin` beyond."""
+    values = [other[key] for other in others]
+    far = 3 * statistics.stdev(values) + margin
+    return abs(record[key] - statistics.mean(values)) <= far
+
+
 def table(records: list[dict], task: Task) -> str:
     """A Markdown table, a line a method, means ± standard deviations over the seeds."""
     head = [
-        "method", "trainable", "on disk", "s / step", "validation loss", "slot loss", "frame loss",
-        task.metric, "share of gap", "BLEU-4", "forgetting on", "off",
+        "method", "learning rate", "trainable", "on disk", "s / step", "validation loss",
+        "slot loss", "frame loss", task.metric, "share of gap", "BLEU-4", "forgetting on", "off",
     ]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, row in rows(records).items():
@@ -72,6 +91,7 @@ def table(records: list[dict], task: Task) -> str:
         trained = "seconds_per_step" in row[0]
         cells = [
             name,
+            f"{row[0]['learning_rate']:g}" if trained else "–",
             f"{row[0]['trainable']:,}",
             f"{row[0]['disk_bytes'] / 1e3:,.0f} kB" if trained else "–",
             f"{mean(row, 'seconds_per_step'):.3f}" if trained else "–",
@@ -113,7 +133,7 @@ def picture(records: list[dict], task: Task) -> Figure:
         left.set(
             xlabel="step", ylabel=f"validation loss on {tokens} (nats a token)", ylim=(0, None)
         )
-        left.legend(frameon=False)
+        left.legend(frameon=False, fontsize=9)
         names = list(grouped)
         scores = [mean(grouped[name], "score") for name in names]
         colors = [COLORS.get("random" if name == RANDOM else name) for name in names]
@@ -123,19 +143,49 @@ def picture(records: list[dict], task: Task) -> Figure:
         ]
         bars = right.bar(names, scores, color=colors, yerr=errors, width=0.6)
         right.bar_label(bars, [f"{score:.2f}" for score in scores], padding=3)
-        right.set(ylabel=f"{task.metric} on held-out names", ylim=(0, 1.08))
+        right.set(ylabel=f"{task.metric} on the test examples", ylim=(0, 1.08))
+        if len(names) > 5:
+            right.tick_params("x", rotation=35)
+            for label in right.get_xticklabels():
+                label.set_ha("right")
         figure.suptitle(f"Task {task.name}: {records[-1]['steps']} steps")
     return figure
 
 
+def rank_picture(ranks: dict[str, int]) -> Figure:
+    """The rank of each adapted matrix, layers from left to right."""
+    kinds = list(dict.fromkeys(".".join(name.split(".")[3:]) for name in ranks))
+    layers = sorted({int(name.split(".")[2]) for name in ranks})
+    grid = [[ranks[f"transformer.h.{i}.{kind}"] for i in layers] for kind in kinds]
+    figure = Figure(figsize=(1.2 + 0.7 * len(layers), 1.2 + 0.5 * len(kinds)), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(grid, cmap="Greys", vmin=0, vmax=1.6 * max(map(max, grid)), aspect="auto")
+    for row, ranks_of_kind in enumerate(grid):
+        for column, rank in enumerate(ranks_of_kind):
+            axis.text(column, row, rank, ha="center", va="center")
+    axis.set_xticks(range(len(layers)), layers)
+    axis.set_yticks(range(len(kinds)), kinds)
+    axis.set(xlabel="layer", title="rank kept")
+    return figure
+
+
 def save(records: list[dict], task: Task, folder: str | Path) -> None:
-    """Write compare.json and compare.png."""
+    """Write compare.json and compare.png, and ranks.png where ranks were allocated."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(records, indent=1) + "\n"
     write_file(folder / "compare.json", lambda file: Path(file).write_text(text))
     figure = picture(records, task)
     write_file(folder / "compare.png", lambda file: figure.savefig(file, format="png", dpi=100))
+    allocated = [record["ranks"] for record in records if "ranks" in record]
+    if allocated:
+        ranks = rank_picture(allocated[0])
+        write_file(folder / "ranks.png", lambda file: ranks.savefig(file, format="png", dpi=100))
+
+
+def load(file: str | Path) -> list[dict]:
+    """The records of a compare.json."""
+    return json.loads(Path(file).read_text())
 
 
 def show_examples(records: list[dict], n: int = 2) -> str:

@@ -4,6 +4,7 @@ What a method is, this file does not know: `build_model` asks `get_peft_model`, 
 model is something that takes a batch and returns a loss.
 """
 
+import json
 import math
 import os
 import statistics
@@ -24,20 +25,54 @@ from tqdm import tqdm
 from minipeft.gpt import GPT, GPTConfig
 from minipeft.lab import tasks
 from minipeft.lab.tasks import Example, Task
-from minipeft.peft_model import LoraConfig, PeftModel, get_peft_model
+from minipeft.peft_model import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 
-# How each method is set up. The learning rates are from the sweep of 2026-11-24 that data/LOG.md
-# reports (1M base, `describe`, 100 steps, seed 100, which no reported run uses).
+CAUSAL = {"task_type": "CAUSAL_LM"}
+
+
+def adalora(r: int, steps: int) -> AdaLoraConfig:
+    """Half as much rank again at the start; ranks move in the middle two thirds of training."""
+    start = r + (r + 1) // 2
+    return AdaLoraConfig(
+        target_r=r, init_r=start, lora_alpha=2 * start, target_modules="all-linear",
+        total_step=steps, tinit=steps // 6, tfinal=steps // 6, **CAUSAL,
+    )  # fmt: skip
+
+
+# How each method is set up: the config of a size (rank, or number of virtual tokens) for a number
+# of steps, and the usual size. The learning rates are the sweep's, see SWEEPS.
 METHODS = {
-    "frozen": {"learning_rate": 0.0},
-    "full": {"learning_rate": 1e-3},
+    "frozen": {},
+    "full": {},
     "lora": {
-        "learning_rate": 2e-2,
-        "config": lambda: LoraConfig(
-            r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
+        "size": 8,
+        "config": lambda r, steps: LoraConfig(
+            r=r, lora_alpha=2 * r, target_modules="all-linear", **CAUSAL
         ),
     },
+    "adalora": {"size": 8, "config": adalora},
+    "prompt_tuning": {
+        "size": 20,
+        "config": lambda p, steps: PromptTuningConfig(num_virtual_tokens=p, **CAUSAL),
+    },
+    "p_tuning": {
+        "size": 20,
+        "config": lambda p, steps: PromptEncoderConfig(num_virtual_tokens=p, **CAUSAL),
+    },
+    "prefix_tuning": {
+        "size": 20,
+        "config": lambda p, steps: PrefixTuningConfig(num_virtual_tokens=p, **CAUSAL),
+    },
 }
+SWEEPS = tasks.DATA / "results" / "sweep.json"
 
 
 # --- devices ---
@@ -100,16 +135,19 @@ def train(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
     losses, seconds = [], []
     model.train()
-    bar = tqdm(islice(batches, steps), total=steps, desc=title, disable=quiet, mininterval=0.5)
+    hidden = {"disable": True} if quiet else {}  # so that TQDM_DISABLE=1 can hide it too
+    bar = tqdm(islice(batches, steps), total=steps, desc=title, mininterval=0.5, **hidden)
     for step, micro_batches in enumerate(bar, 1):
         start = time.perf_counter()
         counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches]
         total = 0.0
         for batch, count in zip(micro_batches, counts, strict=True):
             with autocast(parameters[0].device):
-                loss = model(**batch)[0] * (count / sum(counts))
-            loss.backward()
-            total += loss.item()
+                loss = model(**batch)[0]
+            (loss * (count / sum(counts))).backward()
+            if isinstance(model, PeftModel):
+                loss = model.task_loss  # reports leave AdaLoRA's penalty out
+            total += loss.item() * count / sum(counts)
         if not math.isfinite(total):
             raise FloatingPointError(
                 f"the loss is {total} at step {step}: lower the learning rate ({learning_rate})"
@@ -117,6 +155,8 @@ def train(
         gradient_bytes = sum(p.grad.nbytes for p in parameters if p.grad is not None)
         nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         optimizer.step()
+        if isinstance(model, PeftModel):
+            model.update_and_allocate(step)
         scheduler.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
@@ -212,10 +252,18 @@ def load_base(folder: str | Path) -> Base:
     return Base(str(folder), tokenizer, config.eos_token_id, held_out)
 
 
-def build_model(base: Base, method: str, seed: int, random_base: bool = False) -> nn.Module:
+def build_model(
+    base: Base,
+    method: str,
+    seed: int,
+    steps: int,
+    random_base: bool = False,
+    size: int | None = None,
+) -> nn.Module:
     """A model ready to be trained by a method: everything free, nothing, or an adapter on it.
 
-    `random_base` takes a model of the same shape that was never trained: the control.
+    `random_base` takes a model of the same shape that was never trained: the control. `size` is
+    the adapter's rank or number of virtual tokens.
     """
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r}; there are: {', '.join(METHODS)}")
@@ -224,8 +272,36 @@ def build_model(base: Base, method: str, seed: int, random_base: bool = False) -
     if random_base:
         model = GPT(model.config)
     if "config" in METHODS[method]:
-        return get_peft_model(model, METHODS[method]["config"]())
+        config = METHODS[method]["config"](size or METHODS[method]["size"], steps)
+        return get_peft_model(model, config)
     return model.requires_grad_(method == "full")
+
+
+def swept_learning_rate(
+    base: Base, task: Task, method: str, steps: int, random_base: bool, size: int | None
+) -> float:
+    """The best learning rate of the committed sweep that is most like this run.
+
+    Likeness counts in this order: pretrained or not, the task, the base, the size, the number of
+    steps, the number of training examples.
+    """
+    size = size or METHODS[method].get("size")
+    sweeps = json.loads(SWEEPS.read_text()) if SWEEPS.is_file() else []
+    sweeps = [entry for entry in sweeps if entry["method"] == method]
+    if not sweeps:
+        raise ValueError(f"no learning rate was swept for {method!r}: give one, or run the sweep")
+
+    def likeness(entry: dict) -> tuple:
+        same = [
+            entry["random_base"] == random_base,
+            entry["task"] == task.name,
+            entry["base"] == Path(base.folder).name,
+            entry["size"] == size,
+        ]
+        far = [entry["steps"] / steps, entry["examples"] / len(task.train)]
+        return (*same, *(-abs(math.log(ratio)) for ratio in far))
+
+    return max(sweeps, key=likeness)["best"]
 
 
 # --- measuring ---
@@ -327,9 +403,11 @@ def finetune(
     steps: int,
     seed: int = 0,
     learning_rate: float | None = None,
+    size: int | None = None,
     batch_size: int = 16,
     accumulation: int = 1,
     generated: int = 64,
+    validations: int = 8,
     random_base: bool = False,
     device: str | None = None,
     output: str | Path | None = None,
@@ -337,18 +415,24 @@ def finetune(
 ) -> dict:
     """Fine-tune a base on a task with one method, measure, and return the record.
 
-    With `output`, the adapter, or the whole model with its tokenizer, is saved there.
+    The learning rate is the committed sweep's where none is given. `validations` is how often the
+    validation loss is taken on the way. With `output`, the adapter, or the whole model with its
+    tokenizer, is saved there.
     """
-    if learning_rate is None:
-        learning_rate = METHODS.get(method, {}).get("learning_rate")
-    model = build_model(base, method, seed, random_base).to(pick_device(device))
+    model = build_model(base, method, seed, steps, random_base, size).to(pick_device(device))
+    if learning_rate is None and method != "frozen":
+        learning_rate = swept_learning_rate(base, task, method, steps, random_base, size)
     parameters = list(model.parameters())
     record = {
         "method": method,
         "random_base": random_base,
         "seed": seed,
+        "base": Path(base.folder).name,
+        "task": task.name,
+        "examples": len(task.train),
         "steps": steps,
         "learning_rate": learning_rate,
+        "size": size or METHODS[method].get("size"),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         "parameters": sum(p.numel() for p in parameters),
         "weight_bytes": sum(p.nbytes for p in parameters),
@@ -356,7 +440,7 @@ def finetune(
     }
 
     def validate(step: int) -> None:
-        if step % max(steps // 8, 1) == 0 or step == steps:
+        if step % max(steps // validations, 1) == 0 or step == steps:
             losses = task_loss(model, task.validation, base.end)
             record["validation"].append({"step": step} | losses)
 
@@ -392,6 +476,8 @@ def finetune(
         if model.device.type == "cuda":
             record["max_memory_allocated"] = torch.cuda.max_memory_allocated()
         record["disk_bytes"] = disk_bytes(model)
+        if isinstance(model, PeftModel) and model.ranks():
+            record["ranks"] = model.ranks()
     examples = task.test[:generated]
     texts = complete(model, base, examples)
     record |= task.score(examples, texts) | {

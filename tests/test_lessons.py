@@ -1,0 +1,66 @@
+"""The notebooks are what their sources make, and keep the house rules. `.ci/run` runs them."""
+
+import importlib.util
+import json
+import re
+
+import pytest
+
+from minipeft.lab import tasks
+
+LESSONS = tasks.DATA.parent / "lessons"
+SOURCES = sorted((LESSONS / "src").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def build():
+    pytest.importorskip("jupytext", reason="the lessons need the extra `lessons`")
+    spec = importlib.util.spec_from_file_location("build_lessons", LESSONS / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cells(path) -> list[dict]:
+    return json.loads(path.read_text())["cells"]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_the_notebooks_are_what_the_source_makes(build, source):
+    for path, text in build.lesson_and_twin(source, run=False).items():
+        made = json.loads(text)
+        assert build.sources(path.read_text()) == ["".join(c["source"]) for c in made["cells"]]
+        assert [c["id"] for c in cells(path)] == [
+            f"cell-{i:02d}" for i in range(len(made["cells"]))
+        ]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_a_lesson_has_stubs_and_its_twin_the_solutions(source):
+    lesson, twin = (
+        [set(c["metadata"].get("tags", [])) for c in cells(folder / f"{source.stem}.ipynb")]
+        for folder in (LESSONS, LESSONS / "solutions")
+    )
+    assert 3 <= sum("exercise" in tags for tags in lesson) <= 5
+    assert not any("solution" in tags for tags in lesson)
+    assert not any("exercise" in tags for tags in twin)
+    for path, said in ((LESSONS, "not done yet"), (LESSONS / "solutions", "right")):
+        for cell in cells(path / f"{source.stem}.ipynb"):
+            if "check" in cell["metadata"].get("tags", []):
+                assert "".join(cell["outputs"][0]["text"]).startswith(said)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_a_lesson_keeps_the_house_rules(source):
+    lesson = cells(LESSONS / f"{source.stem}.ipynb")
+    code = [cell for cell in lesson if cell["cell_type"] == "code"]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert len(lesson) <= 45
+    assert sum("image/png" in output.get("data", {}) for output in outputs) <= 4
+    assert not any("widget" in kind for o in outputs for kind in o.get("data", {}))
+    assert not any(output.get("name") == "stderr" for output in outputs)
+    assert not any(output["output_type"] == "error" for output in outputs)
+    for cell in lesson:
+        if cell["cell_type"] == "markdown":  # measured numbers are printed, never typed
+            text = re.sub(r"arXiv \d{4}\.\d{5}", "", "".join(cell["source"]))
+            assert not re.search(r"\d\.\d|\d ?%", text), text

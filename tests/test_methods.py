@@ -1,0 +1,430 @@
+"""AdaLoRA and the prompt methods: what must hold for each, without any other library."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch import nn
+
+from minipeft import (
+    GPT,
+    AdaLoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from minipeft.adalora import RankAllocator, orthogonality
+from minipeft.lab import tasks
+
+SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 2, "total_step": 10}
+CONFIGS = {
+    "adalora": lambda: AdaLoraConfig(target_modules="all-linear", **SCHEDULE),
+    "prompt": lambda: PromptTuningConfig(num_virtual_tokens=5),
+    "p_tuning": lambda: PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=7),
+    "p_tuning_lstm": lambda: PromptEncoderConfig(
+        num_virtual_tokens=5, encoder_hidden_size=7, encoder_reparameterization_type="LSTM"
+    ),
+    "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=5),
+    "prefix_projection": lambda: PrefixTuningConfig(
+        num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=7
+    ),
+}
+PROMPTS = [name for name in CONFIGS if name != "adalora"]
+
+
+def train(model, ids, steps=10):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-2)
+    losses = []
+    model.train()
+    for step in range(1, steps + 1):
+        model(ids, labels=ids)[0].backward()
+        losses.append(model.task_loss.item())
+        optimizer.step()
+        model.update_and_allocate(step)
+        optimizer.zero_grad()
+    model.eval()
+    return losses
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_lowers_the_loss_and_leaves_the_base_to_the_bit(gpt, ids, name):
+    plain, before = gpt(ids).logits, copy.deepcopy(gpt.state_dict())
+    model = get_peft_model(gpt, CONFIGS[name]())
+    losses = train(model, ids)
+    assert losses[-1] < losses[0]
+    assert not torch.allclose(model(ids).logits, plain, atol=1e-3)
+    assert model(ids).logits.shape == plain.shape  # the real tokens' alone
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, plain)
+        assert not any("prompt" in key or "lora_" in key for key in model.state_dict())
+    assert torch.equal(model.unload()(ids).logits, plain)
+    assert all(torch.equal(before[key], value) for key, value in gpt.state_dict().items())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_only_the_adapter_gets_gradients(gpt, ids, name):
+    model = get_peft_model(gpt, CONFIGS[name]())
+    model(ids, labels=ids)[0].backward()
+    for key, p in model.named_parameters():
+        own = "prompt_encoder" in key or "lora_" in key
+        assert p.requires_grad == own == (p.grad is not None), key
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [  # the formulas of the docstrings, with v 61, d 24, 2 layers, p 5, w 7, r 4
+        ("adalora", 2 * 4 * (24 + 72 + 1 + 24 + 24 + 1 + 24 + 96 + 1 + 96 + 24 + 1)),
+        ("prompt", 5 * 24),
+        ("p_tuning", 5 * 24 + (24 * 7 + 7) + (49 + 7) + (7 * 24 + 24)),
+        ("p_tuning_lstm", 5 * 24 + 56 * (24 + 9) + 56 * (21 + 2) + (196 + 14) + (14 * 24 + 24)),
+        ("prefix", 2 * 5 * 2 * 24),
+        ("prefix_projection", 5 * 24 + (24 * 7 + 7) + (7 * 96 + 96)),
+    ],
+)
+def test_the_count_is_the_formulas(gpt, name, count):
+    assert get_peft_model(gpt, CONFIGS[name]()).get_nb_trainable_parameters()[0] == count
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_and_read_back_it_gives_the_same_logits(gpt, ids, tmp_path, name, trainable):
+    base = copy.deepcopy(gpt)
+    model = get_peft_model(gpt, CONFIGS[name]())
+    train(model, ids)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base, tmp_path, is_trainable=trainable).eval()
+    assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-6)
+    numbers = [m.get_nb_trainable_parameters()[0] for m in (again, model)]
+    if not trainable:
+        assert numbers[0] == 0
+    elif name == "adalora":  # cut to the ranks that were kept
+        kept = model.adapters["default"].allocator.ranks()
+        shapes = {n: one.weight.shape for n, one in model.adapters["default"].layers.items()}
+        assert numbers[0] == sum(r * (sum(shapes[n]) + 1) for n, r in kept.items()) < numbers[1]
+    else:
+        assert numbers[0] == numbers[1]
+        assert train(again, ids, 3)[-1] < model(ids, labels=ids)[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_cache_and_left_padding_change_nothing(gpt, ids, name):
+    model = get_peft_model(gpt, CONFIGS[name]())
+    train(model, ids)
+    text = model.generate(ids, max_new_tokens=6, eos_token_id=60)
+    steps = ids
+    for _ in range(6):
+        steps = torch.cat((steps, model(steps).logits[:, -1:].argmax(-1)), dim=1)
+    rows = [row.tolist() for row in text]
+    for row, stepped in zip(rows, steps.tolist(), strict=True):
+        n = row.index(60, 10) if 60 in row[10:] else 16
+        assert row[:n] == stepped[:n]
+    padded = torch.cat((torch.zeros(3, 4, dtype=torch.long), ids), dim=1)
+    mask = (torch.arange(14) >= 4).long().expand(3, 14)
+    assert torch.equal(model.generate(padded, mask, max_new_tokens=6, eos_token_id=60)[:, 4:], text)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_on_the_right_does_not_change_the_loss(gpt, ids, name):
+    model = get_peft_model(gpt, CONFIGS[name]()).double()
+    train(model, ids)
+    more = torch.cat((ids, torch.zeros(3, 3, dtype=torch.long)), dim=1)
+    mask = (torch.arange(13) < 10).long().expand(3, 13)
+    labels = more.masked_fill(mask == 0, -100)
+    plain, padded = model(ids, labels=ids), model(more, mask, labels)
+    assert torch.allclose(plain.logits, padded.logits[:, :10], atol=1e-11)
+    assert torch.allclose(plain.loss, padded.loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_trains_a_step_under_bfloat16_autocast_and_with_checkpointing(gpt, ids, name):
+    model = get_peft_model(gpt, CONFIGS[name]()).train()
+    exact = model(ids, labels=ids)[0]
+    exact.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(ids, labels=ids)[0].backward()
+    again = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients, again, strict=True))
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, labels=ids)[0]
+    loss.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=0.05)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_prompt_method_has_nothing_to_merge(gpt, name):
+    model = get_peft_model(gpt, CONFIGS[name]())
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="nothing to merge"):
+            merge()
+
+
+def test_methods_can_be_switched_on_one_base(gpt, ids):
+    model, told = get_peft_model(gpt, CONFIGS["prefix"](), "prefix").eval(), {}
+    for name in PROMPTS + ["adalora"]:
+        if name not in model.adapters:
+            model.add_adapter(name, CONFIGS[name]())
+        model.set_adapter(name)
+        told[name] = model(ids).logits
+    for name, logits in told.items():
+        model.set_adapter(name)
+        assert torch.equal(model(ids).logits, logits)
+    assert len({logits.sum().item() for logits in told.values()}) == len(told)
+
+
+# --- AdaLoRA ---
+
+
+def test_adalora_merges_exactly_and_unmerges_to_the_bit(gpt, ids):
+    model = get_peft_model(gpt.double(), CONFIGS["adalora"]())
+    train(model, ids)
+    before = model(ids).logits
+    model.merge_adapter()
+    assert torch.allclose(model(ids).logits, before, rtol=0, atol=1e-12 * before.abs().max().item())
+    model.unmerge_adapter()
+    assert torch.equal(model(ids).logits, before)
+    plain = model.merge_and_unload()
+    assert type(plain) is GPT
+    assert torch.allclose(plain(ids).logits, before, rtol=0, atol=1e-12 * before.abs().max().item())
+
+
+def test_the_penalty_is_in_the_training_loss_alone(gpt, ids):
+    model = get_peft_model(gpt, CONFIGS["adalora"]()).train()
+    layers = model.adapters["default"].layers
+    loss = model(ids, labels=ids)[0]
+    assert torch.allclose(loss - model.task_loss, 0.5 * orthogonality(layers))
+    assert loss > model.task_loss + 0.1
+    loss = model.eval()(ids, labels=ids)[0]
+    assert torch.equal(loss, model.task_loss)
+    for layer in layers.values():
+        nn.init.orthogonal_(layer.lora_A)
+        nn.init.orthogonal_(layer.lora_B)
+    assert orthogonality(layers) < 1e-5
+
+
+def test_the_budget_falls_as_a_cubic_and_the_ranks_end_at_the_target(gpt, ids):
+    config = AdaLoraConfig(target_modules="all-linear", **(SCHEDULE | {"total_step": 12}))
+    model = get_peft_model(gpt, config)
+    allocator = model.adapters["default"].allocator
+    assert [allocator.budget(t) for t in (0, 2, 6, 10, 12)] == [32, 32, 16 + 2, 16, 16]
+    train(model, ids, 12)
+    ranks = allocator.ranks()
+    assert sum(ranks.values()) == 16
+    for name, kept in allocator.kept.items():
+        e = model.adapters["default"].layers[name].lora_E.view(-1)
+        assert (e[~kept] == 0).all()
+        assert (e[kept] != 0).all()
+
+
+def test_an_allocator_that_was_never_stepped_is_an_error(gpt, ids, tmp_path):
+    model = get_peft_model(gpt, CONFIGS["adalora"]())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(ids, labels=ids)[0].backward()
+    optimizer.step()
+    for act in (
+        model.merge_adapter,
+        model.merge_and_unload,
+        lambda: model.save_pretrained(tmp_path),
+    ):
+        with pytest.raises(RuntimeError, match="ranks were never allocated"):
+            act()
+    assert not list(tmp_path.rglob("*.safetensors"))
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="before zero_grad"):
+        model.update_and_allocate(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_r": 4}, "target_r 4 must be below init_r 4"),
+        ({"target_r": 9}, "target_r 9 must be below init_r 4"),
+        ({"total_step": None}, "total_step is None"),
+        ({"tinit": 5, "tfinal": 5}, "tinit 5 \\+ tfinal 5 leave no step of the 10"),
+        ({"beta1": 1.0}, "beta1 is 1.0"),
+        ({"deltaT": 0}, "deltaT is 0"),
+        ({"orth_reg_weight": -1}, "orth_reg_weight"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        AdaLoraConfig(target_modules=["c_attn"], **(SCHEDULE | changes))
+
+
+def test_the_allocator_alone_needs_no_peft_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6))
+    from minipeft.adalora import add_adalora
+
+    layers = add_adalora(model, AdaLoraConfig(target_modules=["0"], **SCHEDULE))
+    allocator = RankAllocator(layers, AdaLoraConfig(target_modules=["0"], **SCHEDULE))
+    for step in range(1, 11):
+        model(torch.randn(9, 6)).square().sum().backward()
+        with torch.no_grad():
+            for p in layers["0"].parameters():
+                if p.grad is not None:
+                    p -= 0.01 * p.grad
+        allocator.update_and_allocate(step)
+        model.zero_grad()
+    assert allocator.ranks() == {"0": 2}
+
+
+# --- prompt methods ---
+
+
+def test_prompts_start_from_the_vocabulary_or_from_a_text(trained_base):
+    words = trained_base.get_input_embeddings().weight
+    torch.manual_seed(0)
+    config = PromptTuningConfig(num_virtual_tokens=6, prompt_tuning_init="SAMPLE_VOCAB")
+    prompt = get_peft_model(trained_base, config).prompt_encoder.prompt()
+    assert all((words == row).all(1).any() for row in prompt)
+    folder = tasks.DATA / "base" / "1m"
+    ids = tasks.load_tokenizer(folder).encode("The name is").ids
+    for p in (2, 7):
+        config = PromptTuningConfig(
+            num_virtual_tokens=p, prompt_tuning_init="TEXT", prompt_tuning_init_text="The name is",
+            tokenizer_name_or_path=str(folder),
+        )  # fmt: skip
+        prompt = get_peft_model(GPT.from_pretrained(folder), config).prompt_encoder.prompt()
+        assert torch.equal(prompt, words[(ids * 4)[:p]])
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_loss_is_that_of_the_real_tokens_at_their_positions(gpt, ids, name):
+    """By hand: the last virtual token predicts the first real one (a prefix predicts none)."""
+    model = get_peft_model(gpt, CONFIGS[name]()).eval()
+    loss, logits, *_ = model(ids, labels=ids)
+    told = logits[:, :-1]
+    wanted = ids[:, 1:]
+    if not name.startswith("prefix"):
+        prompt = model.prompt_encoder.prompt().expand(3, -1, -1)
+        words = torch.cat((prompt, gpt.transformer.wte(ids)), dim=1)
+        told, wanted = gpt(inputs_embeds=words).logits[:, 4:-1], ids
+    by_hand = nn.functional.cross_entropy(told.transpose(1, 2), wanted)
+    assert torch.allclose(loss, by_hand)
+    positions = torch.arange(10)[None].expand(3, 10)
+    assert torch.allclose(model(ids, position_ids=positions).logits, logits, atol=1e-6)
+    assert not torch.allclose(model(ids, position_ids=positions + 1).logits, logits, atol=1e-3)
+    embedded = model(inputs_embeds=gpt.transformer.wte(ids)).logits
+    assert torch.allclose(embedded, logits, atol=1e-6)
+    with pytest.raises(ValueError, match="use_cache cannot be used"):
+        model(ids, use_cache=True)
+
+
+@pytest.mark.parametrize("name", ["p_tuning", "p_tuning_lstm"])
+def test_the_network_can_be_thrown_away(gpt, ids, name):
+    config = CONFIGS[name]()
+    config.encoder_dropout = 0.5
+    model = get_peft_model(gpt, config)
+    train(model, ids)
+    with torch.no_grad():
+        before = model(ids).logits
+        model.train().prompt_encoder.keep_output()
+        assert torch.equal(model(ids).logits, before)
+    assert sum(p.numel() for p in model.prompt_encoder.parameters()) == 5 * 24
+
+
+def test_a_prefix_of_zeros_is_not_no_prefix(gpt, ids):
+    plain = gpt(ids).logits
+    model = get_peft_model(gpt, PrefixTuningConfig(num_virtual_tokens=5, init_weights="zero"))
+    positions = torch.arange(10)[None] - 5  # so that positions are those without a prefix
+    moved = model(ids, position_ids=positions).logits
+    assert not torch.allclose(moved, plain, atol=1e-3)
+
+
+def test_a_prefix_is_what_the_keys_and_values_of_real_tokens_would_be(gpt, ids):
+    """With the cache of five real tokens as the prefix, the rest of the text is continued."""
+    model = get_peft_model(gpt.double(), PrefixTuningConfig(num_virtual_tokens=5)).double()
+    with model.disable_adapter():
+        whole = model(ids[:1]).logits
+        cache = model(ids[:1, :5], use_cache=True).past_key_values
+    rows = torch.stack([half[0] for pair in cache for half in pair])  # (2 l, h, p, k)
+    model.prompt_encoder.embedding.weight.data = rows.permute(2, 0, 1, 3).reshape(5, -1)
+    assert torch.allclose(model(ids[:1, 5:]).logits, whole[:, 5:], atol=1e-12)
+
+
+def test_deep_prompts_of_p_tuning_v2_are_prefix_tuning_without_a_projection(gpt, ids):
+    """v2 puts p vectors in front of every layer's input and lets attention see their keys and
+    values; what any keys and values give, a prefix gives that holds them."""
+    model = get_peft_model(gpt.double(), PrefixTuningConfig(num_virtual_tokens=5)).double()
+    deep = [torch.randn(5, 24).double() for _ in range(2)]  # a prompt for every layer, (p, d)
+    rows = []
+    for block, prompt in zip(gpt.transformer.h, deep, strict=True):
+        _, keys, values = block.attn.c_attn(block.ln_1(prompt)).chunk(3, dim=-1)  # (p, d) each
+        rows += [keys, values]
+    model.prompt_encoder.embedding.weight.data = torch.cat(rows, dim=1).detach()
+    x = gpt.transformer.wte(ids) + gpt.transformer.wpe(torch.arange(5, 15))
+    mask = gpt._mask(None, 3, 15, 0, "cpu")
+    assert mask is None
+    for block, prompt in zip(gpt.transformer.h, deep, strict=True):
+        both = torch.cat((prompt.expand(3, 5, 24), x), dim=1)  # v2: in front of the layer's input
+        x = block(both, None, None)[0][:, 5:]  # what the layer makes of the prompts is dropped
+    logits = gpt.lm_head(gpt.transformer.ln_f(x))
+    assert torch.allclose(model(ids).logits, logits, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PromptTuningConfig(num_virtual_tokens=0), "num_virtual_tokens is 0"),
+        (lambda: PromptEncoderConfig(), "num_virtual_tokens is None"),
+        (lambda: PrefixTuningConfig(num_virtual_tokens=-1), "num_virtual_tokens is -1"),
+        (
+            lambda: PromptEncoderConfig(
+                num_virtual_tokens=2, encoder_reparameterization_type="GRU"
+            ),
+            "'GRU': give MLP or LSTM",
+        ),
+        (lambda: PromptTuningConfig(2, prompt_tuning_init="TEXT"), "TEXT needs"),
+        (lambda: PromptTuningConfig(2, prompt_tuning_init="NOISE"), "NOISE"),
+        (lambda: PrefixTuningConfig(2, init_weights="one"), "init_weights is 'one'"),
+    ],
+)
+def test_a_wrong_prompt_config_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_prompt_that_leaves_no_room_is_refused_and_nothing_is_changed(gpt, ids, name):
+    config = CONFIGS[name]()
+    config.num_virtual_tokens = 32
+    with pytest.raises(ValueError, match="32 virtual tokens leave no room in a context of 32"):
+        get_peft_model(gpt, config)
+    assert all(p.requires_grad for p in gpt.parameters())
+    config.num_virtual_tokens = 25
+    model = get_peft_model(gpt, config)
+    with pytest.raises(ValueError, match="the context holds 32"):
+        model(ids)
+    with pytest.raises(ValueError, match="a prompt of 27 and 6 new tokens exceed the context"):
+        model.generate(ids[:, :2], max_new_tokens=6)
+
+
+def test_a_model_without_embeddings_or_cache_is_refused():
+    with pytest.raises(ValueError, match="Linear has no get_input_embeddings"):
+        get_peft_model(nn.Linear(2, 2), CONFIGS["prompt"]())
+
+
+def test_loaded_prompts_without_their_network_train_as_they_are(gpt, ids, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base = copy.deepcopy(gpt)
+    model = get_peft_model(gpt, CONFIGS["p_tuning"]())
+    train(model, ids)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({"prompt_embeddings": tensors["prompt_embeddings"]}, file)  # as peft writes it
+    again = PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval()
+    assert again.get_nb_trainable_parameters()[0] == 5 * 24
+    assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-6)
+    save_file({"prompt_embeddings": tensors["prompt_embeddings"][:3].contiguous()}, file)
+    with pytest.raises(ValueError, match=r"prompt_embeddings is \(3, 24\)"):
+        PeftModel.from_pretrained(GPT(tiny_config()), tmp_path)
