@@ -7,17 +7,21 @@ from minipeft.p_tuning import PromptEncoderConfig
 from minipeft.peft_model import PeftConfig, PeftModel, TaskType, get_peft_model
 from minipeft.prefix_tuning import PrefixTuningConfig
 from minipeft.prompt_tuning import PromptTuningConfig
+from minipeft.qlora import PagedAdamW, QLoraConfig, quantize_model
 
 __all__ = [
     "GPT",
     "AdaLoraConfig",
     "GPTConfig",
     "LoraConfig",
+    "PagedAdamW",
     "PeftConfig",
     "PeftModel",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptTuningConfig",
+    "QLoraConfig",
     "TaskType",
     "get_peft_model",
+    "quantize_model",
 ]

@@ -283,7 +283,7 @@ def add_adalora(model: nn.Module, config: AdaLoraConfig) -> dict[str, SVDLinear]
 
 # --- find_targets: the same lines stand in every weight method (tests/test_copy_alone.py compares)
 def is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+    return isinstance(layer, nn.Linear) or type(layer).__name__ in ("Conv1D", "Linear4bit")
 
 
 def find_targets(model: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Module]:

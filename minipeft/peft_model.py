@@ -30,6 +30,7 @@ from minipeft.lora import LoraConfig, lora_layers
 from minipeft.p_tuning import PromptEncoder, PromptEncoderConfig
 from minipeft.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from minipeft.prompt_tuning import PromptEmbedding, PromptTuningConfig
+from minipeft.qlora import Linear4bit, QLoraConfig, dequantize_model, qlora_layers
 
 # Keys of a peft config that we have no use for: free ones, and those with a default that is not
 # empty. Any other key that we do not know has to be null, false or empty, as it is by default.
@@ -132,7 +133,7 @@ class LayerAdapter:
             f"base_model.model.{name}.{key}": tensor
             for name, layer in self.layers.items()
             for key, tensor in layer.state_dict().items()
-            if not key.startswith("base_layer.")
+            if key.startswith("lora_")
         }
 
     def load(self, found: dict[str, Tensor]) -> None:
@@ -237,6 +238,7 @@ Adapter = LayerAdapter | PromptAdapter
 # peft_type: the config's class, the family, and what makes the layers or the encoder.
 METHODS = {
     "LORA": (LoraConfig, LayerAdapter, lora_layers),
+    "QLORA": (QLoraConfig, LayerAdapter, qlora_layers),  # a LORA in files
     "ADALORA": (AdaLoraConfig, AdaLoraAdapter, adalora_layers),
     "PROMPT_TUNING": (PromptTuningConfig, PromptAdapter, PromptEmbedding),
     "P_TUNING": (PromptEncoderConfig, PromptAdapter, PromptEncoder),
@@ -244,6 +246,15 @@ METHODS = {
 }
 for _config_class, *_ in METHODS.values():
     PeftConfig.register(_config_class)
+
+
+def as_qlora(config: LoraConfig) -> QLoraConfig:
+    """A LoRA's config for a 4-bit model. Raises ValueError for what QLoRA does not have."""
+    own = {field.name for field in fields(QLoraConfig) if field.init}
+    others = {k: v for k, v in asdict(config).items() if k not in own and k != "peft_type" and v}
+    if others:
+        raise ValueError(f"on a 4-bit model these are not implemented: {', '.join(others)}")
+    return QLoraConfig(**{name: getattr(config, name) for name in own})
 
 
 def make_adapter(model: nn.Module, config: PeftConfig) -> Adapter:
@@ -396,6 +407,7 @@ class PeftModel(nn.Module):
         model = self.base_model if inplace else copy.deepcopy(self.base_model)
         for name in names:
             model.set_submodule(name, model.get_submodule(name).merge_into_base())
+        dequantize_model(model)  # where the base is in 4 bits, what was not adapted as well
         if inplace:
             self.adapters, self.active_adapter, self.in_place = {}, None, False
         return model
@@ -427,6 +439,7 @@ class PeftModel(nn.Module):
             folder = Path(path) / name if i else Path(path)
             folder.mkdir(parents=True, exist_ok=True)
             config = asdict(adapter.config) | getattr(adapter.config, "other_keys", {})
+            config["peft_type"] = config["peft_type"].removeprefix("Q")
             text = json.dumps(config | {"inference_mode": True}, indent=2, sort_keys=True) + "\n"
             tensors = {key: tensor.contiguous() for key, tensor in adapter.tensors().items()}
 
@@ -566,6 +579,8 @@ def _read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
     config = PeftConfig.from_pretrained(folder)
+    if config.peft_type == "LORA" and any(isinstance(m, Linear4bit) for m in model.modules()):
+        config = as_qlora(config)
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ValueError(f"there is no {file} (pickled files, adapter_model.bin, are never read)")

@@ -35,15 +35,16 @@ def trained_base() -> GPT:
 
 @pytest.fixture(scope="session")
 def world():
-    """The generator of the pretraining text, its words, and the data card's figures."""
+    """What lies in data/: the text's generator, its words, the card's figures, the study's."""
     sys.path.insert(0, str(tasks.DATA))
     try:
         import card
+        import study
         import text
         import words
     finally:
         sys.path.remove(str(tasks.DATA))
-    return text, words, card
+    return text, words, card, study
 
 
 @pytest.fixture(scope="session")

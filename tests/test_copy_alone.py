@@ -11,7 +11,7 @@ import pytest
 HOUSE = Path(__file__).resolve().parents[1] / "minipeft"
 
 
-ALONE = ["gpt", "lora", "adalora", "prompt_tuning", "p_tuning", "prefix_tuning"]
+ALONE = ["gpt", "lora", "adalora", "prompt_tuning", "p_tuning", "prefix_tuning", "qlora"]
 
 
 @pytest.mark.parametrize("name", [f"{name}.py" for name in ALONE])
@@ -34,7 +34,7 @@ def test_shared_lines_are_the_same():
         ):
             blocks.setdefault(name, {})[file.name] = block
     assert set(blocks["write_file"]) == {"gpt.py", "peft_model.py"}
-    assert set(blocks["find_targets"]) == {"lora.py", "adalora.py"}
+    assert set(blocks["find_targets"]) == {"lora.py", "adalora.py", "qlora.py"}
     assert set(blocks["prepend"]) == {"prompt_tuning.py", "p_tuning.py"}
     assert len(blocks["check_model"]) == 3
     for copies in blocks.values():

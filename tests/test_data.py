@@ -13,7 +13,7 @@ from minipeft.lab import tasks
 
 
 def test_the_text_follows_from_its_seed_and_has_no_held_out_name(world):
-    text, words, _ = world
+    text, words, *_ = world
     documents = [text.document(rng) for rng in [Random(0)] for _ in range(500)]
     assert documents == [text.document(rng) for rng in [Random(0)] for _ in range(500)]
     everything = "\n".join(documents)
@@ -73,7 +73,7 @@ def test_the_n_gram_model_is_a_distribution_and_learns_what_follows_what(world):
 
 
 def test_a_probes_answer_is_what_the_text_would_say(world):
-    text, words, card = world
+    text, words, card, _ = world
     rng, values = Random(0), text.VALUES | card.HELD_OUT
     for ask in (card.about_one, card.about_one_of_a_kind, card.about_three):
         prompt, answer = ask(text.Writer(rng, values))

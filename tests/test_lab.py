@@ -8,7 +8,7 @@ import torch
 from conftest import BASE
 
 from minipeft import GPT
-from minipeft.lab import compare, finetune, tasks
+from minipeft.lab import compare, finetune, sweep, tasks
 
 ALL_TASKS = ["describe", "describe_brackets", "sentiment", "sentiment_unseen"]
 
@@ -199,10 +199,34 @@ def test_the_commands_help_and_one_clear_error(tmp_path):
     assert done.stderr.startswith("error: there is no")
 
 
-def test_the_readmes_table_is_the_committed_runs(task):
-    records = json.loads((tasks.DATA / "results" / "compare.json").read_text())
+@pytest.mark.parametrize(
+    ("name", "file", "frozen", "full", "random"),
+    [
+        ("describe", "compare.json", 0.25, 0.9, 0.45),
+        ("sentiment", "sentiment/compare.json", 0.6, 0.9, 0.6),
+    ],
+)
+def test_the_readmes_table_is_the_committed_run_and_the_task_needs_its_base(
+    base, name, file, frozen, full, random
+):
+    task = tasks.load_task(base.tokenizer, base.end, 256, name)
+    records = compare.load(tasks.DATA / "results" / file)
     assert compare.table(records, task) in (tasks.DATA.parent / "README.md").read_text()
+    assert {(r["base"], r["task"], r["steps"]) for r in records} == {("3m", name, 100)}
     by_row = {name: compare.mean(row, "score") for name, row in compare.rows(records).items()}
-    assert by_row["frozen"] < 0.25
-    assert by_row["full"] > 0.9
-    assert by_row[compare.RANDOM] < by_row["full"] / 2
+    assert by_row["frozen"] < frozen
+    assert by_row["full"] > full
+    assert by_row[compare.RANDOM] < random
+    for record in records:
+        assert (
+            record["forgetting"].get("off", record["forgetting"]["base"])
+            == (record["forgetting"]["base"])
+        )
+
+
+def test_the_readmes_other_tables_are_the_committed_study_and_sweep(world):
+    study, page = world[3], (tasks.DATA.parent / "README.md").read_text()
+    sweeps = json.loads((tasks.DATA / "results" / "sweep.json").read_text())
+    sweep.check(sweeps)
+    for table in (study.table(study.load()), study.equal_score(sweeps), study.rank_table(sweeps)):
+        assert table in page

@@ -429,7 +429,7 @@ def finetune(
         "seed": seed,
         "base": Path(base.folder).name,
         "task": task.name,
-        "examples": len(task.train),
+        "n_train": len(task.train),
         "steps": steps,
         "learning_rate": learning_rate,
         "size": size or METHODS[method].get("size"),

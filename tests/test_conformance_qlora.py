@@ -1,0 +1,145 @@
+"""NF4, the 4-bit layer and QLoRA training compute what bitsandbytes and peft compute."""
+
+import pytest
+import torch
+from torch import nn
+
+from minipeft import QLoraConfig, get_peft_model, quantize_model
+from minipeft.qlora import DYNAMIC_MAP, NF4_CODEBOOK, Linear4bit, dequantize_nf4, quantize_nf4
+
+pytestmark = pytest.mark.conformance
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+bnb = pytest.importorskip("bitsandbytes")
+F = pytest.importorskip("bitsandbytes.functional")
+
+torch.manual_seed(0)
+BLOCKS = {
+    "normal": torch.randn(256, 128),
+    "uniform": torch.rand(64, 64),
+    "constant": torch.full((8, 64), 3.0),
+    "zero": torch.zeros(4, 64),
+    "denormal": torch.randn(8, 64) * 1e-40,
+    "huge": torch.randn(8, 64) * 1e37,
+    "bfloat16": torch.randn(64, 64).bfloat16(),
+    "float16": torch.randn(64, 64).half(),
+    "odd": torch.randn(777),
+}
+
+
+def their_layer(layer: nn.Module, double_quant: bool) -> nn.Module:
+    w = layer.weight.detach()
+    w = (w.t() if type(layer).__name__ == "Conv1D" else w).contiguous()
+    made = bnb.nn.Linear4bit(
+        w.shape[1], w.shape[0], bias=layer.bias is not None, compute_dtype=torch.float32,
+        compress_statistics=double_quant, quant_type="nf4",
+    )  # fmt: skip
+    made.weight = bnb.nn.Params4bit(
+        w.clone(), requires_grad=False, compress_statistics=double_quant, quant_type="nf4"
+    ).to("cpu")
+    if layer.bias is not None:
+        made.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    made.support_avx512bf16_for_cpu = False  # or it computes in bfloat16 where the processor can
+    return made
+
+
+def test_the_tables_are_theirs():
+    assert torch.equal(NF4_CODEBOOK, F.get_4bit_type("nf4", device="cpu"))
+    assert torch.equal(DYNAMIC_MAP, F.create_dynamic_map())
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_codes_scales_and_weights_are_theirs(kind, double_quant):
+    w = BLOCKS[kind]
+    ours = quantize_nf4(w, double_quant=double_quant)
+    codes, state = F.quantize_4bit(
+        w, blocksize=64, compress_statistics=double_quant, quant_type="nf4"
+    )
+    assert torch.equal(codes.view(-1), ours.codes)
+    back, theirs = dequantize_nf4(ours), F.dequantize_4bit(codes, state)
+    if not double_quant:
+        assert torch.equal(state.absmax, ours.scales)
+        assert torch.equal(back, theirs)
+    elif kind not in ("constant", "zero", "denormal"):  # there any code stands for (almost) 0
+        assert torch.equal(state.offset, ours.offset)
+        assert torch.equal(state.state2.absmax, ours.scale_scales)
+        off = (state.absmax.int() - ours.scales.int()).abs()
+        assert off.max() <= 1  # their CPU kernel looks codes up in 65,536 bins
+        assert (off > 0).float().mean() <= 0.01
+    assert torch.allclose(back.float(), theirs.float(), rtol=1e-5, atol=1e-38)
+
+
+def test_their_code_of_a_scale_is_never_nearer_than_ours():
+    torch.manual_seed(0)
+    w = torch.randn(2**21)
+    ours = quantize_nf4(w)
+    _, state = F.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4")
+    absmax = quantize_nf4(w, double_quant=False).scales - ours.offset
+    scale = ours.scale_scales.repeat_interleave(256)[: len(absmax)]
+    error = [
+        (DYNAMIC_MAP[codes.int()] * scale - absmax).abs() for codes in (ours.scales, state.absmax)
+    ]
+    differ = ours.scales != state.absmax
+    assert 0 < differ.float().mean() < 0.01
+    assert (error[0] <= error[1] + 1e-7).all()
+
+
+def test_the_layers_output_and_input_gradient_are_theirs():
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 192)
+    ours, theirs = Linear4bit(layer, double_quant=False), their_layer(layer, double_quant=False)
+    x = torch.randn(4, 7, 128)
+    inputs, outputs = [], []
+    for module in (ours, theirs):
+        inputs.append(x.clone().requires_grad_())
+        outputs.append(module(inputs[-1]))
+        outputs[-1].square().sum().backward()
+    assert torch.equal(*outputs)
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+
+
+def tiny(kind: str) -> nn.Module:
+    torch.manual_seed(1)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=61, n_embd=64, n_layer=2, n_head=4, n_positions=32, bos_token_id=0,
+            eos_token_id=0, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+        )  # fmt: skip
+        return transformers.GPT2LMHeadModel(config)
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_five_training_steps_end_where_peft_and_bitsandbytes_end(ids, kind, double_quant):
+    targets = ["c_attn", "c_fc"] if kind == "gpt2" else ["q_proj", "v_proj", "down_proj"]
+    names = {"r": 4, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    theirs, ours = tiny(kind), tiny(kind)
+    for name in quantize_model(ours, double_quant=double_quant):
+        theirs.set_submodule(name, their_layer(theirs.get_submodule(name), double_quant))
+    theirs.is_loaded_in_4bit = True
+    torch.manual_seed(5)
+    reference = peft.get_peft_model(theirs, peft.LoraConfig(**names)).train()
+    torch.manual_seed(5)
+    model = get_peft_model(ours, QLoraConfig(**names)).train()
+    results = []
+    for m in (reference, model):
+        parameters = [p for p in m.parameters() if p.requires_grad]
+        optimizer, losses = torch.optim.AdamW(parameters, lr=1e-2), []
+        for _ in range(5):
+            loss = m(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        results.append([*losses, *parameters])
+    assert results[0][4] < results[0][0]
+    if double_quant:  # a scale in a thousand differs; AdamW magnifies that where gradients are ~0
+        results = [losses_and_weights[:5] for losses_and_weights in results]
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-4 if double_quant else 0, rtol=0)
