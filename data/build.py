@@ -138,7 +138,7 @@ def build_bases(folder: Path, names: list[str]) -> None:
         )
         shutil.rmtree(folder / name, ignore_errors=True)
         model.save_pretrained(folder / name)
-        tokenizer.save(str(folder / name / "tokenizer.json"))
+        tokenizer.save(str(folder / name / "tokenizer.json"), pretty=False)
         (folder / name / "held_out.txt").write_text(text + "\n")
         losses = record["losses"][-100:]
         print(

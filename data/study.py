@@ -22,7 +22,7 @@ RESULTS = tasks.DATA / "results"
 STEPS, EXAMPLES = 100, 400  # what `compare` takes
 SETTINGS = ["33:400", "300:400", "100:50", "100:150"]  # steps:examples; 100:400 is `compare --full`
 METHODS = ["full", "lora"]
-KEPT = ["method", "steps", "examples", "seed", "learning_rate", "score", "bleu", "forgetting"]
+KEPT = ["method", "steps", "n_train", "seed", "learning_rate", "score", "bleu", "forgetting"]
 
 
 def measure(setting: str) -> list[dict]:
@@ -37,7 +37,7 @@ def measure(setting: str) -> list[dict]:
 
 
 def chosen(records: list[dict], steps: int, examples: int, method: str) -> list[dict]:
-    wanted = {"steps": steps, "examples": examples, "method": method}
+    wanted = {"steps": steps, "n_train": examples, "method": method}
     return [r for r in records if wanted.items() <= r.items()]
 
 
@@ -46,7 +46,7 @@ def table(records: list[dict]) -> str:
     head = ["steps", "examples", "full", "LoRA r 8", "share of gap", "full forgets", "LoRA forgets"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     low = compare.mean([r for r in records if r["method"] == "frozen"], "score")
-    for steps, examples in sorted({(r["steps"], r["examples"]) for r in records}):
+    for steps, examples in sorted({(r["steps"], r["n_train"]) for r in records}):
         full, lora = (chosen(records, steps, examples, method) for method in METHODS)
         share = (compare.mean(lora, "score") - low) / (compare.mean(full, "score") - low)
         cells = [steps, examples, compare.spread(full, "score"), compare.spread(lora, "score")]
@@ -98,8 +98,9 @@ def rank_table(sweeps: list[dict]) -> str:
 def picture(records: list[dict], sweeps: list[dict]) -> Figure:
     figure = Figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, 3)
-    for axis, key, fixed in ((axes[0], "steps", "examples"), (axes[1], "examples", "steps")):
-        usual = {"steps": STEPS, "examples": EXAMPLES}[fixed]
+    names = {"steps": "steps", "n_train": "training examples"}
+    for axis, key, fixed in ((axes[0], "steps", "n_train"), (axes[1], "n_train", "steps")):
+        usual = {"steps": STEPS, "n_train": EXAMPLES}[fixed]
         for method in METHODS:
             rows = [r for r in records if r["method"] == method and r[fixed] == usual]
             values = sorted({r[key] for r in rows})
@@ -108,10 +109,15 @@ def picture(records: list[dict], sweeps: list[dict]) -> Figure:
                 values, [statistics.mean(s) for s in scores], [statistics.stdev(s) for s in scores],
                 color=compare.COLORS[method], marker="o", capsize=3, label=method,
             )  # fmt: skip
-        axis.set(xscale="log", xlabel=key, ylabel="slot accuracy on held-out names", ylim=(0, 1.05))
+        axis.set(
+            xscale="log",
+            xlabel=names[key],
+            ylabel="slot accuracy on held-out names",
+            ylim=(0, 1.05),
+        )
         axis.set_xticks(values, [str(value) for value in values])
         axis.minorticks_off()
-        axis.set_title(f"{usual} {fixed}")
+        axis.set_title(f"{usual} {names[fixed]}")
         axis.legend(frameon=False)
     for entry in rate_curves(sweeps):
         if entry["size"] in (None, 8):
@@ -133,6 +139,12 @@ def picture(records: list[dict], sweeps: list[dict]) -> Figure:
     return figure
 
 
+def load() -> list[dict]:
+    """The study's records, and those of `compare --full` on the pretrained base."""
+    usual = compare.load(RESULTS / "compare.json")
+    return compare.load(RESULTS / "study.json") + [r for r in usual if not r["random_base"]]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--settings", nargs="*", default=SETTINGS, metavar="STEPS:EXAMPLES")
@@ -140,13 +152,10 @@ if __name__ == "__main__":
     for setting in parser.parse_args().settings:
         new = measure(setting)
         old = json.loads(file.read_text()) if file.is_file() else []
-        at = (new[0]["steps"], new[0]["examples"])
-        kept = [r for r in old if (r["steps"], r["examples"]) != at]
+        at = (new[0]["steps"], new[0]["n_train"])
+        kept = [r for r in old if (r["steps"], r["n_train"]) != at]
         text = json.dumps(kept + new, indent=1) + "\n"
         write_file(file, lambda path, text=text: Path(path).write_text(text))
-    usual = compare.load(RESULTS / "compare.json")
-    records = json.loads(file.read_text()) + [r for r in usual if not r["random_base"]]
-    figure = picture(records, json.loads(finetune.SWEEPS.read_text()))
-    figure.savefig(RESULTS / "study.png", dpi=90)
-    sweeps = json.loads(finetune.SWEEPS.read_text())
+    records, sweeps = load(), json.loads(finetune.SWEEPS.read_text())
+    picture(records, sweeps).savefig(RESULTS / "study.png", dpi=90)
     print(f"{table(records)}\n\n{equal_score(sweeps)}\n\n{rank_table(sweeps)}")

@@ -54,7 +54,8 @@ def lesson_and_twin(source: Path, run: bool = True) -> dict[Path, str]:
     """The two files that a source makes, as texts by path."""
     notebook = parse(source)
     if run:
-        os.environ.update(TQDM_DISABLE="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
+        # one thread: how many there are moves the seventh digit, and the bytes should be the same
+        os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
         NotebookClient(
             notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(HERE)}}
         ).execute()

@@ -114,7 +114,7 @@ def picture(records: list[dict], task: Task) -> Figure:
     with matplotlib.rc_context(
         {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
     ):
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        figure = Figure(figsize=(10, 5.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         key = "slot_loss" if "slot_loss" in records[0]["validation"][0] else "loss"
         for name, row in grouped.items():
@@ -130,10 +130,8 @@ def picture(records: list[dict], task: Task) -> Figure:
             else:
                 left.plot(steps, values, style, color=color, marker="o", markersize=4, label=name)
         tokens = "slot tokens" if key == "slot_loss" else "completions"
-        left.set(
-            xlabel="step", ylabel=f"validation loss on {tokens} (nats a token)", ylim=(0, None)
-        )
-        left.legend(frameon=False, fontsize=9)
+        left.set(xlabel="step", ylabel=f"loss on {tokens} (nats a token)", ylim=(0, None))
+        figure.legend(loc="outside lower center", ncols=4, frameon=False)
         names = list(grouped)
         scores = [mean(grouped[name], "score") for name in names]
         colors = [COLORS.get("random" if name == RANDOM else name) for name in names]
@@ -173,7 +171,8 @@ def save(records: list[dict], task: Task, folder: str | Path) -> None:
     """Write compare.json and compare.png, and ranks.png where ranks were allocated."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(records, indent=1) + "\n"
+    short = [r | {"losses": [round(x, 4) for x in r.get("losses", [])]} for r in records]
+    text = json.dumps(short, indent=1) + "\n"
     write_file(folder / "compare.json", lambda file: Path(file).write_text(text))
     figure = picture(records, task)
     write_file(folder / "compare.png", lambda file: figure.savefig(file, format="png", dpi=100))
