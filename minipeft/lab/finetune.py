@@ -446,7 +446,8 @@ def finetune(
 
     validate(0)
     if base.held_out is not None:
-        record["forgetting"] = {"base": text_loss(model, base.held_out)}
+        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+            record["forgetting"] = {"base": text_loss(model, base.held_out)}
     if method != "frozen":
         order = tasks.shuffled(task.train, batch_size, seed)
         batches = (
