@@ -58,12 +58,12 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def rate_curves(sweeps: list[dict]) -> list[dict]:
+def rate_curves(sweeps: list[dict], methods: list[str] = METHODS) -> list[dict]:
     """The sweeps on the 3M base over learning rate, at the usual steps and examples."""
     wanted = {
         "base": "3m", "task": "describe", "steps": STEPS, "examples": EXAMPLES, "random_base": False
     }  # fmt: skip
-    return [e for e in sweeps if wanted.items() <= e.items() and e["method"] in METHODS]
+    return [e for e in sweeps if wanted.items() <= e.items() and e["method"] in methods]
 
 
 def equal_score(sweeps: list[dict], score: float = 0.95) -> str:
@@ -72,7 +72,7 @@ def equal_score(sweeps: list[dict], score: float = 0.95) -> str:
         "| method | learning rate | validation slot accuracy | forgetting |",
         "|---|---|---|---|",
     ]
-    for entry in rate_curves(sweeps):
+    for entry in rate_curves(sweeps, [*METHODS, "adalora"]):
         if entry["size"] in (None, 8):
             point = min(
                 (p for p in entry["points"] if p["score"] >= score), key=lambda p: p["forgetting"]

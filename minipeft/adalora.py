@@ -159,12 +159,11 @@ class SVDLinear(nn.Module):
 
 def orthogonality(layers: dict[str, SVDLinear]) -> Tensor:
     """The mean of equation (2): 0 where all rows of A and columns of B are orthonormal."""
-    total, matrices = 0.0, [m for one in layers.values() for m in (one.lora_A, one.lora_B.T)]
+    total, matrices = 0.0, [m for s in layers.values() for m in (s.lora_A, s.lora_B.T)]
     for m in matrices:
         square = m @ m.T  # (r, r)
-        total = total + torch.norm(
-            square - torch.eye(len(m), out=torch.empty_like(square)), p="fro"
-        )
+        one = torch.eye(len(m), dtype=square.dtype, device=square.device)
+        total = total + torch.norm(square - one, p="fro")
     return total / len(matrices)
 
 
@@ -281,11 +280,11 @@ def add_adalora(model: nn.Module, config: AdaLoraConfig) -> dict[str, SVDLinear]
     return layers
 
 
-# --- find_targets: the same lines stand in every weight method (tests/test_copy_alone.py compares)
 def is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or type(layer).__name__ in ("Conv1D", "Linear4bit")
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
 
 
+# --- find_targets: the same lines stand in every weight method (tests/test_copy_alone.py compares)
 def find_targets(model: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Module]:
     """The layers to adapt, by name, chosen as peft does. ValueError for what cannot be right."""
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
@@ -323,10 +322,13 @@ def find_targets(model: nn.Module, target_modules: list[str] | str | None) -> di
 # --- end of find_targets
 
 
+# --- matrix: the same lines stand in every weight method
 def matrix(layer: nn.Module) -> Tensor:
-    """The weight as (out, in). `Conv1D` stores (in, out): its class name tells, its shape
-    cannot."""
+    """The weight as (out, in). `Conv1D` stores (in, out): its name tells, its shape cannot."""
     return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
+
+
+# --- end of matrix
 
 
 def _check() -> None:

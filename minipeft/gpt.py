@@ -212,9 +212,9 @@ class GPT(nn.Module):
 
     @staticmethod
     def _mask(attention_mask: Tensor | None, b: int, t: int, p: int, device) -> Tensor | None:
-        """True where token i may look at key j: j <= p + i, and j is no padding. (b or 1, 1, t, p
-        + t)
+        """True where token i may look at key j: j <= p + i, and j is no padding.
 
+        Returns (b, 1, t, p + t), or (1, 1, t, p + t) without a mask, or None.
         None stands for the plain causal mask; with p > 0 that would be wrong, since it lets token 0
         see key 0 alone and not the p keys before it. A padding token sees itself, so that no row is
         empty (the softmax of nothing is NaN).
@@ -407,8 +407,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         for name in names:
             tensors |= load_file(folder / name)
     except Exception as error:  # safetensors raises a class of its own for damaged files
-        hint = "" if not list(folder.glob("*.bin")) else " (pickled .bin files are never read)"
-        raise ValueError(f"{folder / name} cannot be read: {error}{hint}") from error
+        raise ValueError(
+            f"{folder / name} cannot be read (only safetensors are): {error}"
+        ) from error
     found = {}
     for name, w in tensors.items():
         if name.endswith((".attn.bias", ".attn.masked_bias")):

@@ -191,11 +191,11 @@ def remove_lora(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
         model.set_submodule(name, layer.base_layer)
 
 
-# --- find_targets: the same lines stand in every weight method (tests/test_copy_alone.py compares)
 def is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or type(layer).__name__ in ("Conv1D", "Linear4bit")
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
 
 
+# --- find_targets: the same lines stand in every weight method (tests/test_copy_alone.py compares)
 def find_targets(model: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Module]:
     """The layers to adapt, by name, chosen as peft does. ValueError for what cannot be right."""
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
@@ -233,10 +233,13 @@ def find_targets(model: nn.Module, target_modules: list[str] | str | None) -> di
 # --- end of find_targets
 
 
+# --- matrix: the same lines stand in every weight method
 def matrix(layer: nn.Module) -> Tensor:
-    """The weight as (out, in). `Conv1D` stores (in, out): its class name tells, its shape
-    cannot."""
+    """The weight as (out, in). `Conv1D` stores (in, out): its name tells, its shape cannot."""
     return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
+
+
+# --- end of matrix
 
 
 def _check() -> None:

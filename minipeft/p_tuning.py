@@ -114,6 +114,7 @@ class PromptEncoder(nn.Module):
         self.embedding.weight = nn.Parameter(self.prompt().clone(), requires_grad=False)
         self.lstm_head = self.mlp_head = None
 
+    # --- run: the same lines stand in prompt_tuning.py and p_tuning.py
     def forward(self, model: nn.Module, input_ids: Tensor | None = None, **inputs) -> Output:
         """Run a causal model on P and then input_ids (b, t), or inputs_embeds (b, t, d).
 
@@ -129,6 +130,8 @@ class PromptEncoder(nn.Module):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         new = model.generate(**prepend(model, self.prompt(), input_ids, mask), **options)
         return torch.cat((input_ids, new), dim=1)
+
+    # --- end of run
 
 
 # --- prepend: the same lines stand in prompt_tuning.py and p_tuning.py
@@ -178,6 +181,7 @@ def check_model(model: nn.Module, config) -> Tensor:
 # --- end of check_model
 
 
+# --- toy: the same lines stand in prompt_tuning.py and p_tuning.py
 class _Toy(nn.Module):
     """The smallest causal model: it sums what it has seen so far."""
 
@@ -194,6 +198,9 @@ class _Toy(nn.Module):
             return Output(None, logits)
         flat = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         return Output(nn.functional.cross_entropy(*flat), logits)
+
+
+# --- end of toy
 
 
 def _check() -> None:

@@ -258,7 +258,9 @@ def as_qlora(config: LoraConfig) -> QLoraConfig:
 
 
 def make_adapter(model: nn.Module, config: PeftConfig) -> Adapter:
-    """A new adapter for a bare model, which is not changed."""
+    """A new adapter for a bare model, which is not changed. On 4-bit layers LoRA is QLoRA."""
+    if isinstance(config, LoraConfig) and any(isinstance(m, Linear4bit) for m in model.modules()):
+        config = as_qlora(config)
     _, family, make = METHODS[config.peft_type]
     return family(config, model, make)
 
@@ -316,8 +318,9 @@ class PeftModel(nn.Module):
         }
         out = self._current.run(self.base_model, {k: v for k, v in named.items() if v is not None})
         if labels is not None:
-            self.task_loss, penalty = out[0].detach(), self._current.penalty()
-            if self.training and penalty is not None:
+            self.task_loss = out[0].detach()
+            penalty = self._current.penalty() if self.training else None
+            if penalty is not None:
                 out = replace_loss(out, out[0] + penalty)
         return out
 
@@ -346,8 +349,7 @@ class PeftModel(nn.Module):
     # --- adapters ---
 
     def add_adapter(self, adapter_name: str, config: PeftConfig) -> None:
-        """Make a new adapter. The first one is put in place, a later one waits for
-        `set_adapter`."""
+        """Make a new adapter. The first is put in place, a later one waits for `set_adapter`."""
         if getattr(config, "peft_type", None) not in METHODS:
             raise TypeError(
                 f"{config!r} is not a config of a method; those are: {', '.join(METHODS)}"
@@ -557,8 +559,8 @@ def get_peft_model(
 ) -> PeftModel:
     """Freeze a model, put a new adapter on it, and return the two as one.
 
-    >>> model = get_peft_model(GPT.from_pretrained("data/base/1m"),
-    LoraConfig(target_modules=["c_attn"]))
+    >>> config = LoraConfig(target_modules=["c_attn"])
+    >>> model = get_peft_model(GPT.from_pretrained("data/base/1m"), config)
     """
     return PeftModel(model, peft_config, adapter_name)
 
@@ -579,11 +581,9 @@ def _read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
     config = PeftConfig.from_pretrained(folder)
-    if config.peft_type == "LORA" and any(isinstance(m, Linear4bit) for m in model.modules()):
-        config = as_qlora(config)
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
-        raise ValueError(f"there is no {file} (pickled files, adapter_model.bin, are never read)")
+        raise ValueError(f"there is no {file} (a pickled adapter_model.bin is never read)")
     try:
         found = load_file(file)
     except Exception as error:  # safetensors raises a class of its own for damaged files
@@ -598,7 +598,7 @@ def _read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter
         adapter.load(found)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    config.inference_mode = not is_trainable
+    adapter.config.inference_mode = not is_trainable
     if bare and is_trainable:
         adapter.encoder.requires_grad_(True)
     return adapter

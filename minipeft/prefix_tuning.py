@@ -85,10 +85,9 @@ class PrefixEncoder(nn.Module):
         else:
             self.embedding = nn.Embedding(p, 2 * layers * d)
         if config.init_weights == "zero":
-            for last in (
-                self.embedding if self.transform is None else self.transform[-1]
-            ).parameters():
-                nn.init.zeros_(last)
+            last = self.embedding if self.transform is None else self.transform[-1]
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
         self.to(words.device).requires_grad_(not config.inference_mode)
 
     def prompt(self, b: int = 1) -> Tensor:

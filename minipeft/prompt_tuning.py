@@ -85,6 +85,7 @@ class PromptEmbedding(nn.Module):
         """P, (p, d)."""
         return self.embedding.weight
 
+    # --- run: the same lines stand in prompt_tuning.py and p_tuning.py
     def forward(self, model: nn.Module, input_ids: Tensor | None = None, **inputs) -> Output:
         """Run a causal model on P and then input_ids (b, t), or inputs_embeds (b, t, d).
 
@@ -100,6 +101,8 @@ class PromptEmbedding(nn.Module):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         new = model.generate(**prepend(model, self.prompt(), input_ids, mask), **options)
         return torch.cat((input_ids, new), dim=1)
+
+    # --- end of run
 
 
 def read_tokens(config: PromptTuningConfig) -> list[int]:
@@ -162,6 +165,7 @@ def check_model(model: nn.Module, config) -> Tensor:
 # --- end of check_model
 
 
+# --- toy: the same lines stand in prompt_tuning.py and p_tuning.py
 class _Toy(nn.Module):
     """The smallest causal model: it sums what it has seen so far."""
 
@@ -178,6 +182,9 @@ class _Toy(nn.Module):
             return Output(None, logits)
         flat = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         return Output(nn.functional.cross_entropy(*flat), logits)
+
+
+# --- end of toy
 
 
 def _check() -> None:

@@ -150,10 +150,8 @@ def dequantize_nf4(q: NF4) -> Tensor:
         rows = in_blocks(table[q.scales.int()], 256) * q.scale_scales[:, None]
         absmax = rows.view(-1)[: len(q.scales)] + q.offset
     pairs, half = PAIRS.to(q.codes.device), q.blocksize // 2
-    n, out = (
-        math.prod(q.shape),
-        torch.empty(len(absmax) * q.blocksize, dtype=q.dtype).to(q.codes.device),
-    )
+    n = math.prod(q.shape)
+    out = torch.empty(len(absmax) * q.blocksize, dtype=q.dtype, device=q.codes.device)
     codes, at = in_blocks(q.codes, half), 0  # (blocks, blocksize / 2)
     step = max(CHUNK // q.blocksize, 1)
     for part, scale in zip(codes.split(step), absmax.split(step), strict=True):
@@ -455,9 +453,7 @@ class PagedAdamW(torch.optim.Optimizer):
             )
         self.page_bytes, self.budget, self.alternate = page_bytes, device_budget_bytes, alternate
         self.pages: list[Page] = []
-        self.resident: OrderedDict[int, Tensor] = (
-            OrderedDict()
-        )  # by page, least recently used first
+        self.resident: OrderedDict[int, Tensor] = OrderedDict()  # the least recently used first
         self.counters = dict.fromkeys(("hits", "faults", "evictions", "bytes_in", "bytes_out"), 0)
         self.steps = 0
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -588,11 +584,11 @@ class PagedAdamW(torch.optim.Optimizer):
             state.pop("exp_avg_sq", None)
 
 
-# --- find_targets: the same lines stand in every weight method (tests/test_copy_alone.py compares)
 def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or type(layer).__name__ in ("Conv1D", "Linear4bit")
 
 
+# --- find_targets: the same lines stand in every weight method (tests/test_copy_alone.py compares)
 def find_targets(model: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Module]:
     """The layers to adapt, by name, chosen as peft does. ValueError for what cannot be right."""
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
@@ -630,10 +626,13 @@ def find_targets(model: nn.Module, target_modules: list[str] | str | None) -> di
 # --- end of find_targets
 
 
+# --- matrix: the same lines stand in every weight method
 def matrix(layer: nn.Module) -> Tensor:
-    """The weight as (out, in). `Conv1D` stores (in, out): its class name tells, its shape
-    cannot."""
+    """The weight as (out, in). `Conv1D` stores (in, out): its name tells, its shape cannot."""
     return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
+
+
+# --- end of matrix
 
 
 def _check() -> None:

@@ -36,6 +36,7 @@ def test_shared_lines_are_the_same():
     assert set(blocks["write_file"]) == {"gpt.py", "peft_model.py"}
     assert set(blocks["find_targets"]) == {"lora.py", "adalora.py", "qlora.py"}
     assert set(blocks["prepend"]) == {"prompt_tuning.py", "p_tuning.py"}
-    assert len(blocks["check_model"]) == 3
+    assert set(blocks["run"]) == set(blocks["toy"]) == set(blocks["prepend"])
+    assert len(blocks["check_model"]) == len(blocks["matrix"]) == 3
     for copies in blocks.values():
         assert len(set(copies.values())) == 1

@@ -89,6 +89,9 @@ def test_the_data_card_shows_the_committed_figures(world):
     assert card.tables(figures) in page
     assert card.counted(figures) in page
     assert card.samples() in page
+    words = world[1]
+    names = len(words.WOMEN + words.MEN), len(words.FAMILY)
+    assert "({} first names and {} family names".format(*names) in page
     largest = figures["bases"]["3m"]
     assert largest["loss"] < figures["5-gram"] - 0.5
     assert largest["probes"]["reads a list of names back, names held out"] >= 0.8

@@ -8,6 +8,7 @@ from torch import nn
 
 from minipeft import (
     GPT,
+    AdaLoraConfig,
     LoraConfig,
     PagedAdamW,
     PeftModel,
@@ -19,6 +20,7 @@ from minipeft.qlora import (
     NF4_CODEBOOK,
     Linear4bit,
     Linear8bit,
+    QLoraLinear,
     dequantize_nf4,
     quantize_nf4,
 )
@@ -213,6 +215,20 @@ def test_qlora_starts_as_the_4bit_base_and_trains_only_the_adapter(gpt, ids):
     assert model.get_nb_trainable_parameters()[0] == count
     model(ids, labels=ids).loss.backward()
     assert all((p.grad is not None) == ("lora_" in name) for name, p in model.named_parameters())
+
+
+def test_a_plain_lora_on_a_4bit_model_is_qlora_and_adalora_is_refused(gpt, ids):
+    """Writing a merged weight into the computed one would lose it without a word."""
+    quantize_model(gpt)
+    model = get_peft_model(gpt, LoraConfig(r=4, target_modules=["c_attn"]))
+    assert all(isinstance(one, QLoraLinear) for one in model.adapters["default"].layers.values())
+    for layer in model.adapters["default"].layers.values():
+        nn.init.normal_(layer.lora_B.weight)
+    logits = model.eval()(ids).logits
+    assert torch.allclose(model.merge_and_unload()(ids).logits, logits, atol=1e-4)
+    config = AdaLoraConfig(target_modules=["c_attn"], total_step=10)
+    with pytest.raises(ValueError, match="Linear4bit, not a linear layer"):
+        get_peft_model(model.unload(), config)
 
 
 def test_switched_off_the_4bit_base_is_back_and_merging_is_exact(gpt, ids):

@@ -76,9 +76,10 @@ def in_spread(record: dict, others: list[dict], key="score", margin: float = 0.0
 
 def table(records: list[dict], task: Task) -> str:
     """A Markdown table, a line a method, means ± standard deviations over the seeds."""
+    slots = ["slot loss", "frame loss", "BLEU-4"] if task.fact else []  # of sentences alone
     head = [
         "method", "learning rate", "trainable", "on disk", "s / step", "validation loss",
-        "slot loss", "frame loss", task.metric, "share of gap", "BLEU-4", "forgetting on", "off",
+        *slots, task.metric, "share of gap", "forgetting on", "off",
     ]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, row in rows(records).items():
@@ -96,11 +97,13 @@ def table(records: list[dict], task: Task) -> str:
             f"{row[0]['disk_bytes'] / 1e3:,.0f} kB" if trained else "–",
             f"{mean(row, 'seconds_per_step'):.3f}" if trained else "–",
             f"{statistics.mean(r['validation'][-1]['loss'] for r in row):.3f}",
-            f"{mean(row, 'test_slot_loss'):.3f}" if "test_slot_loss" in row[0] else "–",
-            f"{mean(row, 'test_frame_loss'):.3f}" if "test_frame_loss" in row[0] else "–",
+            *(
+                f"{mean(row, k):.3f}"
+                for k in ("test_slot_loss", "test_frame_loss", "bleu")
+                if slots
+            ),
             spread(row, "score"),
             "–" if share is None else f"{share:.2f}",
-            f"{mean(row, 'bleu'):.3f}",
             "–" if row[0]["random_base"] else forgot("on"),
             forgot("off"),
         ]
