@@ -180,7 +180,8 @@ def test_compare_end_to_end(base, task, tmp_path):
     assert lora["optimizer_bytes"] < 0.2 * full["optimizer_bytes"]
     assert lora["gradient_bytes"] == 4 * lora["trainable"]
     assert lora["disk_bytes"] < 0.2 * full["disk_bytes"]
-    assert lora["forgetting"]["off"] == lora["forgetting"]["base"]
+    for record in records[2:5]:
+        assert record["forgetting"]["off"] == record["forgetting"]["base"]
     compare.save(records, short, tmp_path)
     assert len(json.loads((tmp_path / "compare.json").read_text())) == 6
     for name in ("compare.png", "ranks.png"):

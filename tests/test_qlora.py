@@ -333,6 +333,24 @@ def test_the_counters_show_that_the_same_order_never_hits():
     assert (whole["faults"], whole["evictions"]) == (17, 0)
 
 
+def test_the_page_that_goes_is_the_one_used_longest_ago():
+    optimizer = PagedAdamW(network().parameters(), page_bytes=1024, device_budget_bytes=2048)
+    for index in (0, 1, 0, 2):
+        optimizer.fetch(index)
+    assert list(optimizer.resident) == [0, 2]
+    assert (optimizer.counters["hits"], optimizer.counters["evictions"]) == (1, 1)
+
+
+def test_a_loaded_state_takes_the_place_of_pages_that_are_on_the_device():
+    model, other = network(), network()
+    optimizer, used = (PagedAdamW(m.parameters(), page_bytes=1024) for m in (model, other))
+    steps(model, optimizer, 3)
+    steps(other, used, 5, seed=1)
+    used.load_state_dict(optimizer.state_dict())
+    for name in ("step", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(*(o.state_dict()["state"][0][name] for o in (optimizer, used)))
+
+
 def test_state_goes_both_ways_and_groups_can_be_added():
     def pair(kind, **options):
         model = network()

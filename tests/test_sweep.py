@@ -88,6 +88,10 @@ def test_a_run_whose_loss_is_not_finite_is_the_worst_point(base, task, monkeypat
     points = sweep.sweep(base, task, "full", [1e-3], [], 1)[0]["points"]
     assert points == [{"learning_rate": 1e-3}]
     assert sweep.judge(points[0]) == float("inf")
+    assert sweep.judge({"loss": 1.0}) == 1.0
+    assert (
+        sweep.judge({"loss": 1.0, "slot_loss": 2.0}) == 2.0
+    )  # what a task is about, not its frame
 
 
 def test_optuna_looks_between_the_ends_of_the_grid(base, task):
