@@ -55,6 +55,7 @@ def lesson_and_twin(source: Path, run: bool = True) -> dict[Path, str]:
     notebook = parse(source)
     if run:
         # one thread: how many there are moves the seventh digit, and the bytes should be the same
+        os.environ.pop("MPLBACKEND", None)  # or figures would not reach the notebook
         os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
         NotebookClient(
             notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(HERE)}}
