@@ -7,7 +7,12 @@ from minipeft.p_tuning import PromptEncoderConfig
 from minipeft.peft_model import PeftConfig, PeftModel, TaskType, get_peft_model
 from minipeft.prefix_tuning import PrefixTuningConfig
 from minipeft.prompt_tuning import PromptTuningConfig
-from minipeft.qlora import PagedAdamW, QLoraConfig, quantize_model
+from minipeft.qlora import (
+    PagedAdamW,
+    QLoraConfig,
+    prepare_model_for_kbit_training,
+    quantize_model,
+)
 
 __all__ = [
     "GPT",
@@ -23,5 +28,6 @@ __all__ = [
     "QLoraConfig",
     "TaskType",
     "get_peft_model",
+    "prepare_model_for_kbit_training",
     "quantize_model",
 ]

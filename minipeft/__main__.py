@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minipeft.gpt import GPTConfig
-from minipeft.lab import compare, finetune, sweep, tasks
+from minipeft.lab import compare, finetune, memory, sweep, tasks
 from minipeft.peft_model import PeftModel, write_file
 
 
@@ -109,6 +109,18 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--top-k", type=int)
     g.add_argument("--seed", type=int, default=0)
 
+    y = commands.add_parser("memory", help="where the bytes go, by model shape and method")
+    y.add_argument("--shapes", default=",".join(memory.SHAPES), help="default: %(default)s")
+    y.add_argument("--methods", default=",".join(memory.METHODS), help="default: %(default)s")
+    y.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
+    y.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")
+    y.add_argument("--length", type=int, default=256, help="tokens (default: %(default)s)")
+    y.add_argument(
+        "--checkpointing", action=argparse.BooleanOptionalAction, default=True,
+        help="keep only the blocks' inputs (default: yes; our own bases keep all)",
+    )  # fmt: skip
+    y.add_argument("--output", default="out/memory", help="default: %(default)s")
+
     m = commands.add_parser(
         "merge", parents=[base], help="write a base with an adapter merged into it"
     )
@@ -168,6 +180,16 @@ def run(args) -> None:
         write_file(file, lambda path: figure.savefig(path, format="png", dpi=100))
         sweep.save(entries, args.results)
         print(f"wrote {file} and {args.results}")
+    elif args.command == "memory":
+        found, measured = memory.of(
+            args.shapes.split(","), args.methods.split(","), args.rank, args.batch_size,
+            args.length, args.checkpointing,
+        )  # fmt: skip
+        memory.save(found, measured, args.output)
+        print(f"{memory.table(found)}\n")
+        if measured:
+            print(f"the same, measured in one step on the CPU:\n\n{memory.table(measured)}\n")
+        print(f"wrote {args.output}/memory.json and memory.png")
     elif args.command == "pretrain":
         documents = tasks.read_text(args.text)
         tokenizer = tasks.train_tokenizer(documents, args.vocab_size)

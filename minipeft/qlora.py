@@ -142,8 +142,8 @@ def check_finite(weight: Tensor) -> None:
 
 
 @torch.no_grad()
-def dequantize_nf4(q: NF4) -> Tensor:
-    """The tensor that the codes stand for, in its own shape and dtype."""
+def dequantize_nf4(q: NF4, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor that the codes stand for, in its own shape, and its own dtype if none is given."""
     absmax = q.scales
     if q.offset is not None:
         table = DYNAMIC_MAP.to(q.codes.device)
@@ -151,7 +151,7 @@ def dequantize_nf4(q: NF4) -> Tensor:
         absmax = rows.view(-1)[: len(q.scales)] + q.offset
     pairs, half = PAIRS.to(q.codes.device), q.blocksize // 2
     n = math.prod(q.shape)
-    out = torch.empty(len(absmax) * q.blocksize, dtype=q.dtype, device=q.codes.device)
+    out = torch.empty(len(absmax) * q.blocksize, dtype=dtype or q.dtype, device=q.codes.device)
     codes, at = in_blocks(q.codes, half), 0  # (blocks, blocksize / 2)
     step = max(CHUNK // q.blocksize, 1)
     for part, scale in zip(codes.split(step), absmax.split(step), strict=True):
@@ -171,13 +171,13 @@ class _Linear4bitFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, q: NF4) -> Tensor:
         ctx.q = q  # the codes alone are kept, not W
-        return F.linear(x, dequantize_nf4(q).to(x.dtype), bias)
+        return F.linear(x, dequantize_nf4(q, x.dtype), bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ dequantize_nf4(ctx.q).to(grad.dtype)  # (…, out) (out, in)
+            grad_x = grad @ dequantize_nf4(ctx.q, grad.dtype)  # (…, out) (out, in)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.flatten(0, -2).sum(0)
         return grad_x, grad_bias, None
@@ -276,6 +276,37 @@ def quantize_model(model: nn.Module, bits: int = 4, **options) -> dict[str, nn.M
         layer.requires_grad_(False).train(model.training)
         model.set_submodule(name, layer)
     return layers
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's quantized layers by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _Quantized)}
+
+
+def bits_per_weight(model: nn.Module) -> float | None:
+    """Bits a weight of the quantized layers, counted from their tensors; None without any."""
+    layers = quantized_layers(model).values()
+    held = sum(8 * buffer.nbytes for layer in layers for buffer in layer.buffers())
+    return held / sum(q.in_features * q.out_features for q in layers) if layers else None
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module, use_gradient_checkpointing: bool = True
+) -> nn.Module:
+    """Ready a quantized model for training, as peft's function of this name does; in place.
+
+    It is frozen; what is not quantized (norms, head, embeddings) goes to float32, since half
+    precision is too coarse for norms and for the loss; and only the blocks' inputs are kept for
+    the backward pass, for which the first block's input has to need a gradient.
+    """
+    model.requires_grad_(False)
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.float()
+    if use_gradient_checkpointing:
+        model.get_input_embeddings().register_forward_hook(lambda _, x, y: y.requires_grad_())
+        model.gradient_checkpointing_enable()
+    return model
 
 
 # --- LoRA on a 4-bit layer ---
@@ -401,9 +432,8 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def dequantize_model(model: nn.Module) -> nn.Module:
     """Put plain linear layers in the place of the quantized ones. Rounding is not undone."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, _Quantized):
-            model.set_submodule(name, plain_linear(layer.weight, layer.bias))
+    for name, layer in quantized_layers(model).items():
+        model.set_submodule(name, plain_linear(layer.weight, layer.bias))
     return model
 
 

@@ -169,10 +169,17 @@ def test_compare_end_to_end(base, task, tmp_path):
     short = tasks.Task(
         "describe", task.train, task.validation[:8], task.test[:8], task.fact, task.phrasings
     )
-    methods = ["frozen", "full", "lora", "adalora", "prefix_tuning"]
+    methods = ["frozen", "full", "lora", "adalora", "prefix_tuning", "qlora"]
     records = compare.compare(base, short, methods, 2, 1, **options)
     assert [r["method"] for r in records] == [*methods, "full"]
-    full, lora, adalora = records[1:4]
+    full, lora, adalora, _, qlora = records[1:6]
+    assert qlora["bits"] == pytest.approx(4.127, abs=2e-3)
+    assert lora["bits"] is None
+    assert qlora["parameters"] == lora["parameters"]
+    assert qlora["weight_bytes"] < 0.5 * lora["weight_bytes"]  # the embeddings are not quantized
+    assert qlora["optimizer_bytes"] == lora["optimizer_bytes"]
+    assert qlora["paging"]["faults"] == 5  # the pages of 524 kB of state all fit: fetched once
+    assert qlora["forgetting"]["base"] == pytest.approx(lora["forgetting"]["base"], abs=0.02)
     assert sum(adalora["ranks"].values()) == 8 * len(adalora["ranks"])
     assert adalora["losses"][0] == pytest.approx(lora["losses"][0])  # the penalty is left out
     assert full["trainable"] == full["parameters"]
@@ -180,13 +187,13 @@ def test_compare_end_to_end(base, task, tmp_path):
     assert lora["optimizer_bytes"] < 0.2 * full["optimizer_bytes"]
     assert lora["gradient_bytes"] == 4 * lora["trainable"]
     assert lora["disk_bytes"] < 0.2 * full["disk_bytes"]
-    for record in records[2:5]:
+    for record in records[2:6]:
         assert record["forgetting"]["off"] == record["forgetting"]["base"]
     compare.save(records, short, tmp_path)
-    assert len(json.loads((tmp_path / "compare.json").read_text())) == 6
+    assert len(json.loads((tmp_path / "compare.json").read_text())) == 7
     for name in ("compare.png", "ranks.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert compare.table(records, short).count("\n") == 7
+    assert compare.table(records, short).count("\n") == 8
 
 
 def test_the_commands_help_and_one_clear_error(tmp_path):

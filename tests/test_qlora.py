@@ -14,6 +14,7 @@ from minipeft import (
     PeftModel,
     QLoraConfig,
     get_peft_model,
+    prepare_model_for_kbit_training,
     quantize_model,
 )
 from minipeft.qlora import (
@@ -21,6 +22,7 @@ from minipeft.qlora import (
     Linear4bit,
     Linear8bit,
     QLoraLinear,
+    bits_per_weight,
     dequantize_nf4,
     quantize_nf4,
 )
@@ -255,6 +257,34 @@ def test_rounding_a_merged_weight_again_loses_much_of_what_was_learned(gpt, ids)
     layers = trained(gpt, ids).adapters["default"].layers
     lost = [layer.lost_by_rounding() for layer in layers.values()]
     assert all(0.1 < share < 10 for share in lost)
+
+
+def test_preparing_freezes_casts_to_float32_and_checkpoints_without_changing_gradients(gpt, ids):
+    quantize_model(gpt.bfloat16())
+    config, gradients = QLoraConfig(r=2, target_modules="all-linear"), []
+    for checkpointing in (False, True):
+        base = prepare_model_for_kbit_training(copy.deepcopy(gpt), checkpointing)
+        assert {p.dtype for p in base.parameters()} == {torch.float32}
+        assert base.gradient_checkpointing == checkpointing
+        assert base.transformer.wte(ids).requires_grad == checkpointing
+        torch.manual_seed(0)
+        model = get_peft_model(base, config).train()
+        model(ids, labels=ids).loss.backward()
+        trained = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_counts_and_bits_of_a_quantized_model(gpt):
+    plain = sum(p.numel() for p in gpt.parameters())
+    assert bits_per_weight(gpt) is None
+    quantize_model(gpt)
+    assert 4.125 < bits_per_weight(gpt) < 4.2
+    model = get_peft_model(gpt, QLoraConfig(r=2, target_modules="all-linear"))
+    trainable, total = model.get_nb_trainable_parameters()
+    assert total == plain + trainable
 
 
 def test_on_disk_it_is_a_lora_and_a_lora_loads_on_a_4bit_model(gpt, ids, tmp_path):

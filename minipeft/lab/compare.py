@@ -14,7 +14,7 @@ from minipeft.peft_model import write_file
 COLORS = {
     "frozen": "#777777", "full": "#1b4f8f", "lora": "#d1741f", "adalora": "#8c2d04",
     "prompt_tuning": "#2e7d32", "p_tuning": "#7cb342", "prefix_tuning": "#6a3d9a",
-    "random": "#b9b9b9",
+    "qlora": "#c2185b", "random": "#b9b9b9",
 }  # fmt: skip
 RANDOM = "full, random base"
 
@@ -78,7 +78,7 @@ def table(records: list[dict], task: Task) -> str:
     """A Markdown table, a line a method, means ± standard deviations over the seeds."""
     slots = ["slot loss", "frame loss", "BLEU-4"] if task.fact else []  # of sentences alone
     head = [
-        "method", "learning rate", "trainable", "on disk", "s / step", "validation loss",
+        "method", "learning rate", "trainable", "weights", "on disk", "s / step", "validation loss",
         *slots, task.metric, "share of gap", "forgetting on", "off",
     ]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -94,6 +94,7 @@ def table(records: list[dict], task: Task) -> str:
             name,
             f"{row[0]['learning_rate']:g}" if trained else "–",
             f"{row[0]['trainable']:,}",
+            f"{row[0]['weight_bytes'] / 1e3:,.0f} kB",
             f"{row[0]['disk_bytes'] / 1e3:,.0f} kB" if trained else "–",
             f"{mean(row, 'seconds_per_step'):.3f}" if trained else "–",
             f"{statistics.mean(r['validation'][-1]['loss'] for r in row):.3f}",
@@ -175,7 +176,7 @@ def save(records: list[dict], task: Task, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     short = [r | {"losses": [round(x, 4) for x in r.get("losses", [])]} for r in records]
-    text = json.dumps(short, indent=1) + "\n"
+    text = "[\n" + ",\n".join(json.dumps(record) for record in short) + "\n]\n"
     write_file(folder / "compare.json", lambda file: Path(file).write_text(text))
     figure = picture(records, task)
     write_file(folder / "compare.png", lambda file: figure.savefig(file, format="png", dpi=100))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -28,11 +29,16 @@ from minipeft.lab.tasks import Example, Task
 from minipeft.peft_model import (
     AdaLoraConfig,
     LoraConfig,
+    PagedAdamW,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    QLoraConfig,
+    bits_per_weight,
+    count_parameters,
     get_peft_model,
+    quantize_model,
 )
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
@@ -48,7 +54,8 @@ def adalora(r: int, steps: int) -> AdaLoraConfig:
 
 
 # How each method is set up: the config of a size (rank, or number of virtual tokens) for a number
-# of steps, and the usual size. The learning rates are the sweep's, see SWEEPS.
+# of steps, the usual size, what is done to the base before, and an optimizer other than AdamW.
+# The learning rates are the sweep's, see SWEEPS.
 METHODS = {
     "frozen": {},
     "full": {},
@@ -70,6 +77,15 @@ METHODS = {
     "prefix_tuning": {
         "size": 20,
         "config": lambda p, steps: PrefixTuningConfig(num_virtual_tokens=p, **CAUSAL),
+    },
+    "qlora": {
+        "size": 8,
+        "prepare": quantize_model,
+        "config": lambda r, steps: QLoraConfig(
+            r=r, lora_alpha=2 * r, target_modules="all-linear", **CAUSAL
+        ),
+        # half of the state of rank 8 on the 3M base fits, so that pages have to move
+        "optimizer": partial(PagedAdamW, page_bytes=2**16, device_budget_bytes=9 * 2**16),
     },
 }
 SWEEPS = tasks.DATA / "results" / "sweep.json"
@@ -105,6 +121,7 @@ def train(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     max_grad_norm: float = 1.0,
+    optimizer_class: Callable = torch.optim.AdamW,
     each_step: Callable[[int], None] = lambda step: None,
     title: str = "training",
     quiet: bool = False,
@@ -114,7 +131,8 @@ def train(
     `batches` yields, for every step, the micro-batches whose gradients are accumulated; each counts
     by its labelled tokens, so the gradient is that of the whole batch. `each_step(n)` is called
     after step n, counted from 1. Returns the losses by step, the median seconds of a step (the
-    first tenth left out), and the bytes of gradients and optimizer state.
+    first tenth left out), the bytes of gradients and optimizer state, and, of a paged optimizer,
+    its counters.
     Raises ValueError where nothing is trainable, FloatingPointError where a loss is not finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -124,7 +142,7 @@ def train(
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+    optimizer = optimizer_class(groups, lr=learning_rate, betas=betas)
 
     def scale(step: int) -> float:
         if step < warmup:
@@ -163,13 +181,14 @@ def train(
         losses.append(total)
         bar.set_postfix(loss=f"{total:.3f}", refresh=False)
         each_step(step)
-    state = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
-    return {
+    state = optimizer.state_dict()["state"].values()
+    record = {
         "losses": losses,
         "seconds_per_step": statistics.median(seconds[steps // 10 :]),
         "gradient_bytes": gradient_bytes,
-        "optimizer_bytes": sum(v.nbytes for v in state),
+        "optimizer_bytes": sum(v.nbytes for s in state for v in s.values() if torch.is_tensor(v)),
     }
+    return record | ({"paging": optimizer.counters} if hasattr(optimizer, "counters") else {})
 
 
 def pretrain(
@@ -271,10 +290,17 @@ def build_model(
     model = base.model()
     if random_base:
         model = GPT(model.config)
+    if "prepare" in METHODS[method]:
+        METHODS[method]["prepare"](model)
     if "config" in METHODS[method]:
         config = METHODS[method]["config"](size or METHODS[method]["size"], steps)
         return get_peft_model(model, config)
     return model.requires_grad_(method == "full")
+
+
+def optimizer_of(method: str) -> Callable:
+    """What makes a method's optimizer from parameter groups: AdamW, but for QLoRA."""
+    return METHODS[method].get("optimizer", torch.optim.AdamW)
 
 
 def swept_learning_rate(
@@ -422,7 +448,7 @@ def finetune(
     model = build_model(base, method, seed, steps, random_base, size).to(pick_device(device))
     if learning_rate is None and method != "frozen":
         learning_rate = swept_learning_rate(base, task, method, steps, random_base, size)
-    parameters = list(model.parameters())
+    trainable, total = count_parameters(model)
     record = {
         "method": method,
         "random_base": random_base,
@@ -433,9 +459,10 @@ def finetune(
         "steps": steps,
         "learning_rate": learning_rate,
         "size": size or METHODS[method].get("size"),
-        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        "parameters": sum(p.numel() for p in parameters),
-        "weight_bytes": sum(p.nbytes for p in parameters),
+        "trainable": trainable,
+        "parameters": total,
+        "weight_bytes": sum(t.nbytes for t in [*model.parameters(), *model.buffers()]),
+        "bits": bits_per_weight(model),
         "validation": [],
     }
 
@@ -470,6 +497,7 @@ def finetune(
             steps,
             learning_rate,
             warmup=max(steps // 10, 1),
+            optimizer_class=optimizer_of(method),
             each_step=validate,
             title=title,
             quiet=quiet,

@@ -1,0 +1,60 @@
+"""What `python -m minipeft memory` computes is what tensors take, and what papers report."""
+
+import pytest
+
+from minipeft.lab import memory
+
+# transformers' count for the config of each
+PARAMETERS = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-65b": 65_285_660_672,
+    "llama-2-70b": 68_976_648_192,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts(name):
+    assert memory.SHAPES[name].parameters == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("method", memory.METHODS)
+def test_what_is_computed_is_what_one_step_on_a_base_takes(base, method):
+    computed = memory.memory(memory.SHAPES["1m"], method, r=4, tokens=2 * 32)
+    measured = memory.measure(base, method, 4, 2, 32)
+    assert computed["gradients"] == measured["gradients"]
+    # a step counter a tensor; scales in whole blocks of 256, and their mean
+    assert computed["optimizer"] == pytest.approx(measured["optimizer"], rel=2e-3)
+    assert computed["weights"] == pytest.approx(measured["weights"], rel=1e-3)
+    assert computed["activations"] == pytest.approx(measured["activations"], rel=0.02)
+
+
+def test_the_papers_claim_about_65_billion_parameters():
+    full = memory.memory(memory.SHAPES["llama-65b"], "full")
+    qlora = memory.memory(memory.SHAPES["llama-65b"], "qlora", r=16)
+    assert sum(full.values()) > 780e9
+    assert sum(qlora.values()) < 48e9
+
+
+def test_checkpointing_keeps_less_and_lora_saves_no_activations_worth_the_name():
+    shape = memory.SHAPES["gpt2-xl"]
+    kept = {c: memory.memory(shape, "lora", checkpointing=c)["activations"] for c in (True, False)}
+    assert kept[True] < 0.2 * kept[False]
+    full = memory.memory(shape, "full", checkpointing=False)["activations"]
+    assert 0.9 < kept[False] / full < 1.1
+
+
+def test_files_and_errors(tmp_path):
+    found, measured = memory.of(["0.3m", "gpt2"], ["full", "qlora"], 8, 1, 16, True)
+    memory.save(found, measured, tmp_path)
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert memory.table(found).count("\n") == 5
+    assert list(measured) == ["0.3m"]
+    with pytest.raises(ValueError, match="no shape 'gpt5'; there are: 0"):
+        memory.of(["gpt5"], ["full"], 8, 1, 16, True)
+    with pytest.raises(ValueError, match="no memory is computed for 'prefix_tuning'"):
+        memory.of(["gpt2"], ["prefix_tuning"], 8, 1, 16, True)
