@@ -66,10 +66,9 @@ def dynamic_map() -> Tensor:
 NF4_CODEBOOK = nf4_levels()
 NF4_MIDPOINTS = ((NF4_CODEBOOK[1:] + NF4_CODEBOOK[:-1]) / 2).tolist()
 DYNAMIC_MAP = dynamic_map()
-PAIRS = torch.stack(  # what a byte stands for: the levels of its high and its low half, (256, 2)
+PAIRS = torch.stack(  # what a byte stands for: the levels of its high and its low half, (256, 2),
     (NF4_CODEBOOK.repeat_interleave(16), NF4_CODEBOOK.repeat(16)), dim=1
-)
-CHUNK = 2**16  # weights worked on at once, so that they stay in the processor's cache
+).view(torch.float64)[:, 0]  # seen as one number of 8 bytes, (256,): that is looked up faster
 
 
 @dataclass
@@ -93,6 +92,11 @@ class NF4:
         return 8 * sum(t.nbytes for t in self.tensors()) / math.prod(self.shape)
 
 
+def blocks_at_once(codes: Tensor, blocksize: int) -> int:
+    """How many blocks to work on at once: what stays in a processor's cache; more on a GPU."""
+    return max((2**17 if codes.device.type == "cpu" else 2**22) // blocksize, 1)
+
+
 def in_blocks(x: Tensor, blocksize: int) -> Tensor:
     """A flat tensor as (blocks, blocksize), filled up with zeros."""
     return F.pad(x, (0, -len(x) % blocksize)).view(-1, blocksize)
@@ -109,11 +113,10 @@ def quantize_nf4(weight: Tensor, blocksize: int = 64, double_quant: bool = True)
         raise ValueError(f"blocksize is {blocksize!r}: give a positive even number")
     if not weight.is_floating_point():
         raise ValueError(f"a weight of {weight.dtype} cannot be quantized: give floats")
-    check_finite(weight)
     n = weight.numel()
     rows = in_blocks(weight.reshape(-1), blocksize)  # (blocks, blocksize)
     scales, packed = [], []
-    for part in rows.split(max(CHUNK // blocksize, 1)):
+    for part in rows.split(blocks_at_once(rows, blocksize)):
         part = part.float()
         absmax = part.abs().amax(dim=1)
         x = (part * (1 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
@@ -124,6 +127,7 @@ def quantize_nf4(weight: Tensor, blocksize: int = 64, double_quant: bool = True)
         packed.append((code[0::2] << 4) | code[1::2])
         scales.append(absmax)
     codes, absmax = torch.cat(packed)[: (n + 1) // 2].clone(), torch.cat(scales)
+    check_finite(absmax)  # what is not finite in a block is in its absmax
     if not double_quant:
         return NF4(codes, absmax, None, None, weight.shape, weight.dtype, blocksize)
     offset = absmax.mean()
@@ -149,17 +153,13 @@ def dequantize_nf4(q: NF4, dtype: torch.dtype | None = None) -> Tensor:
         table = DYNAMIC_MAP.to(q.codes.device)
         rows = in_blocks(table[q.scales.int()], 256) * q.scale_scales[:, None]
         absmax = rows.view(-1)[: len(q.scales)] + q.offset
-    pairs, half = PAIRS.to(q.codes.device), q.blocksize // 2
-    n = math.prod(q.shape)
-    out = torch.empty(len(absmax) * q.blocksize, dtype=dtype or q.dtype, device=q.codes.device)
-    codes, at = in_blocks(q.codes, half), 0  # (blocks, blocksize / 2)
-    step = max(CHUNK // q.blocksize, 1)
-    for part, scale in zip(codes.split(step), absmax.split(step), strict=True):
-        x = pairs.index_select(0, part.reshape(-1).int()).view(-1, q.blocksize)
-        x.mul_(scale[:, None])
-        out[at : at + x.numel()].copy_(x.view(-1))
-        at += x.numel()
-    return out[:n].view(q.shape)
+    pairs, step = PAIRS.to(q.codes.device), blocks_at_once(q.codes, q.blocksize)
+    out = absmax.new_empty((len(absmax), q.blocksize), dtype=dtype or q.dtype)
+    codes = in_blocks(q.codes, q.blocksize // 2)
+    for part, scale, to in zip(codes.split(step), absmax.split(step), out.split(step), strict=True):
+        levels = pairs.index_select(0, part.reshape(-1).int()).view(torch.float32)
+        torch.mul(levels.view(-1, q.blocksize), scale[:, None], out=to)
+    return out.view(-1)[: math.prod(q.shape)].view(q.shape)
 
 
 # --- layers that hold quantized weights ---
@@ -440,14 +440,26 @@ def dequantize_model(model: nn.Module) -> nn.Module:
 # --- an optimizer whose state is paged ---
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
 @dataclass
 class Page:
     """A piece of the optimizer's state: first and second moments of some runs of parameters."""
 
     home: Tensor  # (2, elements) in host memory
-    runs: list[tuple[nn.Parameter, int, int, int]]  # parameter, from, to, place in the page
     device: torch.device
-    used: int = 0
+    runs: list[tuple[nn.Parameter, int, int]] = field(default_factory=list)  # parameter, from, to
+
+    @property
+    def room(self) -> int:
+        return self.home.shape[1] - sum(end - start for _, start, end in self.runs)
+
+    def parts(self, memory: Tensor):
+        """For each run (parameter, from, to, its first moment, its second moment) in `memory`."""
+        sizes = [end - start for _, start, end in self.runs] + [self.room]
+        for run, *moments in zip(self.runs, *(row.split(sizes) for row in memory), strict=False):
+            yield *run, *moments
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -495,25 +507,18 @@ class PagedAdamW(torch.optim.Optimizer):
         for p in self.param_groups[-1]["params"]:
             if not p.is_contiguous():
                 raise ValueError("a parameter that is not contiguous cannot be paged")
-            size, at = self.page_bytes // (2 * p.element_size()), 0
+            at, kind = 0, (p.dtype, p.device)
             while at < p.numel():
-                page = next(
-                    (
-                        page
-                        for page in reversed(self.pages)
-                        if page.used < size
-                        and (page.home.dtype, page.device) == (p.dtype, p.device)
-                    ),
-                    None,
-                )
-                if page is None:
-                    home = torch.zeros(2, size, dtype=p.dtype)
+                like = [page for page in self.pages if (page.home.dtype, page.device) == kind]
+                if not like or not like[-1].room:
+                    size = self.page_bytes // (2 * p.element_size())
+                    home = torch.zeros(2, size, dtype=p.dtype, device="cpu")
                     home = home.pin_memory() if p.device.type == "cuda" else home
-                    page = Page(home, [], p.device)
-                    self.pages.append(page)
-                n = min(size - page.used, p.numel() - at)
-                page.runs.append((p, at, at + n, page.used))
-                page.used, at = page.used + n, at + n
+                    like = [Page(home, p.device)]
+                    self.pages += like
+                end = min(at + like[-1].room, p.numel())
+                like[-1].runs.append((p, at, end))
+                at = end
 
     def fetch(self, index: int) -> Tensor:
         """A page on its device, (2, elements)."""
@@ -523,14 +528,14 @@ class PagedAdamW(torch.optim.Optimizer):
             self.resident.move_to_end(index)
             return self.resident[index]
         count["faults"] += 1
-        room = None
+        memory = None
         while self.resident and (len(self.resident) + 1) * self.page_bytes > self.budget:
-            room = self.evict(next(iter(self.resident)))
-        if room is None or room.dtype != page.home.dtype or room.device != page.device:
-            room = torch.empty_like(page.home, device=page.device)
-        self.resident[index] = room.copy_(page.home)
+            memory = self.evict(next(iter(self.resident)))
+        if memory is None or (memory.dtype, memory.device) != (page.home.dtype, page.device):
+            memory = torch.empty_like(page.home, device=page.device)
+        self.resident[index] = memory.copy_(page.home)
         count["bytes_in"] += page.home.nbytes
-        return room
+        return memory
 
     def evict(self, index: int) -> Tensor:
         """Write a page back and drop it from the device; returns its memory for another."""
@@ -548,48 +553,42 @@ class PagedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         group_of = {p: group for group in self.param_groups for p in group["params"]}
-        for p, group in group_of.items():
-            if p.grad is not None:
-                state = self.state[p]
-                state["step"] = state.get("step", torch.zeros(())) + 1
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+        stepped = {p for p in group_of if p.grad is not None}
+        for p in stepped:
+            if p not in self.state:
+                self.state[p]["step"] = torch.zeros((), device="cpu")
+            self.state[p]["step"] += 1
         order = range(len(self.pages))
         for index in reversed(order) if self.alternate and self.steps % 2 else order:
-            runs = [run for run in self.pages[index].runs if run[0].grad is not None]
-            if not runs:
+            page = self.pages[index]
+            if not any(p in stepped for p, _, _ in page.runs):
                 continue
-            moments = self.fetch(index)
-            for p, start, end, place in runs:
+            for p, start, end, first, second in page.parts(self.fetch(index)):
+                if p not in stepped:
+                    continue
                 group, t = group_of[p], self.state[p]["step"].item()
-                (beta1, beta2), n = group["betas"], end - start
-                first, second = moments[0, place : place + n], moments[1, place : place + n]
-                grad = p.grad.reshape(-1)[start:end]
+                lr, (beta1, beta2) = group["lr"], group["betas"]
+                part, grad = p.view(-1)[start:end], p.grad.reshape(-1)[start:end]
+                part.mul_(1 - lr * group["weight_decay"])
                 first.lerp_(grad, 1 - beta1)
                 second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                size = group["lr"] / (1 - beta1**t)
-                root = (second.sqrt() / math.sqrt(1 - beta2**t)).add_(group["eps"])
-                p.view(-1)[start:end].addcdiv_(first, root, value=-size)
+                root = second.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
+                part.addcdiv_(first, root, value=-lr / (1 - beta1**t))
         self.steps += 1
         return loss
 
-    def _moments(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
-        """Both moments of every parameter, gathered from the pages, in host memory."""
-        found = {}
-        for index, page in enumerate(self.pages):
-            source = self.resident.get(index, page.home)
-            for p, start, end, place in page.runs:
-                both = found.setdefault(p, torch.empty(2, p.numel(), dtype=p.dtype))
-                both[:, start:end] = source[:, place : place + end - start]
-        return {p: (both[0].view_as(p), both[1].view_as(p)) for p, both in found.items()}
-
     def state_dict(self) -> dict:
         """As AdamW's: step, exp_avg and exp_avg_sq of every parameter that has been stepped."""
-        packed, moments = super().state_dict(), self._moments()
+        packed = super().state_dict()
         parameters = [p for group in self.param_groups for p in group["params"]]
+        moments = {p: torch.empty(2, p.numel(), dtype=p.dtype, device="cpu") for p in parameters}
+        for index, page in enumerate(self.pages):
+            for p, start, end, *both in page.parts(self.resident.get(index, page.home)):
+                for whole, part in zip(moments[p], both, strict=True):
+                    whole[start:end] = part
         for i, state in packed["state"].items():
-            state = dict(state)
-            state["exp_avg"], state["exp_avg_sq"] = moments[parameters[i]]
-            packed["state"][i] = state
+            exp_avg, exp_avg_sq = (m.view_as(parameters[i]) for m in moments[parameters[i]])
+            packed["state"][i] = state | {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         return packed
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -604,14 +603,14 @@ class PagedAdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self.resident.clear()
         for page in self.pages:
-            for p, start, end, place in page.runs:
-                for row, name in enumerate(("exp_avg", "exp_avg_sq")):
-                    moment = self.state[p].get(name) if p in self.state else None
-                    part = 0 if moment is None else moment.reshape(-1)[start:end]
-                    page.home[row, place : place + end - start] = part
+            page.home.zero_()
+            for p, start, end, *both in page.parts(page.home):
+                for name, part in zip(MOMENTS, both, strict=True):
+                    if p in self.state:
+                        part.copy_(self.state[p][name].reshape(-1)[start:end])
         for state in self.state.values():
-            state.pop("exp_avg", None)
-            state.pop("exp_avg_sq", None)
+            for name in MOMENTS:
+                del state[name]
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -73,7 +73,7 @@ def test_the_n_gram_model_is_a_distribution_and_learns_what_follows_what(world):
 
 
 def test_a_probes_answer_is_what_the_text_would_say(world):
-    text, words, card, _ = world
+    text, words, card, *_ = world
     rng, values = Random(0), text.VALUES | card.HELD_OUT
     for ask in (card.about_one, card.about_one_of_a_kind, card.about_three):
         prompt, answer = ask(text.Writer(rng, values))
