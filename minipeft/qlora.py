@@ -477,7 +477,7 @@ class PagedAdamW(torch.optim.Optimizer):
                     None,
                 )
                 if page is None:
-                    home = torch.zeros(2, size, dtype=p.dtype)
+                    home = torch.zeros(2, size, dtype=p.dtype, device="cpu")
                     home = home.pin_memory() if p.device.type == "cuda" else home
                     page = Page(home, [], p.device)
                     self.pages.append(page)
@@ -521,7 +521,7 @@ class PagedAdamW(torch.optim.Optimizer):
         for p, group in group_of.items():
             if p.grad is not None:
                 state = self.state[p]
-                state["step"] = state.get("step", torch.zeros(())) + 1
+                state["step"] = state.get("step", torch.zeros((), device="cpu")) + 1
                 p.mul_(1 - group["lr"] * group["weight_decay"])
         order = range(len(self.pages))
         for index in reversed(order) if self.alternate and self.steps % 2 else order:
@@ -548,7 +548,8 @@ class PagedAdamW(torch.optim.Optimizer):
         for index, page in enumerate(self.pages):
             source = self.resident.get(index, page.home)
             for p, start, end, place in page.runs:
-                both = found.setdefault(p, torch.empty(2, p.numel(), dtype=p.dtype))
+                empty = torch.empty(2, p.numel(), dtype=p.dtype, device="cpu")
+                both = found.setdefault(p, empty)
                 both[:, start:end] = source[:, place : place + end - start]
         return {p: (both[0].view_as(p), both[1].view_as(p)) for p, both in found.items()}
 
