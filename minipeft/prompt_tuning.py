@@ -78,7 +78,8 @@ class PromptEmbedding(nn.Module):
                 ids = ids.repeat(-(-p // len(ids)))[:p]
             else:
                 ids = torch.randint(0, len(words), (p,))
-            self.embedding.weight.data = words[ids.to(words.device)].detach().float().clone()
+            rows = words[ids.to(words.device)].detach().float().clone()
+            self.embedding.weight = nn.Parameter(rows)
         self.to(words.device).requires_grad_(not config.inference_mode)
 
     def prompt(self) -> Tensor:
