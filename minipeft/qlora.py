@@ -30,6 +30,7 @@ a plain one that holds W', and is not rounded to 4 bits again; `lost_by_rounding
 import math
 import re
 from collections import Counter, OrderedDict
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -496,6 +497,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self.page_bytes, self.budget, self.alternate = page_bytes, device_budget_bytes, alternate
         self.pages: list[Page] = []
         self.resident: OrderedDict[int, Tensor] = OrderedDict()  # the least recently used first
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}  # for copies, a GPU each
         self.counters = dict.fromkeys(("hits", "faults", "evictions", "bytes_in", "bytes_out"), 0)
         self.steps = 0
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -520,27 +522,39 @@ class PagedAdamW(torch.optim.Optimizer):
                 like[-1].runs.append((p, at, end))
                 at = end
 
-    def fetch(self, index: int) -> Tensor:
-        """A page on its device, (2, elements)."""
+    def beside(self, device: torch.device):
+        """Copies made in this context run beside the arithmetic, where a GPU has a second stream.
+
+        They wait for the arithmetic that was asked for before.
+        """
+        if device.type != "cuda":
+            return nullcontext()
+        if device not in self.streams:
+            self.streams[device] = torch.cuda.Stream(device)
+        self.streams[device].wait_stream(torch.cuda.current_stream(device))
+        return torch.cuda.stream(self.streams[device])
+
+    def fetch(self, index: int) -> None:
+        """See to it that a page is on its device, where `resident` has it: (2, elements)."""
         page, count = self.pages[index], self.counters
         if index in self.resident:
             count["hits"] += 1
             self.resident.move_to_end(index)
-            return self.resident[index]
+            return
         count["faults"] += 1
         memory = None
-        while self.resident and (len(self.resident) + 1) * self.page_bytes > self.budget:
-            memory = self.evict(next(iter(self.resident)))
-        if memory is None or (memory.dtype, memory.device) != (page.home.dtype, page.device):
-            memory = torch.empty_like(page.home, device=page.device)
-        self.resident[index] = memory.copy_(page.home)
+        with self.beside(page.device):
+            while self.resident and (len(self.resident) + 1) * self.page_bytes > self.budget:
+                memory = self.evict(next(iter(self.resident)))
+            if memory is None or (memory.dtype, memory.device) != (page.home.dtype, page.device):
+                memory = torch.empty_like(page.home, device=page.device)
+            self.resident[index] = memory.copy_(page.home, non_blocking=True)
         count["bytes_in"] += page.home.nbytes
-        return memory
 
     def evict(self, index: int) -> Tensor:
         """Write a page back and drop it from the device; returns its memory for another."""
         memory = self.resident.pop(index)
-        self.pages[index].home.copy_(memory)
+        self.pages[index].home.copy_(memory, non_blocking=True)
         self.counters["evictions"] += 1
         self.counters["bytes_out"] += memory.nbytes
         return memory
@@ -558,12 +572,20 @@ class PagedAdamW(torch.optim.Optimizer):
             if p not in self.state:
                 self.state[p]["step"] = torch.zeros((), device="cpu")
             self.state[p]["step"] += 1
-        order = range(len(self.pages))
-        for index in reversed(order) if self.alternate and self.steps % 2 else order:
+        order = [i for i, page in enumerate(self.pages) if any(p in stepped for p, *_ in page.runs)]
+        if self.alternate and self.steps % 2:
+            order.reverse()
+        room_for_two = self.budget >= 2 * self.page_bytes
+        ahead = self.budget >= 2 * self.page_bytes
+        for n, index in enumerate(order):
             page = self.pages[index]
-            if not any(p in stepped for p, _, _ in page.runs):
-                continue
-            for p, start, end, first, second in page.parts(self.fetch(index)):
+            if n == 0 or not ahead:
+                self.fetch(index)
+            if page.device in self.streams:  # this page's copy has to be there, not the next one's
+                torch.cuda.current_stream(page.device).wait_stream(self.streams[page.device])
+            if ahead and n + 1 < len(order):
+                self.fetch(order[n + 1])
+            for p, start, end, first, second in page.parts(self.resident[index]):
                 if p not in stepped:
                     continue
                 group, t = group_of[p], self.state[p]["step"].item()
@@ -577,8 +599,14 @@ class PagedAdamW(torch.optim.Optimizer):
         self.steps += 1
         return loss
 
+    def wait(self) -> None:
+        """Until all copies have arrived."""
+        for stream in self.streams.values():
+            stream.synchronize()
+
     def state_dict(self) -> dict:
         """As AdamW's: step, exp_avg and exp_avg_sq of every parameter that has been stepped."""
+        self.wait()
         packed = super().state_dict()
         parameters = [p for group in self.param_groups for p in group["params"]]
         moments = {p: torch.empty(2, p.numel(), dtype=p.dtype, device="cpu") for p in parameters}
@@ -600,6 +628,7 @@ class PagedAdamW(torch.optim.Optimizer):
                     f"the state of parameter {i} has the shape {tuple(state['exp_avg'].shape)}, "
                     f"the parameter {tuple(parameters[i].shape)}"
                 )
+        self.wait()
         super().load_state_dict(state_dict)
         self.resident.clear()
         for page in self.pages:
