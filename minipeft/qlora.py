@@ -575,7 +575,6 @@ class PagedAdamW(torch.optim.Optimizer):
         order = [i for i, page in enumerate(self.pages) if any(p in stepped for p, *_ in page.runs)]
         if self.alternate and self.steps % 2:
             order.reverse()
-        room_for_two = self.budget >= 2 * self.page_bytes
         ahead = self.budget >= 2 * self.page_bytes
         for n, index in enumerate(order):
             page = self.pages[index]
