@@ -106,15 +106,14 @@ class SVDLinear(nn.Module):
         w = base_layer.weight  # a half-precision base gets an adapter in float32
         dtype = torch.float32 if w.dtype in (torch.float16, torch.bfloat16) else w.dtype
 
-        def drawn(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(*shape).to(w.device, dtype))
+        def placed(tensor: Tensor) -> nn.Parameter:
+            return nn.Parameter(tensor.to(w.device, dtype))
 
-        a, e, b = drawn(r, self.in_features), drawn(r, 1), drawn(self.out_features, r)
-        drawn(1)  # peft draws all these, and a counter, before it draws again:
-        self.lora_A, self.lora_B, self.lora_E = a, b, e
-        nn.init.zeros_(self.lora_E)
-        nn.init.normal_(self.lora_A, std=0.02)
-        nn.init.normal_(self.lora_B, std=0.02)
+        a, e, b = (torch.randn(*n) for n in ((r, self.in_features), (r, 1), (self.out_features, r)))
+        torch.randn(1)  # peft draws all these, and a counter, before it draws again, and then casts
+        self.lora_A = placed(nn.init.normal_(a, std=0.02))
+        self.lora_B = placed(nn.init.normal_(b, std=0.02))
+        self.lora_E = placed(nn.init.zeros_(e))
         self.alpha, divisor = alpha, torch.tensor([init_r + 1e-5], dtype=dtype)
         self.register_buffer("divisor", divisor.to(w.device), persistent=False)
         self.register_buffer("merged_weight", None, persistent=False)  # W', (out, in), while merged
