@@ -361,7 +361,8 @@ class PeftModel(nn.Module):
             raise TypeError(
                 f"{config!r} is not a config of a method; those are: {', '.join(METHODS)}"
             )
-        self._register(adapter_name, lambda: make_adapter(self.base_model, config))
+        own = copy.copy(config)  # training writes into it: AdaLoRA the ranks it kept
+        self._register(adapter_name, lambda: make_adapter(self.base_model, own))
 
     def load_adapter(self, path: str | Path, adapter_name: str, is_trainable: bool = False) -> None:
         """Read an adapter's folder, ours or peft's; frozen unless `is_trainable`.

@@ -259,6 +259,18 @@ def test_a_schedule_longer_than_the_run_is_an_error(gpt, ids, tmp_path, steps, m
     assert sum(again.ranks().values()) == 16
 
 
+def test_a_config_can_be_used_again(gpt, ids):
+    """Training writes what it found, as rank_pattern, into the model's config and not into ours."""
+    config = CONFIGS["adalora"]()
+    for base in (copy.deepcopy(gpt), gpt):
+        model = get_peft_model(base, config)
+        assert set(model.ranks().values()) == {4}
+        train(model, ids)
+        assert sum(model.ranks().values()) == 16
+    assert config.rank_pattern is None
+    assert model.peft_config["default"].rank_pattern
+
+
 def test_an_allocator_without_gradients_is_an_error(gpt):
     with pytest.raises(RuntimeError, match="before zero_grad"):
         get_peft_model(gpt, CONFIGS["adalora"]()).update_and_allocate(1)
