@@ -2,13 +2,16 @@
 
 import copy
 import itertools
+import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_conformance import (  # noqa: F401
     ALL,
     close,
@@ -112,6 +115,34 @@ def test_adapters_of_a_method_travel_both_ways(theirs, ids, tmp_path, name):  # 
     assert close(logits(again, ids), logits(mine, ids))
     plain = GPT.from_pretrained(tmp_path / "base")
     assert not close(plain(ids).logits, logits(mine, ids))
+
+
+def test_an_adalora_folder_is_what_peft_itself_writes(theirs, ids, tmp_path):  # noqa: F811
+    """The same tensors, cut to the same shapes, the same rank_pattern, and the same warnings.
+
+    peft 0.21 warns about every AdaLoRA folder, its own too: it looks for modules that are named as
+    the keys of `rank_pattern`, and those end in `.lora_E` (it then uses them all the same). When it
+    saves a layer of rank 0, it warns of an "invalid shape". Neither says anything about the file.
+    """
+    *models, _ = three(theirs, *configs("adalora"), tmp_path / "base")
+    told, warned, files, patterns = [], [], [], []
+    for model in models:
+        run(model, ids)
+        model.save_pretrained(tmp_path)
+        files.append(load_file(tmp_path / "adapter_model.safetensors"))
+        patterns.append(json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path).eval()
+        # our file leaves fan_in_fan_out to who reads it, and peft says that it sets it for Conv1D
+        warned.append({str(w.message) for w in caught if "fan_in_fan_out" not in str(w.message)})
+        told.append(logits(read, ids))
+        assert close(told[-1], logits(model, ids))
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    assert patterns[0] == patterns[1]
+    assert warned[0] == warned[1]
+    assert torch.equal(told[0], told[1])
 
 
 @pytest.mark.parametrize(
