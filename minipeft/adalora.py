@@ -23,9 +23,9 @@ Trainable parameters: the sum over the adapted layers of init_r (in + out + 1), 
 
 Where we differ. From the paper, with peft: the change is scaled by α / (init_r + 1e-5), and that
 stays so when ranks shrink. The penalty is a mean, and its gradient is part of the importance, which
-takes the updated weight and the gradient from before the update. From peft: an allocator that was
-never stepped is an error when the layers are merged or saved; init_r must be above target_r; the
-penalty is added in training alone; merging never writes into W.
+takes the updated weight and the gradient from before the update. From peft: `PeftModel` neither
+merges nor saves what was trained while ranks are above the target; init_r must be above target_r;
+the penalty is added in training alone; merging never writes into W.
 
 >>> layers = add_adalora(model, config)
 >>> allocator = RankAllocator(layers, config)
@@ -78,11 +78,9 @@ class AdaLoraConfig:
                 f"tinit {self.tinit} + tfinal {self.tfinal} leave no step of the {self.total_step} "
                 "for allocating ranks"
             )
-        for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}: give a number between 0 and 1"
-                )
+        for name, n in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 < n < 1:
+                raise ValueError(f"{name} is {n!r}: give a number between 0 and 1")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout!r}: give a number in [0, 1)")
         if not self.lora_alpha > 0 or not self.orth_reg_weight >= 0:
@@ -106,15 +104,14 @@ class SVDLinear(nn.Module):
         w = base_layer.weight  # a half-precision base gets an adapter in float32
         dtype = torch.float32 if w.dtype in (torch.float16, torch.bfloat16) else w.dtype
 
-        def drawn(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(*shape).to(w.device, dtype))
+        def placed(tensor: Tensor) -> nn.Parameter:
+            return nn.Parameter(tensor.to(w.device, dtype))
 
-        a, e, b = drawn(r, self.in_features), drawn(r, 1), drawn(self.out_features, r)
-        drawn(1)  # peft draws all these, and a counter, before it draws again:
-        self.lora_A, self.lora_B, self.lora_E = a, b, e
-        nn.init.zeros_(self.lora_E)
-        nn.init.normal_(self.lora_A, std=0.02)
-        nn.init.normal_(self.lora_B, std=0.02)
+        a, e, b = (torch.randn(*n) for n in ((r, self.in_features), (r, 1), (self.out_features, r)))
+        torch.randn(1)  # peft draws all these, and a counter, before it draws again, and then casts
+        self.lora_A = placed(nn.init.normal_(a, std=0.02))
+        self.lora_B = placed(nn.init.normal_(b, std=0.02))
+        self.lora_E = placed(nn.init.zeros_(e))
         self.alpha, divisor = alpha, torch.tensor([init_r + 1e-5], dtype=dtype)
         self.register_buffer("divisor", divisor.to(w.device), persistent=False)
         self.register_buffer("merged_weight", None, persistent=False)  # W', (out, in), while merged
@@ -171,7 +168,8 @@ class RankAllocator:
     """Takes ranks away by equations (3) to (5). Call `update_and_allocate` after every step."""
 
     def __init__(self, layers: dict[str, SVDLinear], config: AdaLoraConfig):
-        self.layers, self.config, self.steps = layers, config, 0
+        self.layers, self.config = layers, config
+        self.step: int | None = None  # the last that update_and_allocate was called with
         self.initial = config.init_r * len(layers)
         self.target = config.target_r * len(layers)
         self.importance, self.fluctuation = {}, {}  # Ī and Ū, by layer and letter
@@ -233,15 +231,13 @@ class RankAllocator:
     def update_and_allocate(self, step: int) -> None:
         """Importance, and where the schedule says so, masks. `step` counts from 1, or from 0."""
         c, last = self.config, self.config.total_step - self.config.tfinal
-        self.steps += 1
-        if step < last:
+        self.step = step
+        if step < last or not self.importance:
             self.update_importance()
-            if step > c.tinit and step % c.deltaT == 0:
-                self.mask(self.budget(step))
-        elif step == last:
-            self.mask(self.budget(step))
-        else:
+        if step > last:
             self.mask_again()
+        elif step == last or (step > c.tinit and step % c.deltaT == 0):
+            self.mask(self.budget(step))
         self.config.rank_pattern = {f"{n}.lora_E": kept.tolist() for n, kept in self.kept.items()}
 
     def ranks(self) -> dict[str, int]:

@@ -174,13 +174,20 @@ class AdaLoraAdapter(LayerAdapter):
         return self.config.orth_reg_weight * orthogonality(self.layers)
 
     def check_allocated(self) -> None:
-        """Raises RuntimeError for layers that were trained while no rank was ever allocated."""
+        """Raises RuntimeError for layers that were trained and whose ranks are above the target."""
+        c, allocator = self.config, self.allocator
         trained = any(layer.lora_E.any() for layer in self.layers.values())
-        if self.allocator is not None and not self.allocator.steps and trained:
-            raise RuntimeError(
-                "this AdaLoRA was trained, but its ranks were never allocated: call "
-                "model.update_and_allocate(step) after every optimizer step"
-            )
+        if not (allocator and trained and sum(allocator.ranks().values()) > allocator.target):
+            return
+        step, last = allocator.step, c.total_step - c.tfinal
+        raise RuntimeError(
+            f"AdaLoRA's ranks add up to {sum(allocator.ranks().values())}: they reach their target "
+            f"of {allocator.target} at step {last} (total_step {c.total_step} - tfinal "
+            f"{c.tfinal}), and update_and_allocate was "
+            f"{'never called' if step is None else f'last called with step {step}'}. Call it after "
+            f"every optimizer step, with a total_step as long as the run; "
+            f"update_and_allocate({last}) cuts what is trained so far"
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Cut to the triplets that were kept."""
@@ -375,7 +382,8 @@ class PeftModel(nn.Module):
             raise TypeError(
                 f"{config!r} is not a config of a method; those are: {', '.join(METHODS)}"
             )
-        self._register(adapter_name, lambda: make_adapter(self.base_model, config))
+        own = copy.copy(config)  # training writes into it: AdaLoRA the ranks it kept
+        self._register(adapter_name, lambda: make_adapter(self.base_model, own))
 
     def load_adapter(self, path: str | Path, adapter_name: str, is_trainable: bool = False) -> None:
         """Read an adapter's folder, ours or peft's; frozen unless `is_trainable`.
@@ -456,14 +464,19 @@ class PeftModel(nn.Module):
         )
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write every adapter as peft does: the first into the folder, others into subfolders."""
+        """Write every adapter as peft does: the first into the folder, others into subfolders.
+
+        Raises RuntimeError for an AdaLoRA in the middle of its schedule: a file holds the triplets
+        that were kept, and the others could not come back. Keep its `state_dict()` instead.
+        """
+        found = {name: adapter.tensors() for name, adapter in self.adapters.items()}
         for i, (name, adapter) in enumerate(self.adapters.items()):
             folder = Path(path) / name if i else Path(path)
             folder.mkdir(parents=True, exist_ok=True)
             config = asdict(adapter.config) | getattr(adapter.config, "other_keys", {})
             config["peft_type"] = config["peft_type"].removeprefix("Q")
             text = json.dumps(config | {"inference_mode": True}, indent=2, sort_keys=True) + "\n"
-            tensors = {key: tensor.contiguous() for key, tensor in adapter.tensors().items()}
+            tensors = {key: tensor.contiguous() for key, tensor in found[name].items()}
 
             def write_tensors(file: str, tensors: dict = tensors) -> None:
                 save_file(tensors, file, metadata={"format": "pt"})

@@ -223,22 +223,71 @@ def test_the_budget_falls_as_a_cubic_and_the_ranks_end_at_the_target(gpt, ids):
         assert (e[kept] != 0).all()
 
 
-def test_an_allocator_that_was_never_stepped_is_an_error(gpt, ids, tmp_path):
-    model = get_peft_model(gpt, CONFIGS["adalora"]())
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (0, r"was never called\. Call it after every optimizer step"),
+        (1, r"add up to 32: .* target of 16 at step 28 \(total_step 30 - tfinal 2\)"),
+        (10, r"last called with step 10\. .* update_and_allocate\(28\) cuts"),
+    ],
+)
+def test_a_schedule_longer_than_the_run_is_an_error(gpt, ids, tmp_path, steps, message):
+    """Ranks above the target, of trained layers, are neither merged nor saved."""
+    config = AdaLoraConfig(target_modules="all-linear", **(SCHEDULE | {"total_step": 30}))
+    model = get_peft_model(gpt, config)
+    model.add_adapter("other", CONFIGS["prompt"]())
+    model.save_pretrained(tmp_path / "fresh")  # nothing is trained yet
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model(ids, labels=ids)[0].backward()
-    optimizer.step()
+    for step in range(max(steps, 1)):
+        optimizer.zero_grad()
+        model(ids, labels=ids)[0].backward()
+        optimizer.step()
+        if step < steps:
+            model.update_and_allocate(step + 1)
     for act in (
         model.merge_adapter,
         model.merge_and_unload,
-        lambda: model.save_pretrained(tmp_path),
+        lambda: model.save_pretrained(tmp_path / "trained"),
     ):
-        with pytest.raises(RuntimeError, match="ranks were never allocated"):
+        with pytest.raises(RuntimeError, match=message):
             act()
-    assert not list(tmp_path.rglob("*.safetensors"))
-    optimizer.zero_grad()
+    assert not (tmp_path / "trained").exists()
+    model.update_and_allocate(28)  # as the message says
+    assert sum(model.ranks().values()) == 16
+    model.save_pretrained(tmp_path / "trained")
+    again = PeftModel.from_pretrained(model.unload(), tmp_path / "trained")
+    assert sum(again.ranks().values()) == 16
+
+
+def test_a_config_can_be_used_again(gpt, ids):
+    """Training writes what it found, as rank_pattern, into the model's config and not into ours."""
+    config = CONFIGS["adalora"]()
+    for base in (copy.deepcopy(gpt), gpt):
+        model = get_peft_model(base, config)
+        assert set(model.ranks().values()) == {4}
+        train(model, ids)
+        assert sum(model.ranks().values()) == 16
+    assert config.rank_pattern is None
+    assert model.peft_config["default"].rank_pattern
+
+
+def test_an_allocator_without_gradients_is_an_error(gpt):
     with pytest.raises(RuntimeError, match="before zero_grad"):
-        model.update_and_allocate(1)
+        get_peft_model(gpt, CONFIGS["adalora"]()).update_and_allocate(1)
+
+
+@pytest.mark.parametrize(
+    ("first", "deltaT", "total_step"),
+    [(0, 1, 10), (1, 1, 10), (1, 1, 1), (1, 6, 10)],  # the last allocates at 6, and when it ends
+)
+def test_a_run_as_long_as_its_schedule_ends_at_the_target(gpt, ids, first, deltaT, total_step):
+    schedule = {"init_r": 4, "target_r": 2, "deltaT": deltaT, "total_step": total_step}
+    config = AdaLoraConfig(target_modules="all-linear", **schedule)
+    model = get_peft_model(gpt, config)
+    for step in range(first, total_step + first):
+        model(ids, labels=ids)[0].backward()
+        model.update_and_allocate(step)
+    assert sum(model.ranks().values()) == 16
 
 
 @pytest.mark.parametrize(
