@@ -11,7 +11,7 @@ import torch
 
 from minipeft.gpt import GPTConfig
 from minipeft.lab import compare, finetune, memory, sweep, tasks
-from minipeft.peft_model import PeftModel, write_file
+from minipeft.peft_model import PeftModel, quantize_model, write_file
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,6 +103,8 @@ def parser() -> argparse.ArgumentParser:
 
     g = commands.add_parser("generate", parents=[base], help="continue a prompt")
     g.add_argument("--adapter", metavar="FOLDER", help="an adapter to put on the base")
+    four_bits = {"action": "store_true", "help": "quantize the base first, as QLoRA did"}
+    g.add_argument("--4bit", dest="four_bits", **four_bits)
     g.add_argument("--prompt", required=True)
     g.add_argument("--max-new-tokens", type=int, default=60, help="default: %(default)s")
     g.add_argument("--temperature", type=float, help="sample (default: greedy)")
@@ -125,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
         "merge", parents=[base], help="write a base with an adapter merged into it"
     )
     m.add_argument("--adapter", metavar="FOLDER", required=True)
+    m.add_argument("--4bit", dest="four_bits", **four_bits)
     m.add_argument("--output", required=True, help="the folder to write")
     return top
 
@@ -211,6 +214,8 @@ def run(args) -> None:
         model = base.model().to(
             finetune.pick_device(args.device if args.command == "generate" else "cpu")
         )
+        if args.four_bits:
+            quantize_model(model)
         if args.adapter:
             model = PeftModel.from_pretrained(model, args.adapter)
         if args.command == "merge":
