@@ -514,7 +514,7 @@ def finetune(
     }
     record["examples"] = [
         {"prompt": e.prompt, "reference": e.completion, "generated": text}
-        for e, text in zip(examples[:8], texts, strict=False)
+        for e, text in zip(examples[:3], texts, strict=False)
     ]
     if base.held_out is not None and method != "frozen":
         record["forgetting"]["on"] = text_loss(model, base.held_out)
