@@ -238,3 +238,24 @@ def test_the_readmes_other_tables_are_the_committed_study_and_sweep(world):
     sweep.check(sweeps)
     for table in (study.table(study.load()), study.equal_score(sweeps), study.rank_table(sweeps)):
         assert table in page
+
+
+def test_what_the_readme_says_of_qlora_is_in_the_committed_results():
+    rows = compare.rows(compare.load(tasks.DATA / "results" / "compare.json"))
+    lora, qlora = rows["lora"], rows["qlora"]
+    assert {round(r["bits"], 2) for r in qlora} == {4.13}
+    assert qlora[0]["weight_bytes"] < 0.3 * lora[0]["weight_bytes"]
+    assert qlora[0]["paging"]["evictions"] > 0
+    fall = compare.mean(lora, "score") - compare.mean(qlora, "score")
+    assert fall == pytest.approx(0.04, abs=0.006)
+    same = {"base": "3m", "task": "describe", "steps": 100, "examples": 400, "size": 8}
+    points = {
+        e["method"]: {p["learning_rate"]: p for p in e["points"]}
+        for e in json.loads((tasks.DATA / "results" / "sweep.json").read_text())
+        if same.items() <= e.items()
+    }
+    for rate in (0.005, 0.01):  # the two best
+        four_bits, plain = points["qlora"][rate], points["lora"][rate]
+        assert four_bits["score"] >= plain["score"]
+        assert four_bits["forgetting"] == pytest.approx(plain["forgetting"], abs=0.15)
+    assert points["qlora"][0.01]["slot_loss"] < 1.02 * points["qlora"][0.005]["slot_loss"]

@@ -175,11 +175,16 @@ def save(records: list[dict], task: Task, folder: str | Path) -> None:
     """Write compare.json and compare.png, and ranks.png where ranks were allocated."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    short = [r | {"losses": [round(x, 4) for x in r.get("losses", [])]} for r in records]
+    short = json.loads(
+        json.dumps(records), parse_float=lambda number: float(f"{float(number):.6g}")
+    )
+    for record in short:
+        if record["seed"]:  # what was written is shown for the first seed alone
+            del record["examples"]
     text = "[\n" + ",\n".join(json.dumps(record) for record in short) + "\n]\n"
     write_file(folder / "compare.json", lambda file: Path(file).write_text(text))
     figure = picture(records, task)
-    write_file(folder / "compare.png", lambda file: figure.savefig(file, format="png", dpi=100))
+    write_file(folder / "compare.png", lambda file: figure.savefig(file, format="png", dpi=80))
     allocated = [record["ranks"] for record in records if "ranks" in record]
     if allocated:
         ranks = rank_picture(allocated[0])
