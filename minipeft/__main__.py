@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minipeft.gpt import GPTConfig
-from minipeft.lab import compare, finetune, memory, sweep, tasks
+from minipeft.lab import compare, finetune, memory, placement, sweep, tasks
 from minipeft.peft_model import PeftModel, quantize_model, write_file
 
 
@@ -143,6 +143,10 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     y.add_argument("--output", default="out/memory", help="default: %(default)s")
 
+    commands.add_parser(
+        "targets", parents=[base], help="list what adapters can be put on in a base"
+    )
+
     m = commands.add_parser(
         "merge", parents=[base], help="write a base with an adapter merged into it"
     )
@@ -217,6 +221,9 @@ def run(args) -> None:
         if measured:
             print(f"the same, measured in one step on the CPU:\n\n{memory.table(measured)}\n")
         print(f"wrote {args.output}/memory.json and memory.png")
+    elif args.command == "targets":
+        model = finetune.GPT.from_pretrained(args.base)
+        print(placement.table(placement.list_targets(model)))
     elif args.command == "pretrain":
         documents = tasks.read_text(args.text)
         tokenizer = tasks.train_tokenizer(documents, args.vocab_size)

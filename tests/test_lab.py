@@ -8,7 +8,7 @@ import torch
 from conftest import BASE
 
 from minipeft import GPT
-from minipeft.lab import compare, finetune, sweep, tasks
+from minipeft.lab import compare, finetune, placement, sweep, tasks
 
 ALL_TASKS = ["describe", "describe_brackets", "sentiment", "sentiment_unseen"]
 
@@ -194,6 +194,35 @@ def test_compare_end_to_end(base, task, tmp_path):
     for name in ("compare.png", "ranks.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert compare.table(records, short).count("\n") == 8
+
+
+def test_placements_have_equal_numbers_of_parameters_and_rows_of_their_own(base, task):
+    trainable = {}
+    for place, part in (("all-linear", "."), ("attention", ".attn."), ("mlp", ".mlp.")):
+        model = finetune.build_model(base, "lora", 0, 10, targets=place)
+        trainable[place] = model.get_nb_trainable_parameters()[0]
+        adapted = {n.split(".lora_A")[0] for n, _ in model.named_modules() if "lora_A" in n}
+        assert len(adapted) == (16 if place == "all-linear" else 8)
+        assert all(part in name for name in adapted)
+    assert max(trainable.values()) < 1.03 * min(trainable.values())
+    short = tasks.Task("describe", task.train, task.validation[:4], task.test[:4], task.fact)
+    options = {"generated": 2, "quiet": True, "batch_size": 2, "control": False}
+    records = compare.compare(
+        base, short, ["full", "lora"], 1, 1, targets=["attention", "mlp"], **options
+    )
+    assert list(compare.rows(records)) == ["full", "lora, attention", "lora, mlp"]
+    with pytest.raises(ValueError, match="targets is 'head'; there are: attention, mlp"):
+        finetune.build_model(base, "lora", 0, 10, targets="head")
+
+
+def test_what_can_be_targeted_is_listed_by_kind(gpt):
+    rows = {row["name"]: row for row in placement.list_targets(gpt)}
+    assert list(rows) == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    assert rows["attn.c_attn"] == {
+        "name": "attn.c_attn", "count": 2, "in": 24, "out": 72, "parameters": 2 * 24 * 72,
+        "rank 1 adapters": 2 * (24 + 72),
+    }  # fmt: skip
+    assert "| mlp.c_proj | 2 | 96 | 24 | 4,608 | 240 |" in placement.table(list(rows.values()))
 
 
 def test_the_commands_help_and_one_clear_error(tmp_path):
