@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minipeft.gpt import GPTConfig
-from minipeft.lab import compare, finetune, memory, placement, sweep, tasks
+from minipeft.lab import compare, finetune, memory, parallel, placement, sweep, tasks
 from minipeft.peft_model import PeftModel, quantize_model, write_file
 
 
@@ -84,6 +84,9 @@ def parser() -> argparse.ArgumentParser:
         help="steps between two saves of the run's state (default: %(default)s)",
     )  # fmt: skip
     f.add_argument("--resume", action="store_true", help="go on with the stopped run in --output")
+    f.add_argument(
+        "--shard", action="store_true", help="cut the model over torchrun's processes (full, lora)"
+    )
     f.add_argument("--log-dir", metavar="FOLDER", help="log to TensorBoard as well")
     f.add_argument("--output", required=True, help="the folder to write")
 
@@ -187,15 +190,20 @@ def run(args) -> None:
             f"\n{compare.table(records, task)}\n\nwrote {args.output}/compare.json and compare.png"
         )
     elif args.command == "finetune":
+        args.device = parallel.start(args.device)
         base, task, options = open_job(args)
         record = finetune.finetune(
             base, task, args.method, args.steps, args.seed, args.learning_rate, args.size,
             targets=args.targets, output=args.output, checkpoint_every=args.checkpoint_every,
-            resume=args.resume, log_dir=args.log_dir, **options,
+            resume=args.resume, log_dir=args.log_dir, shard=args.shard, **options,
         )  # fmt: skip
         text = json.dumps(record, indent=1) + "\n"
-        write_file(Path(args.output) / "record.json", lambda file: Path(file).write_text(text))
-        print(f"{task.metric} {record['score']:.3f}, BLEU-4 {record['bleu']:.3f}; {args.output}")
+        if parallel.rank() == 0:
+            write_file(Path(args.output) / "record.json", lambda file: Path(file).write_text(text))
+            print(
+                f"{task.metric} {record['score']:.3f}, BLEU-4 {record['bleu']:.3f}; {args.output}"
+            )
+        parallel.stop()
     elif args.command == "sweep":
         base, task, options = open_job(args)
         rates = [float(rate) for rate in args.learning_rates.split(",")]
