@@ -268,8 +268,8 @@ assert difference < 5e-6
 # GPT with random weights, the same task, the same steps. Full fine-tuning can change every weight.
 # LoRA must make do with a thin change of random ones.
 #
-# **Guess again** before you run it: where do the two dashed lines end, on the tokens of the sentence's frame, which
-# any model can learn by heart?
+# **Guess again** before you run it: where do the two dashed lines end, on the tokens of the frame, which are the
+# same few phrases in all examples?
 
 # %%
 full_random = finetune.finetune(base, task, "full", 100, random_base=True)
@@ -302,10 +302,26 @@ assert full_random["score"] < 0.5 * full["score"]
 assert thin_random["score"] < 0.5 * full["score"]
 assert thin_random["test_frame_loss"] > full_random["test_frame_loss"]
 
+# %%
+# Is it that the change is thin? LoRA also freezes the embeddings, which are the output head too,
+# and here they are random. Set them free, beside the same A and B, and train again.
+free = finetune.build_model(base, "lora", 0, 100, random_base=True)
+for name, parameter in free.named_parameters():
+    if name.endswith(("wte.weight", "wpe.weight")):
+        parameter.requires_grad_(True)
+order = tasks.shuffled(task.train, 16, 0)
+batches = ([tasks.collate(part, base.end, free.device)] for part in order)
+finetune.train(free, batches, 100, thin_random["learning_rate"], warmup=10, title="embeddings free")
+freed = finetune.task_loss(free, task.test, base.end)
+print(f"embeddings free: frame loss {freed['frame_loss']:.2f}, slot loss {freed['slot_loss']:.2f}")
+assert freed["frame_loss"] < thin_random["test_frame_loss"] / 4
+assert freed["slot_loss"] < thin_random["test_slot_loss"] - 1
+
 # %% [markdown]
-# Without pretraining neither learns a single name in a hundred steps, and LoRA does not even learn the frame as well as
-# full fine-tuning does. What LoRA finds is a thin *turn of what is there already*. That is
-# why it works on models that know a lot, and it is no way to pretrain one.
+# Without pretraining neither learns names in a hundred steps, and LoRA does not even learn the frame as well as
+# full fine-tuning does. But the rank is not to blame: once the embeddings may move, the same thin A and B come
+# close to full fine-tuning of the random model. LoRA needs something *worth freezing*. That is why it works on
+# models that know a lot, and it is no way to pretrain one.
 #
 # ## Exercises
 #
@@ -449,11 +465,11 @@ else:
 # %% [markdown]
 # ## Summary, at this size
 #
-# - The change that full fine-tuning makes is thin in part: a few directions hold most of it, and a long tail the rest.
+# - The change that full fine-tuning makes is thin in part: a few directions hold much of it, and a long tail the rest.
 # - LoRA writes the change as (α/r) B A, trains r · (in + out) numbers a layer, and starts as the base, to the bit.
 # - It comes close to full fine-tuning on a task that the pretrained base is ready for.
 # - With the adapter on it forgets, here more than full fine-tuning; switched off, the base is back, to the bit.
-# - On a random base it fails: it turns what is there, and there was nothing.
+# - On a random base it fails, less for its rank than for what it freezes: random embeddings.
 #
 # **To read:** the LoRA paper, sections 4 and 7; Biderman et al. 2024, *LoRA Learns Less and Forgets Less*,
 # arXiv 2405.09673; Shuttleworth et al. 2024 on intruder dimensions, arXiv 2410.21228.
