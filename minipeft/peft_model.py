@@ -14,7 +14,9 @@ import abc
 import copy
 import enum
 import json
+import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +42,7 @@ from minipeft.qlora import (
     quantize_model,
     quantized_layers,
 )
+from minipeft.weighted import COMBINATIONS
 
 __all__ = [  # what the lab takes from here, besides what is defined below
     "AdaLoraConfig",
@@ -293,6 +296,52 @@ def make_adapter(model: nn.Module, config: PeftConfig) -> Adapter:
     return family(config, model, make)
 
 
+def weighted_adapter(
+    model: nn.Module,
+    parts: list[tuple[LayerAdapter, float]],
+    combination_type: str,
+    svd_rank: int | None,
+) -> LayerAdapter:
+    """A frozen LoRA that is the weighted sum of others.
+
+    Raises ValueError for another method than LoRA, an unknown combination, a weight that is no
+    number, and different ranks under "linear".
+    """
+    configs = [adapter.config for adapter, _ in parts]
+    for config in configs:
+        if config.peft_type not in ("LORA", "QLORA"):
+            raise ValueError(f"{config.peft_type} has no weighted sum: only LoRAs can be added up")
+    if combination_type not in COMBINATIONS:
+        known = ", ".join(COMBINATIONS)
+        raise ValueError(f"combination_type is {combination_type!r}; there are: {known}")
+    for _, w in parts:
+        if not isinstance(w, int | float) or not math.isfinite(w):
+            raise ValueError(f"a weight is {w!r}: give numbers")
+    combination_type = "linear" if len(parts) == 1 else combination_type
+    ranks = [max([c.r, *getattr(c, "rank_pattern", {}).values()]) for c in configs]
+    if combination_type == "linear" and len(set(ranks)) > 1:
+        raise ValueError(f"linear needs LoRAs of one rank, and these have {ranks}: take svd or cat")
+    r = {"svd": svd_rank or max(ranks), "linear": ranks[0], "cat": sum(ranks)}[combination_type]
+    targets = [config.target_modules for config in configs]
+    if any(isinstance(target, str) for target in targets):  # the names of them all, as one regex
+        joined = "|".join(dict.fromkeys(re.escape(n) for a, _ in parts for n in a.layers))
+    else:
+        joined = sorted({name for target in targets for name in target})
+    config = type(configs[0])(
+        r=r, lora_alpha=r, target_modules=joined, task_type=configs[0].task_type,
+        lora_dropout=configs[0].lora_dropout, inference_mode=True,
+    )  # fmt: skip
+    summed = make_adapter(model, config)
+    with torch.no_grad():
+        for name, layer in summed.layers.items():
+            found = [(w, adapter.layers[name]) for adapter, w in parts if name in adapter.layers]
+            loras = [(w, x.scaling, x.lora_A.weight, x.lora_B.weight) for w, x in found]
+            a, b = COMBINATIONS[combination_type](loras, r)
+            layer.lora_A.weight.copy_(a)
+            layer.lora_B.weight.copy_(b)
+    return summed
+
+
 class PeftModel(nn.Module):
     """A model with adapters, one of them in place. Make it with `get_peft_model`.
 
@@ -393,6 +442,30 @@ class PeftModel(nn.Module):
         """
         self._register(
             adapter_name, lambda: _read_adapter(self.base_model, Path(path), is_trainable)
+        )
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Make a new, frozen LoRA out of several: Σ w ΔW by "svd", "linear" or "cat".
+
+        `weighted.py` says what these are. As in peft, the rank is `svd_rank` or the largest one,
+        all ranks' sum for "cat", and one adapter alone is always combined by "linear", which is
+        then exact.
+        """
+        for name in adapters:
+            self._check_name(name)
+        if not adapters or len(weights) != len(adapters):
+            raise ValueError(f"adapters {adapters} and weights {weights}: give one weight for each")
+        parts = [(self.adapters[name], w) for name, w in zip(adapters, weights, strict=True)]
+        self._register(
+            adapter_name,
+            lambda: weighted_adapter(self.base_model, parts, combination_type, svd_rank),
         )
 
     def set_adapter(self, adapter_name: str) -> None:
