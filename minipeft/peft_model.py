@@ -469,11 +469,10 @@ class PeftModel(nn.Module):
         )
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Take the adapter that is in place out and put another one in."""
+        """Put an adapter in the place of the one that is there; where there is none, it waits."""
         self._check_name(adapter_name)
-        self._take_out()
-        self.active_adapter = adapter_name
-        self._put_in()
+        with self._taken_out():
+            self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Deleting the active one activates the first that is left."""
@@ -619,6 +618,8 @@ class PeftModel(nn.Module):
             raise ValueError(f"{kind} changes what the model is fed: there is nothing to merge")
         if isinstance(self._active, AdaLoraAdapter):
             self._active.check_allocated()
+        if not self.in_place:
+            raise RuntimeError("the adapter is disabled: merge it outside disable_adapter")
         return self._active.modules()
 
     def _put_in(self) -> None:
@@ -637,7 +638,7 @@ class PeftModel(nn.Module):
         try:
             yield
         finally:
-            if was_in_place and not self.in_place:
+            if was_in_place and self.active_adapter is not None:
                 self._put_in()
 
     def _register(self, name: str, make: Callable[[], Adapter]) -> None:

@@ -35,6 +35,26 @@ def test_disable_adapter_gives_the_bases_bits(gpt, ids):
     assert torch.equal(model.unload()(ids).logits, before)
 
 
+def test_what_is_done_while_disabled_waits_until_it_is_over(gpt, ids):
+    before = gpt(ids).logits
+    model = adapted(gpt)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["c_fc"]))
+    filled(model.adapters["other"].layers)
+    with model.disable_adapter():
+        model.set_adapter("other")
+        assert torch.equal(model(ids).logits, before)
+        with pytest.raises(RuntimeError, match="merge it outside"):
+            model.merge_and_unload()
+        model.delete_adapter("other")
+        model.add_adapter("third", LoraConfig(r=2, target_modules=["c_fc"]))
+        assert torch.equal(model(ids).logits, before)
+    assert not torch.allclose(model(ids).logits, before)
+    assert model.active_adapter == "default"
+    with model.disable_adapter():
+        model.unload()
+    assert torch.equal(model(ids).logits, before)
+
+
 def test_merge_and_unload_leaves_the_model_as_it_was(gpt, ids):
     model = adapted(gpt)
     logits = model(ids).logits
