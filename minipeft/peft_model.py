@@ -18,6 +18,8 @@ import math
 import os
 import re
 import tempfile
+import types
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -97,14 +99,14 @@ class PeftConfig(abc.ABC):
         file = Path(path) / "adapter_config.json"
         try:
             found = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
         peft_type = found.get("peft_type") if isinstance(found, dict) else None
-        if peft_type not in METHODS:
+        if not isinstance(peft_type, str) or peft_type not in METHODS:
             raise ValueError(f"{file}: peft_type is {peft_type!r}; here are {', '.join(METHODS)}")
         config_class = METHODS[peft_type][0]
-        names = {field.name for field in fields(config_class) if field.init}
-        others = {k: v for k, v in found.items() if k not in names and k != "peft_type"}
+        kinds = {field.name: field.type for field in fields(config_class) if field.init}
+        others = {k: v for k, v in found.items() if k not in kinds and k != "peft_type"}
         for key, value in others.items():
             if (
                 key in FREE_KEYS
@@ -113,12 +115,28 @@ class PeftConfig(abc.ABC):
             ):
                 continue
             raise ValueError(f"{file}: {key} is {value!r}, and that is not implemented here")
+        own = {key: value for key, value in found.items() if key in kinds}
+        for key, value in own.items():
+            if not fits(value, kinds[key]):
+                wanted = getattr(kinds[key], "__name__", kinds[key])
+                raise ValueError(f"{file}: {key} is {value!r}, and not {wanted}")
         try:
-            config = config_class(**{k: v for k, v in found.items() if k in names})
-        except (TypeError, ValueError) as error:
+            config = config_class(**own)
+        except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         config.other_keys = others  # written back by save_pretrained
         return config
+
+
+def fits(value, kind) -> bool:
+    """Whether a value read from JSON is what a config's annotation says: `dict[str, int]`, say."""
+    inner = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if isinstance(value, dict | list) and inner:
+        items = value.values() if isinstance(value, dict) else value
+        return isinstance(value, typing.get_origin(kind)) and all(fits(i, inner[-1]) for i in items)
+    return type(value) is kind or (type(value) is int and kind is float)
 
 
 class LayerAdapter:
@@ -245,8 +263,10 @@ class PromptAdapter:
     def load(self, found: dict[str, Tensor]) -> None:
         """Take a saved prompt over, and the network if this encoder has one."""
         wanted = self.network() or {"prompt_embeddings": self.encoder.embedding.weight.data}
-        used = {k: v for k, v in found.items() if (k == "prompt_embeddings") == (len(wanted) == 1)}
-        copy_strictly(used, wanted)
+        spare = {"prompt_embeddings"}  # what the network writes anew; without it, the network
+        if "prompt_embeddings" in wanted:
+            spare = {key for key in found if key.startswith("prompt_encoder.")}
+        copy_strictly({k: v for k, v in found.items() if k not in spare}, wanted)
 
 
 def copy_strictly(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -705,9 +725,11 @@ def _read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter
     # without its network a prompt is read as it is, and so it is where nothing will be trained
     bare = "prompt_embeddings" in found and len(found) == 1
     config.inference_mode = bare or not is_trainable
-    state = torch.random.get_rng_state()  # what is drawn here is overwritten: leave no trace
-    adapter = make_adapter(model, config)
-    torch.random.set_rng_state(state)
+    try:
+        with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten: leave no trace
+            adapter = make_adapter(model, config)
+    except (ValueError, TypeError, RuntimeError, re.error) as error:  # for one, a rank of 10**40
+        raise ValueError(f"{folder / 'adapter_config.json'}: {error}") from error
     try:
         adapter.load(found)
     except ValueError as error:

@@ -159,7 +159,13 @@ def test_bad_folders_are_one_clear_error(gpt, tmp_path):
         ({"target_modules": ["q_proj"]}, "'q_proj' matches no module"),
         ({"target_modules": "all-linear", "rank_pattern": {"nope": 2}}, "nope"),
         ({"peft_type": "MAGIC"}, "peft_type is 'MAGIC'"),
-        ({"r": "eight"}, "r is 'eight'"),
+        ({"r": "eight"}, "r is 'eight', and not int"),
+        ({"r": True}, "r is True, and not int"),
+        ({"target_modules": [7]}, r"target_modules is \[7\], and not list\[str\]"),
+        ({"rank_pattern": {"c_fc": 2.5}}, "rank_pattern"),
+        ({"target_modules": "("}, r"adapter_config.json: missing \)"),
+        ({"r": 10**15}, "adapter_config.json: "),  # more than any memory
+        ({"r": 10**40}, "adapter_config.json: "),  # more than a tensor's shape can be
     ]:
         config.write_text(json.dumps(described | change))
         refused(message)
