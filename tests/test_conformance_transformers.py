@@ -4,11 +4,15 @@ import contextlib
 import io
 
 import pytest
+import torch
 from conftest import BASE
-from test_conformance import close, theirs  # noqa: F401
+from test_adapters import checksum
+from test_conformance import ALL, close, theirs  # noqa: F401
+from test_conformance_methods import METHODS, TASK, configs
 from test_lora import filled
 
-from minipeft import GPT, PeftModel
+from minipeft import GPT, LoraConfig, PeftModel, get_peft_model
+from minipeft.peft_model import quantize_model
 
 pytestmark = pytest.mark.conformance
 transformers = pytest.importorskip("transformers")
@@ -108,3 +112,48 @@ def test_the_documents_example_runs_with_one_word_changed(
     assert not close(loaded(**inputs).logits, mine["logits"])
     again = peft.PeftModel.from_pretrained(theirs, "my_lora_adapters")
     assert close(again(**inputs).logits, model(**inputs).logits)
+
+
+# --- the Trainer ---
+
+
+class Allocate(transformers.TrainerCallback):
+    """What AdaLoRA needs: its ranks are moved after every optimizer step."""
+
+    def on_optimizer_step(self, args, state, control, model, **_):
+        model.update_and_allocate(state.global_step + 1)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("name", ["lora", "qlora", *METHODS])
+def test_the_trainer_trains_an_adapter_and_nothing_else(theirs, ids, tmp_path, name, ours):  # noqa: F811
+    theirs.save_pretrained(tmp_path)
+    base = GPT.from_pretrained(tmp_path) if ours else theirs
+    if name == "qlora":
+        quantize_model(base)
+    if name in METHODS:
+        config = configs(name)[1]
+    else:
+        config = LoraConfig(target_modules=ALL, lora_dropout=0.1, **TASK)
+    before = checksum(base)
+    model = get_peft_model(base, config)
+    start = {key: tensor.clone() for key, tensor in model.adapters["default"].tensors().items()}
+    steps = 20 if name == "adalora" else 8
+    settings = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=steps, learning_rate=1e-2, use_cpu=True,
+        per_device_train_batch_size=3, save_strategy="no", report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    rows = [
+        {"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids
+    ]
+    trainer = transformers.Trainer(
+        model, settings, train_dataset=rows, eval_dataset=rows, callbacks=[Allocate()]
+    )
+    first = trainer.evaluate()["eval_loss"]
+    assert trainer.train().global_step == steps
+    assert trainer.evaluate()["eval_loss"] < first - 0.01
+    if name == "adalora":
+        assert sum(model.ranks().values()) == 3 * 8
+    moved = model.adapters["default"].tensors()
+    assert all(not torch.equal(tensor, start[key]) for key, tensor in moved.items())
+    assert checksum(model.unload()) == before
