@@ -398,6 +398,8 @@ class PeftModel(nn.Module):
         past_key_values=None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
     ):
         """What the base returns, with the active adapter at work. None is not handed on.
 
@@ -412,6 +414,8 @@ class PeftModel(nn.Module):
             "past_key_values": past_key_values,
             "position_ids": position_ids,
             "use_cache": use_cache,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
         }
         out = self._current.run(self.base_model, {k: v for k, v in named.items() if v is not None})
         if labels is not None:

@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import BASE
 from test_adapters import checksum
-from test_conformance import ALL, close, theirs  # noqa: F401
-from test_conformance_methods import METHODS, TASK, configs
+from test_conformance import ALL, close, near, theirs  # noqa: F401
+from test_conformance_methods import METHODS, TASK, configs, logits
 from test_lora import filled
+from test_methods import PROMPTS
 
+import minipeft
 from minipeft import GPT, LoraConfig, PeftModel, get_peft_model
 from minipeft.peft_model import quantize_model
 
@@ -157,3 +159,125 @@ def test_the_trainer_trains_an_adapter_and_nothing_else(theirs, ids, tmp_path, n
     moved = model.adapters["default"].tensors()
     assert all(not torch.equal(tensor, start[key]) for key, tensor in moved.items())
     assert checksum(model.unload()) == before
+
+
+# --- families ---
+
+SMALL = {"vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+FAMILIES = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            **SMALL, n_positions=32, n_embd=24, n_layer=2, n_head=3, embd_pdrop=0.0,
+            attn_pdrop=0.0, resid_pdrop=0.0,
+        )
+    ),
+    "llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **SMALL, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        )
+    ),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            **SMALL, d_model=24, d_kv=6, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    ),
+}  # fmt: skip
+TARGETS = {
+    "gpt2": ALL,
+    "llama": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+    "t5": ["q", "v", "o", "wi", "wo"],
+}
+
+
+def family(kind: str):
+    torch.manual_seed(0)
+    model = FAMILIES[kind]().eval().requires_grad_(False)  # torch rounds by what needs gradients
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.2)
+    return model
+
+
+def step(model, ids) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The loss and the adapter's gradients; an optimizer's step is taken."""
+    free = [p for p in model.parameters() if p.requires_grad]
+    loss = model.train()(input_ids=ids, labels=ids)[0]
+    loss.backward()
+    gradients = [p.grad.clone() for p in free]
+    torch.optim.AdamW(free, lr=0.1).step()
+    model.eval()
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("name", ["LoraConfig", "AdaLoraConfig", "qlora"])
+def test_a_weight_method_on_a_family_of_models(ids, kind, name):
+    """A step of training is peft's, then merging changes nothing, and the base is the base."""
+    model = family(kind)
+    named = {"decoder_input_ids": ids[:, :4]} if kind == "t5" else {}
+    settings = {"target_modules": TARGETS[kind], "lora_alpha": 12}
+    settings["task_type"] = "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"
+    if name == "AdaLoraConfig":
+        settings |= {"init_r": 4, "target_r": 2, "total_step": 1}
+    reference = None
+    if name == "qlora":
+        quantize_model(model)
+    else:
+        another = family(kind)
+        torch.manual_seed(3)
+        reference = peft.get_peft_model(another, getattr(peft, name)(**settings))
+    own = LoraConfig if name == "qlora" else getattr(minipeft, name)
+    before, plain = checksum(model), model(ids, **named).logits
+    torch.manual_seed(3)
+    mine = get_peft_model(model, own(**settings))
+    first, gradients = step(mine, ids)
+    assert any(gradient.any() for gradient in gradients)
+    if reference is not None:
+        expected = step(reference, ids)
+        assert near(first, expected[0])
+        assert all(map(near, gradients, expected[1]))
+        assert near(mine(ids, **named).logits, reference(input_ids=ids, **named).logits)
+    mine.update_and_allocate(1)
+    told = mine(ids, **named).logits
+    assert not near(told, plain, 1e-4)
+    mine.merge_adapter()
+    assert near(mine(ids, **named).logits, told)
+    mine.unmerge_adapter()
+    assert torch.equal(mine(ids, **named).logits, told)
+    merged = mine.merge_and_unload()
+    assert type(merged) is type(model)
+    assert near(merged(ids, **named).logits, told)
+    new = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(merged.generate(ids, **new), mine.generate(ids, **new))
+    assert checksum(mine.unload()) == before
+    assert torch.equal(model(ids, **named).logits, plain)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_prompt_method_on_a_family_of_models(ids, kind, name):
+    """A step of training is peft's, and the base is the base; T5 is refused, with the reason."""
+    model, (their_config, own_config) = family(kind), configs(name)
+    before = checksum(model)
+    if kind == "t5":
+        with pytest.raises(ValueError, match="encoder-decoder model: a prompt stands before"):
+            get_peft_model(model, own_config)
+        assert checksum(model) == before
+        return
+    plain, another = model(ids).logits, family(kind)
+    torch.manual_seed(3)
+    reference = peft.get_peft_model(another, their_config)
+    torch.manual_seed(3)
+    mine = get_peft_model(model, own_config)
+    first, gradients = step(mine, ids)
+    expected = step(reference, ids)
+    assert near(first, expected[0])
+    assert all(map(near, gradients, expected[1]))
+    assert near(logits(mine, ids), logits(reference, ids))
+    assert not near(logits(mine, ids), plain, 1e-2)
+    with pytest.raises(ValueError, match="nothing to merge"):
+        mine.merge_and_unload()
+    assert checksum(mine.unload()) == before
+    assert torch.equal(model(ids).logits, plain)
