@@ -72,7 +72,7 @@ def equal_score(sweeps: list[dict], score: float = 0.95) -> str:
         "| method | learning rate | validation slot accuracy | forgetting |",
         "|---|---|---|---|",
     ]
-    for entry in rate_curves(sweeps, [*METHODS, "adalora"]):
+    for entry in rate_curves(sweeps, [*METHODS, "adalora", "qlora"]):
         if entry["size"] in (None, 8):
             point = min(
                 (p for p in entry["points"] if p["score"] >= score), key=lambda p: p["forgetting"]

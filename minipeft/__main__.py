@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minipeft.gpt import GPTConfig
-from minipeft.lab import compare, finetune, memory, sweep, tasks
+from minipeft.lab import compare, finetune, memory, placement, sweep, tasks
 from minipeft.peft_model import PeftModel, quantize_model, write_file
 
 
@@ -42,6 +42,11 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument(
         "--generated", type=int, default=64, help="test examples (default: %(default)s)"
     )
+    job.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="keep only the blocks' inputs for the backward pass; less memory, more time",
+    )
     top = argparse.ArgumentParser(prog="python -m minipeft", description="PEFT methods, measured.")
     commands = top.add_subparsers(dest="command", required=True)
     known = ",".join(finetune.METHODS)
@@ -49,6 +54,12 @@ def parser() -> argparse.ArgumentParser:
     c = commands.add_parser("compare", parents=[job], help="methods against full fine-tuning")
     c.add_argument("--methods", default=known, help="default: %(default)s")
     c.add_argument("--seeds", type=int, default=1, help="seeds a method (default: %(default)s)")
+    places = ", ".join(finetune.TARGETS)
+    c.add_argument(
+        "--targets",
+        metavar="PLACES",
+        help=f"put adapters there, with equal numbers of parameters; some of {places}",
+    )
     c.add_argument(
         "--full",
         action="store_true",
@@ -65,6 +76,15 @@ def parser() -> argparse.ArgumentParser:
     f.add_argument("--learning-rate", type=float, help="default: the sweep's best")
     f.add_argument("--size", type=int, help="rank or virtual tokens (default: the method's)")
     f.add_argument("--seed", type=int, default=0)
+    f.add_argument(
+        "--targets", choices=finetune.TARGETS, help="where a weight method's adapters go"
+    )
+    f.add_argument(
+        "--checkpoint-every", type=int, default=100, metavar="N",
+        help="steps between two saves of the run's state (default: %(default)s)",
+    )  # fmt: skip
+    f.add_argument("--resume", action="store_true", help="go on with the stopped run in --output")
+    f.add_argument("--log-dir", metavar="FOLDER", help="log to TensorBoard as well")
     f.add_argument("--output", required=True, help="the folder to write")
 
     w = commands.add_parser(
@@ -123,6 +143,10 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     y.add_argument("--output", default="out/memory", help="default: %(default)s")
 
+    commands.add_parser(
+        "targets", parents=[base], help="list what adapters can be put on in a base"
+    )
+
     m = commands.add_parser(
         "merge", parents=[base], help="write a base with an adapter merged into it"
     )
@@ -141,7 +165,7 @@ def open_job(args) -> tuple[finetune.Base, tasks.Task, dict]:
         if not 0 < args.examples <= len(task.train):
             raise ValueError(f"--examples {args.examples}: there are {len(task.train)}")
         task = replace(task, train=task.train[: args.examples])
-    names = ("batch_size", "accumulation", "generated", "device")
+    names = ("batch_size", "accumulation", "generated", "gradient_checkpointing", "device")
     return base, task, {name: getattr(args, name) for name in names}
 
 
@@ -153,7 +177,10 @@ def run(args) -> None:
         methods = [method for method in args.methods.split(",") if method]
         for method in set(methods) - set(finetune.METHODS):
             raise ValueError(f"no method {method!r}; there are: {', '.join(finetune.METHODS)}")
-        records = compare.compare(base, task, methods, args.steps, args.seeds, **options)
+        places = args.targets.split(",") if args.targets else None
+        records = compare.compare(
+            base, task, methods, args.steps, args.seeds, targets=places, **options
+        )
         compare.save(records, task, args.output)
         print(compare.show_examples(records))
         print(
@@ -163,7 +190,8 @@ def run(args) -> None:
         base, task, options = open_job(args)
         record = finetune.finetune(
             base, task, args.method, args.steps, args.seed, args.learning_rate, args.size,
-            output=args.output, **options,
+            targets=args.targets, output=args.output, checkpoint_every=args.checkpoint_every,
+            resume=args.resume, log_dir=args.log_dir, **options,
         )  # fmt: skip
         text = json.dumps(record, indent=1) + "\n"
         write_file(Path(args.output) / "record.json", lambda file: Path(file).write_text(text))
@@ -193,6 +221,9 @@ def run(args) -> None:
         if measured:
             print(f"the same, measured in one step on the CPU:\n\n{memory.table(measured)}\n")
         print(f"wrote {args.output}/memory.json and memory.png")
+    elif args.command == "targets":
+        model = finetune.GPT.from_pretrained(args.base)
+        print(placement.table(placement.list_targets(model)))
     elif args.command == "pretrain":
         documents = tasks.read_text(args.text)
         tokenizer = tasks.train_tokenizer(documents, args.vocab_size)
@@ -239,6 +270,10 @@ def main() -> None:
         run(args)
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt as stopped:
+        how = " Its state is kept: go on with --resume." if args.command == "finetune" else ""
+        print(f"\n{stopped or 'stopped'}.{how}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -247,6 +247,26 @@ class RankAllocator:
             for name, layer in self.layers.items()
         }
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it takes to go on later: Ī, Ū and the triplets kept, by kind, layer and letter."""
+        found = {"step": torch.tensor(-1 if self.step is None else self.step)}
+        for kind in ("importance", "fluctuation"):
+            found |= {f"{kind}.{n}.{x}": t for (n, x), t in getattr(self, kind).items()}
+        return found | {f"kept.{name}": kept for name, kept in self.kept.items()}
+
+    def load_state_dict(self, found: dict[str, Tensor]) -> None:
+        """Take such a state over."""
+        self.step = None if found["step"] < 0 else int(found["step"])
+        for name, layer in self.layers.items():
+            device = layer.lora_E.device
+            if f"kept.{name}" in found:
+                self.kept[name] = found[f"kept.{name}"].to(device)
+            for kind in ("importance", "fluctuation"):
+                for letter in "AEB":
+                    if f"{kind}.{name}.{letter}" in found:
+                        tensor = found[f"{kind}.{name}.{letter}"].to(device)
+                        getattr(self, kind)[name, letter] = tensor
+
 
 def adalora_layers(model: nn.Module, config: AdaLoraConfig) -> dict[str, SVDLinear]:
     """An SVDLinear for each target, by name. The model is not changed: `add_adalora` places them.

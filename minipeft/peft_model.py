@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minipeft.adalora import AdaLoraConfig, RankAllocator, adalora_layers, orthogonality
-from minipeft.lora import LoraConfig, lora_layers
+from minipeft.lora import LoraConfig, find_targets, lora_layers
 from minipeft.p_tuning import PromptEncoder, PromptEncoderConfig
 from minipeft.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from minipeft.prompt_tuning import PromptEmbedding, PromptTuningConfig
@@ -55,6 +55,7 @@ __all__ = [  # what the lab takes from here, besides what is defined below
     "PromptTuningConfig",
     "QLoraConfig",
     "bits_per_weight",
+    "find_targets",
     "quantize_model",
 ]
 
@@ -429,14 +430,18 @@ class PeftModel(nn.Module):
         """The base's own `generate`, with the active adapter at work."""
         return self._current.generate(self.base_model, *args, **options)
 
+    @property
+    def allocator(self) -> RankAllocator | None:
+        """What moves AdaLoRA's ranks; None for every other method, and for ranks from a file."""
+        return getattr(self._active, "allocator", None)
+
     def update_and_allocate(self, step: int) -> None:
         """AdaLoRA's work after the optimizer's step `step` and before the gradients are cleared.
 
         For every other method, and for ranks that were read from a file, there is nothing to do.
         """
-        allocator = getattr(self._active, "allocator", None)
-        if allocator is not None:
-            allocator.update_and_allocate(step)
+        if self.allocator is not None:
+            self.allocator.update_and_allocate(step)
 
     def ranks(self) -> dict[str, int]:
         """The rank that AdaLoRA has left to each layer; empty for every other method."""

@@ -35,16 +35,17 @@ def trained_base() -> GPT:
 
 @pytest.fixture(scope="session")
 def world():
-    """What lies in data/: the text's generator, its words, the card's figures, the study's."""
+    """What lies in data/: the text's generator, its words, and the scripts of the measurements."""
     sys.path.insert(0, str(tasks.DATA))
     try:
+        import bits
         import card
         import study
         import text
         import words
     finally:
         sys.path.remove(str(tasks.DATA))
-    return text, words, card, study
+    return text, words, card, study, bits
 
 
 @pytest.fixture(scope="session")

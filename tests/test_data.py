@@ -6,10 +6,12 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 from conftest import BASE
 
 from minipeft import GPT
 from minipeft.lab import tasks
+from minipeft.qlora import NF4_CODEBOOK, dequantize_nf4, quantize_nf4
 
 
 def test_the_text_follows_from_its_seed_and_has_no_held_out_name(world):
@@ -97,6 +99,23 @@ def test_the_data_card_shows_the_committed_figures(world):
     assert largest["probes"]["reads a list of names back, names held out"] >= 0.8
     assert largest["probes"]["second mention of a name, names held out"] >= 0.8
     assert largest["probes"]["answers about one place, values held out"] >= 0.8
+
+
+def test_the_experiment_by_bits_rounds_as_nf4_does_and_is_what_the_readme_shows(world):
+    bits, w = world[4], torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    nf4 = dequantize_nf4(quantize_nf4(w, double_quant=False))
+    assert torch.equal(bits.rounded(w, NF4_CODEBOOK, 64), nf4)
+    assert len(bits.rounded(w, bits.integers(2), None).unique()) == 3
+    records = json.loads(bits.RESULTS.read_text())
+    page = (tasks.DATA.parent / "README.md").read_text()
+    assert bits.table(records) in page
+    far = {(r["base"], r["code"], r["blocksize"]): r["divergence"] for r in records}
+    for base in ("0.3m", "1m", "3m"):
+        in_blocks = [far[base, code, 64] for code in bits.CODES]
+        assert in_blocks == sorted(in_blocks)  # NF4, FP4, int4, int3, int2
+        assert all(far[base, code, 64] < far[base, code, None] for code in bits.CODES)
+    again = bits.measure(tasks.DATA / "base" / "0.3m")[0]
+    assert again["divergence"] == pytest.approx(far["0.3m", "NF4", 64], rel=0.02)
 
 
 def test_the_shipped_files_are_small():

@@ -8,7 +8,7 @@ import torch
 from conftest import BASE
 
 from minipeft import GPT
-from minipeft.lab import compare, finetune, sweep, tasks
+from minipeft.lab import compare, finetune, placement, sweep, tasks
 
 ALL_TASKS = ["describe", "describe_brackets", "sentiment", "sentiment_unseen"]
 
@@ -196,6 +196,35 @@ def test_compare_end_to_end(base, task, tmp_path):
     assert compare.table(records, short).count("\n") == 8
 
 
+def test_placements_have_equal_numbers_of_parameters_and_rows_of_their_own(base, task):
+    trainable = {}
+    for place, part in (("all-linear", "."), ("attention", ".attn."), ("mlp", ".mlp.")):
+        model = finetune.build_model(base, "lora", 0, 10, targets=place)
+        trainable[place] = model.get_nb_trainable_parameters()[0]
+        adapted = {n.split(".lora_A")[0] for n, _ in model.named_modules() if "lora_A" in n}
+        assert len(adapted) == (16 if place == "all-linear" else 8)
+        assert all(part in name for name in adapted)
+    assert max(trainable.values()) < 1.03 * min(trainable.values())
+    short = tasks.Task("describe", task.train, task.validation[:4], task.test[:4], task.fact)
+    options = {"generated": 2, "quiet": True, "batch_size": 2, "control": False}
+    records = compare.compare(
+        base, short, ["full", "lora"], 1, 1, targets=["attention", "mlp"], **options
+    )
+    assert list(compare.rows(records)) == ["full", "lora, attention", "lora, mlp"]
+    with pytest.raises(ValueError, match="targets is 'head'; there are: attention, mlp"):
+        finetune.build_model(base, "lora", 0, 10, targets="head")
+
+
+def test_what_can_be_targeted_is_listed_by_kind(gpt):
+    rows = {row["name"]: row for row in placement.list_targets(gpt)}
+    assert list(rows) == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    assert rows["attn.c_attn"] == {
+        "name": "attn.c_attn", "count": 2, "in": 24, "out": 72, "parameters": 2 * 24 * 72,
+        "rank 1 adapters": 2 * (24 + 72),
+    }  # fmt: skip
+    assert "| mlp.c_proj | 2 | 96 | 24 | 4,608 | 240 |" in placement.table(list(rows.values()))
+
+
 def test_the_commands_help_and_one_clear_error(tmp_path):
     def run(*words):
         command = [sys.executable, "-m", "minipeft", *words]
@@ -238,3 +267,24 @@ def test_the_readmes_other_tables_are_the_committed_study_and_sweep(world):
     sweep.check(sweeps)
     for table in (study.table(study.load()), study.equal_score(sweeps), study.rank_table(sweeps)):
         assert table in page
+
+
+def test_what_the_readme_says_of_qlora_is_in_the_committed_results():
+    rows = compare.rows(compare.load(tasks.DATA / "results" / "compare.json"))
+    lora, qlora = rows["lora"], rows["qlora"]
+    assert {round(r["bits"], 2) for r in qlora} == {4.13}
+    assert qlora[0]["weight_bytes"] < 0.3 * lora[0]["weight_bytes"]
+    assert qlora[0]["paging"]["evictions"] > 0
+    fall = compare.mean(lora, "score") - compare.mean(qlora, "score")
+    assert fall == pytest.approx(0.04, abs=0.006)
+    same = {"base": "3m", "task": "describe", "steps": 100, "examples": 400, "size": 8}
+    points = {
+        e["method"]: {p["learning_rate"]: p for p in e["points"]}
+        for e in json.loads((tasks.DATA / "results" / "sweep.json").read_text())
+        if same.items() <= e.items()
+    }
+    for rate in (0.005, 0.01):  # the two best
+        four_bits, plain = points["qlora"][rate], points["lora"][rate]
+        assert four_bits["score"] >= plain["score"]
+        assert four_bits["forgetting"] == pytest.approx(plain["forgetting"], abs=0.15)
+    assert points["qlora"][0.01]["slot_loss"] < 1.02 * points["qlora"][0.005]["slot_loss"]

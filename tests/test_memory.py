@@ -38,6 +38,8 @@ def test_the_papers_claim_about_65_billion_parameters():
     qlora = memory.memory(memory.SHAPES["llama-65b"], "qlora", r=16)
     assert sum(full.values()) > 780e9
     assert sum(qlora.values()) < 48e9
+    rank_64 = memory.memory(memory.SHAPES["llama-65b"], "qlora", r=64, tokens=256)
+    assert 48e9 < sum(rank_64.values()) < 50e9  # the README says so
 
 
 def test_checkpointing_keeps_less_and_lora_saves_no_activations_worth_the_name():
@@ -58,3 +60,10 @@ def test_files_and_errors(tmp_path):
         memory.of(["gpt5"], ["full"], 8, 1, 16, True)
     with pytest.raises(ValueError, match="no memory is computed for 'prefix_tuning'"):
         memory.of(["gpt2"], ["prefix_tuning"], 8, 1, 16, True)
+
+
+def test_the_readme_shows_what_the_command_computes():
+    shapes = ["gpt2-xl", "llama-2-7b", "llama-65b", "llama-2-70b"]
+    found, _ = memory.of(shapes, list(memory.METHODS), 8, 1, 256, True)
+    page = (memory.tasks.DATA.parent / "README.md").read_text()
+    assert memory.table(found) in page

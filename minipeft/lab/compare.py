@@ -17,6 +17,7 @@ COLORS = {
     "qlora": "#c2185b", "random": "#b9b9b9",
 }  # fmt: skip
 RANDOM = "full, random base"
+PLACED = ("lora", "adalora", "qlora")  # methods that go on chosen layers
 
 
 def compare(
@@ -26,16 +27,22 @@ def compare(
     steps: int,
     seeds: int,
     control: bool = True,
+    targets: list[str] | None = None,
     **options,
 ) -> list[dict]:
     """A record for every method and seed, all on the same data in the same order, and the control:
-    full fine-tuning of a random model of the same shape."""
-    runs = [(m, seed, False) for m in methods for seed in range(1 if m == "frozen" else seeds)]
+    full fine-tuning of a random model of the same shape. With `targets`, weight methods come once
+    for each placement."""
+    runs = []
+    for method in methods:
+        places = targets if targets and method in PLACED else [None]
+        for place in places:
+            runs += [(method, s, False, place) for s in range(1 if method == "frozen" else seeds)]
     if control and "full" in methods:
-        runs += [("full", seed, True) for seed in range(seeds)]
+        runs += [("full", seed, True, None) for seed in range(seeds)]
     return [
-        finetune(base, task, method, steps, seed, random_base=random_base, **options)
-        for method, seed, random_base in runs
+        finetune(base, task, method, steps, seed, random_base=random, targets=place, **options)
+        for method, seed, random, place in runs
     ]
 
 
@@ -43,9 +50,14 @@ def rows(records: list[dict]) -> dict[str, list[dict]]:
     """The records by row of the table, in order."""
     grouped = {}
     for record in records:
-        name = RANDOM if record["random_base"] else record["method"]
+        place = f", {record['targets']}" if "targets" in record else ""
+        name = RANDOM if record["random_base"] else record["method"] + place
         grouped.setdefault(name, []).append(record)
     return grouped
+
+
+def color_of(name: str) -> str:
+    return COLORS["random"] if name == RANDOM else COLORS.get(name.split(",")[0], "black")
 
 
 def mean(records: list[dict], key: str) -> float:
@@ -122,7 +134,7 @@ def picture(records: list[dict], task: Task) -> Figure:
         left, right = figure.subplots(1, 2)
         key = "slot_loss" if "slot_loss" in records[0]["validation"][0] else "loss"
         for name, row in grouped.items():
-            color = COLORS.get("random" if name == RANDOM else name)
+            color = color_of(name)
             style = {"frozen": ":", RANDOM: "--"}.get(name, "-")
             points = row[0]["validation"]
             steps = [p["step"] for p in points]
@@ -138,7 +150,7 @@ def picture(records: list[dict], task: Task) -> Figure:
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
         names = list(grouped)
         scores = [mean(grouped[name], "score") for name in names]
-        colors = [COLORS.get("random" if name == RANDOM else name) for name in names]
+        colors = [color_of(name) for name in names]
         errors = [
             statistics.stdev(r["score"] for r in row) if len(row) > 1 else 0
             for row in grouped.values()
@@ -175,11 +187,16 @@ def save(records: list[dict], task: Task, folder: str | Path) -> None:
     """Write compare.json and compare.png, and ranks.png where ranks were allocated."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    short = [r | {"losses": [round(x, 4) for x in r.get("losses", [])]} for r in records]
+    short = json.loads(
+        json.dumps(records), parse_float=lambda number: float(f"{float(number):.6g}")
+    )
+    for record in short:
+        if record["seed"]:  # what was written is shown for the first seed alone
+            del record["examples"]
     text = "[\n" + ",\n".join(json.dumps(record) for record in short) + "\n]\n"
     write_file(folder / "compare.json", lambda file: Path(file).write_text(text))
     figure = picture(records, task)
-    write_file(folder / "compare.png", lambda file: figure.savefig(file, format="png", dpi=100))
+    write_file(folder / "compare.png", lambda file: figure.savefig(file, format="png", dpi=80))
     allocated = [record["ranks"] for record in records if "ranks" in record]
     if allocated:
         ranks = rank_picture(allocated[0])

@@ -4,6 +4,7 @@ What a method is, this file does not know: `build_model` asks `get_peft_model`, 
 model is something that takes a batch and returns a loss.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,8 @@ from tqdm import tqdm
 
 from minipeft.gpt import GPT, GPTConfig
 from minipeft.lab import tasks
+from minipeft.lab.checkpoint import Checkpoint, finishing_the_step
+from minipeft.lab.log import Log
 from minipeft.lab.tasks import Example, Task
 from minipeft.peft_model import (
     AdaLoraConfig,
@@ -37,11 +40,20 @@ from minipeft.peft_model import (
     QLoraConfig,
     bits_per_weight,
     count_parameters,
+    find_targets,
     get_peft_model,
     quantize_model,
 )
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
+
+
+# Where a weight method's adapters go, by GPT-2's names; it is everywhere where nothing is said.
+TARGETS = {
+    "attention": r".*\.attn\.c_(attn|proj)",
+    "mlp": r".*\.mlp\.c_(fc|proj)",
+    "all-linear": "all-linear",
+}
 
 
 def adalora(r: int, steps: int) -> AdaLoraConfig:
@@ -111,6 +123,20 @@ def autocast(device: torch.device):
 # --- training ---
 
 
+def gradients(model: nn.Module, micro_batches: list[dict[str, Tensor]]) -> float:
+    """Add up micro-batches' gradients, each weighted by its labelled tokens; the mean loss."""
+    counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches]
+    device, total = next(model.parameters()).device, 0.0
+    for batch, count in zip(micro_batches, counts, strict=True):
+        with autocast(device):
+            loss = model(**batch)[0]
+        (loss * (count / sum(counts))).backward()
+        if isinstance(model, PeftModel):
+            loss = model.task_loss  # reports leave AdaLoRA's penalty out
+        total += loss.item() * count / sum(counts)
+    return total
+
+
 def train(
     model: nn.Module,
     batches: Iterable[list[dict[str, Tensor]]],
@@ -122,15 +148,17 @@ def train(
     betas: tuple[float, float] = (0.9, 0.999),
     max_grad_norm: float = 1.0,
     optimizer_class: Callable = torch.optim.AdamW,
-    each_step: Callable[[int], None] = lambda step: None,
+    each_step: Callable[[dict], None] = lambda row: None,
+    checkpoint: Checkpoint | None = None,
     title: str = "training",
     quiet: bool = False,
 ) -> dict:
     """AdamW with a linear warm-up, then a cosine down to `final` times the learning rate.
 
     `batches` yields, for every step, the micro-batches whose gradients are accumulated; each counts
-    by its labelled tokens, so the gradient is that of the whole batch. `each_step(n)` is called
-    after step n, counted from 1. Returns the losses by step, the median seconds of a step (the
+    by its labelled tokens, so the gradient is that of the whole batch. `each_step` is called with
+    step (from 1), loss, learning rate and seconds. With a `checkpoint` the run goes on where its
+    file says, and Ctrl-C leaves one. Returns the losses by step, the median seconds of a step (the
     first tenth left out), the bytes of gradients and optimizer state, and, of a paged optimizer,
     its counters.
     Raises ValueError where nothing is trainable, FloatingPointError where a loss is not finite.
@@ -150,37 +178,40 @@ def train(
         done = (step - warmup) / max(steps - warmup, 1)
         return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-    losses, seconds = [], []
+    losses, seconds, start = [], [], 0
+    gradient_bytes = sum(p.nbytes for p in parameters)
+    if checkpoint is not None:
+        checkpoint.kept |= {"losses": losses, "seconds": seconds}
+        start = checkpoint.load(model, optimizer)
     model.train()
     hidden = {"disable": True} if quiet else {}  # so that TQDM_DISABLE=1 can hide it too
-    bar = tqdm(islice(batches, steps), total=steps, desc=title, mininterval=0.5, **hidden)
-    for step, micro_batches in enumerate(bar, 1):
-        start = time.perf_counter()
-        counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches]
-        total = 0.0
-        for batch, count in zip(micro_batches, counts, strict=True):
-            with autocast(parameters[0].device):
-                loss = model(**batch)[0]
-            (loss * (count / sum(counts))).backward()
+    ahead = islice(batches, start, steps)
+    bar = tqdm(ahead, total=steps, initial=start, desc=title, mininterval=0.5, **hidden)
+    with finishing_the_step() as asked_to_stop:
+        for step, micro_batches in enumerate(bar, start + 1):
+            began = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * scale(step - 1)
+            total = gradients(model, micro_batches)
+            if not math.isfinite(total):
+                raise FloatingPointError(
+                    f"the loss is {total} at step {step}: lower the learning rate ({learning_rate})"
+                )
+            gradient_bytes = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            optimizer.step()
             if isinstance(model, PeftModel):
-                loss = model.task_loss  # reports leave AdaLoRA's penalty out
-            total += loss.item() * count / sum(counts)
-        if not math.isfinite(total):
-            raise FloatingPointError(
-                f"the loss is {total} at step {step}: lower the learning rate ({learning_rate})"
-            )
-        gradient_bytes = sum(p.grad.nbytes for p in parameters if p.grad is not None)
-        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        optimizer.step()
-        if isinstance(model, PeftModel):
-            model.update_and_allocate(step)
-        scheduler.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-        losses.append(total)
-        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
-        each_step(step)
+                model.update_and_allocate(step)
+            optimizer.zero_grad()
+            seconds.append(time.perf_counter() - began)
+            losses.append(total)
+            rate = optimizer.param_groups[0]["lr"]
+            bar.set_postfix(loss=f"{total:.3f}", lr=f"{rate:.1e}", refresh=False)
+            each_step({"step": step, "loss": total, "learning_rate": rate, "seconds": seconds[-1]})
+            if checkpoint is not None and (step % checkpoint.every == 0 or asked_to_stop):
+                checkpoint.save(model, optimizer, step)
+            if asked_to_stop and step < steps:
+                raise KeyboardInterrupt(f"stopped after step {step} of {steps}")
     state = optimizer.state_dict()["state"].values()
     record = {
         "losses": losses,
@@ -278,11 +309,13 @@ def build_model(
     steps: int,
     random_base: bool = False,
     size: int | None = None,
+    targets: str | None = None,
 ) -> nn.Module:
     """A model ready to be trained by a method: everything free, nothing, or an adapter on it.
 
     `random_base` takes a model of the same shape that was never trained: the control. `size` is
-    the adapter's rank or number of virtual tokens.
+    the adapter's rank or number of virtual tokens. `targets` puts a weight method's adapters on
+    some layers alone, at the rank at which they have as many parameters as on all of them.
     """
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r}; there are: {', '.join(METHODS)}")
@@ -293,9 +326,22 @@ def build_model(
     if "prepare" in METHODS[method]:
         METHODS[method]["prepare"](model)
     if "config" in METHODS[method]:
-        config = METHODS[method]["config"](size or METHODS[method]["size"], steps)
+        size = size or METHODS[method]["size"]
+        if targets is not None:
+            if targets not in TARGETS:
+                raise ValueError(f"targets is {targets!r}; there are: {', '.join(TARGETS)}")
+            size = round(size * adapter_width(model, "all-linear") / adapter_width(model, targets))
+        config = METHODS[method]["config"](size, steps)
+        if targets is not None and hasattr(config, "target_modules"):
+            config.target_modules = TARGETS[targets]
         return get_peft_model(model, config)
     return model.requires_grad_(method == "full")
+
+
+def adapter_width(model: nn.Module, targets: str) -> int:
+    """Parameters of adapters of rank 1."""
+    layers = find_targets(model, TARGETS[targets]).values()
+    return sum(layer.in_features + layer.out_features for layer in layers)
 
 
 def optimizer_of(method: str) -> Callable:
@@ -422,6 +468,31 @@ def disk_bytes(model: nn.Module) -> int:
         return sum(os.path.getsize(file) for file in Path(folder).rglob("*.safetensors"))
 
 
+def checkpoint_gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict:
+    """Turn gradient checkpointing on: only the blocks' inputs are kept, the rest computed again.
+
+    Returns how many bytes that saves and how many seconds it costs, a forward and backward pass of
+    this batch (medians of three).
+    """
+    state, found = torch.get_rng_state(), []
+    for enable in (lambda: None, model.gradient_checkpointing_enable):
+        enable()
+        kept, seconds = activation_bytes(model, batch), []
+        for _ in range(4):
+            began = time.perf_counter()
+            gradients(model, [batch])
+            seconds.append(time.perf_counter() - began)
+        found.append((kept, statistics.median(seconds[1:])))
+    model.zero_grad()
+    torch.set_rng_state(state)  # as if nothing had been tried
+    (kept, quick), (fewer, slow) = found
+    return {"bytes_saved": kept - fewer, "seconds_lost": slow - quick}
+
+
+def digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
 def finetune(
     base: Base,
     task: Task,
@@ -435,21 +506,28 @@ def finetune(
     generated: int = 64,
     validations: int = 8,
     random_base: bool = False,
+    targets: str | None = None,
+    gradient_checkpointing: bool = False,
     device: str | None = None,
     output: str | Path | None = None,
+    checkpoint_every: int = 0,
+    resume: bool = False,
+    log_dir: str | None = None,
     quiet: bool = False,
 ) -> dict:
     """Fine-tune a base on a task with one method, measure, and return the record.
 
     The learning rate is the committed sweep's where none is given. `validations` is how often the
     validation loss is taken on the way. With `output`, the adapter, or the whole model with its
-    tokenizer, is saved there.
+    tokenizer, is saved there, beside `log.csv`; and, every `checkpoint_every` steps, the state of
+    the run, from which `resume` goes on to the same end, to the bit.
     """
-    model = build_model(base, method, seed, steps, random_base, size).to(pick_device(device))
+    model = build_model(base, method, seed, steps, random_base, size, targets)
+    model = model.to(pick_device(device))
     if learning_rate is None and method != "frozen":
         learning_rate = swept_learning_rate(base, task, method, steps, random_base, size)
     trainable, total = count_parameters(model)
-    record = {
+    setting = {
         "method": method,
         "random_base": random_base,
         "seed": seed,
@@ -459,19 +537,40 @@ def finetune(
         "steps": steps,
         "learning_rate": learning_rate,
         "size": size or METHODS[method].get("size"),
+    }
+    record = setting | ({"targets": targets} if targets else {})
+    record |= {
         "trainable": trainable,
         "parameters": total,
         "weight_bytes": sum(t.nbytes for t in [*model.parameters(), *model.buffers()]),
         "bits": bits_per_weight(model),
         "validation": [],
     }
+    checkpoint, log = None, None
+    if output is not None and method != "frozen":
+        data = [json.dumps([e.prompt_ids, e.completion_ids]).encode() for e in task.train]
+        weights = (Path(base.folder) / "model.safetensors").read_bytes()
+        run = setting | {"targets": targets, "batch_size": batch_size, "accumulation": accumulation}
+        run |= {"base": digest(weights), "data": digest(*data)}
+        file = Path(output) / "checkpoint.safetensors"
+        checkpoint = Checkpoint(file, checkpoint_every or steps + 1, run)
+        checkpoint.kept["validation"] = record["validation"]
+        if file.is_file() and not resume:
+            raise ValueError(
+                f"{file} is of a run that was stopped: go on with --resume, or delete it"
+            )
+        log = Log(output, log_dir, checkpoint.read()[0]["step"] if resume else 0)
 
-    def validate(step: int) -> None:
+    def validate(row: dict) -> None:
+        step = row["step"]
         if step % max(steps // validations, 1) == 0 or step == steps:
             losses = task_loss(model, task.validation, base.end)
             record["validation"].append({"step": step} | losses)
+            row |= {f"validation_{name}": loss for name, loss in losses.items()}
+        if log is not None and step:
+            log(row)
 
-    validate(0)
+    validate({"step": 0})
     if base.held_out is not None:
         with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
             record["forgetting"] = {"base": text_loss(model, base.held_out)}
@@ -487,6 +586,8 @@ def finetune(
         )
         first = tasks.collate(task.train[:batch_size], base.end, model.device)
         model.train()
+        if gradient_checkpointing:
+            record["gradient_checkpointing"] = checkpoint_gradients(model, first)
         record["activation_bytes"] = activation_bytes(model, first)
         title = f"{method}{' on a random base' if random_base else ''}, seed {seed}"
         if model.device.type == "cuda":
@@ -499,6 +600,7 @@ def finetune(
             warmup=max(steps // 10, 1),
             optimizer_class=optimizer_of(method),
             each_step=validate,
+            checkpoint=checkpoint,
             title=title,
             quiet=quiet,
         )
@@ -514,7 +616,7 @@ def finetune(
     }
     record["examples"] = [
         {"prompt": e.prompt, "reference": e.completion, "generated": text}
-        for e, text in zip(examples[:8], texts, strict=False)
+        for e, text in zip(examples[:3], texts, strict=False)
     ]
     if base.held_out is not None and method != "frozen":
         record["forgetting"]["on"] = text_loss(model, base.held_out)
@@ -525,4 +627,7 @@ def finetune(
         model.save_pretrained(output)
         if not isinstance(model, PeftModel):
             base.tokenizer.save(str(Path(output) / "tokenizer.json"))
+    if checkpoint is not None:  # the run has ended, and what it learned is saved
+        checkpoint.file.unlink(missing_ok=True)
+        log.close()
     return record
