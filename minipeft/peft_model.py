@@ -14,8 +14,12 @@ import abc
 import copy
 import enum
 import json
+import math
 import os
+import re
 import tempfile
+import types
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -40,6 +44,7 @@ from minipeft.qlora import (
     quantize_model,
     quantized_layers,
 )
+from minipeft.weighted import COMBINATIONS
 
 __all__ = [  # what the lab takes from here, besides what is defined below
     "AdaLoraConfig",
@@ -95,14 +100,14 @@ class PeftConfig(abc.ABC):
         file = Path(path) / "adapter_config.json"
         try:
             found = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
         peft_type = found.get("peft_type") if isinstance(found, dict) else None
-        if peft_type not in METHODS:
+        if not isinstance(peft_type, str) or peft_type not in METHODS:
             raise ValueError(f"{file}: peft_type is {peft_type!r}; here are {', '.join(METHODS)}")
         config_class = METHODS[peft_type][0]
-        names = {field.name for field in fields(config_class) if field.init}
-        others = {k: v for k, v in found.items() if k not in names and k != "peft_type"}
+        kinds = {field.name: field.type for field in fields(config_class) if field.init}
+        others = {k: v for k, v in found.items() if k not in kinds and k != "peft_type"}
         for key, value in others.items():
             if (
                 key in FREE_KEYS
@@ -111,12 +116,28 @@ class PeftConfig(abc.ABC):
             ):
                 continue
             raise ValueError(f"{file}: {key} is {value!r}, and that is not implemented here")
+        own = {key: value for key, value in found.items() if key in kinds}
+        for key, value in own.items():
+            if not fits(value, kinds[key]):
+                wanted = getattr(kinds[key], "__name__", kinds[key])
+                raise ValueError(f"{file}: {key} is {value!r}, and not {wanted}")
         try:
-            config = config_class(**{k: v for k, v in found.items() if k in names})
-        except (TypeError, ValueError) as error:
+            config = config_class(**own)
+        except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         config.other_keys = others  # written back by save_pretrained
         return config
+
+
+def fits(value, kind) -> bool:
+    """Whether a value read from JSON is what a config's annotation says: `dict[str, int]`, say."""
+    inner = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if isinstance(value, dict | list) and inner:
+        items = value.values() if isinstance(value, dict) else value
+        return isinstance(value, typing.get_origin(kind)) and all(fits(i, inner[-1]) for i in items)
+    return type(value) is kind or (type(value) is int and kind is float)
 
 
 class LayerAdapter:
@@ -243,8 +264,10 @@ class PromptAdapter:
     def load(self, found: dict[str, Tensor]) -> None:
         """Take a saved prompt over, and the network if this encoder has one."""
         wanted = self.network() or {"prompt_embeddings": self.encoder.embedding.weight.data}
-        used = {k: v for k, v in found.items() if (k == "prompt_embeddings") == (len(wanted) == 1)}
-        copy_strictly(used, wanted)
+        spare = {"prompt_embeddings"}  # what the network writes anew; without it, the network
+        if "prompt_embeddings" in wanted:
+            spare = {key for key in found if key.startswith("prompt_encoder.")}
+        copy_strictly({k: v for k, v in found.items() if k not in spare}, wanted)
 
 
 def copy_strictly(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -294,6 +317,52 @@ def make_adapter(model: nn.Module, config: PeftConfig) -> Adapter:
     return family(config, model, make)
 
 
+def weighted_adapter(
+    model: nn.Module,
+    parts: list[tuple[LayerAdapter, float]],
+    combination_type: str,
+    svd_rank: int | None,
+) -> LayerAdapter:
+    """A frozen LoRA that is the weighted sum of others.
+
+    Raises ValueError for another method than LoRA, an unknown combination, a weight that is no
+    number, and different ranks under "linear".
+    """
+    configs = [adapter.config for adapter, _ in parts]
+    for config in configs:
+        if config.peft_type not in ("LORA", "QLORA"):
+            raise ValueError(f"{config.peft_type} has no weighted sum: only LoRAs can be added up")
+    if combination_type not in COMBINATIONS:
+        known = ", ".join(COMBINATIONS)
+        raise ValueError(f"combination_type is {combination_type!r}; there are: {known}")
+    for _, w in parts:
+        if not isinstance(w, int | float) or not math.isfinite(w):
+            raise ValueError(f"a weight is {w!r}: give numbers")
+    combination_type = "linear" if len(parts) == 1 else combination_type
+    ranks = [max([c.r, *getattr(c, "rank_pattern", {}).values()]) for c in configs]
+    if combination_type == "linear" and len(set(ranks)) > 1:
+        raise ValueError(f"linear needs LoRAs of one rank, and these have {ranks}: take svd or cat")
+    r = {"svd": svd_rank or max(ranks), "linear": ranks[0], "cat": sum(ranks)}[combination_type]
+    targets = [config.target_modules for config in configs]
+    if any(isinstance(target, str) for target in targets):  # the names of them all, as one regex
+        joined = "|".join(dict.fromkeys(re.escape(n) for a, _ in parts for n in a.layers))
+    else:
+        joined = sorted({name for target in targets for name in target})
+    config = type(configs[0])(
+        r=r, lora_alpha=r, target_modules=joined, task_type=configs[0].task_type,
+        lora_dropout=configs[0].lora_dropout, inference_mode=True,
+    )  # fmt: skip
+    summed = make_adapter(model, config)
+    with torch.no_grad():
+        for name, layer in summed.layers.items():
+            found = [(w, adapter.layers[name]) for adapter, w in parts if name in adapter.layers]
+            loras = [(w, x.scaling, x.lora_A.weight, x.lora_B.weight) for w, x in found]
+            a, b = COMBINATIONS[combination_type](loras, r)
+            layer.lora_A.weight.copy_(a)
+            layer.lora_B.weight.copy_(b)
+    return summed
+
+
 class PeftModel(nn.Module):
     """A model with adapters, one of them in place. Make it with `get_peft_model`.
 
@@ -330,6 +399,8 @@ class PeftModel(nn.Module):
         past_key_values=None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
     ):
         """What the base returns, with the active adapter at work. None is not handed on.
 
@@ -344,6 +415,8 @@ class PeftModel(nn.Module):
             "past_key_values": past_key_values,
             "position_ids": position_ids,
             "use_cache": use_cache,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
         }
         out = self._current.run(self.base_model, {k: v for k, v in named.items() if v is not None})
         if labels is not None:
@@ -400,12 +473,35 @@ class PeftModel(nn.Module):
             adapter_name, lambda: _read_adapter(self.base_model, Path(path), is_trainable)
         )
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Make a new, frozen LoRA out of several: Σ w ΔW by "svd", "linear" or "cat".
+
+        `weighted.py` says what these are. As in peft, the rank is `svd_rank` or the largest one,
+        all ranks' sum for "cat", and one adapter alone is always combined by "linear", which is
+        then exact.
+        """
+        for name in adapters:
+            self._check_name(name)
+        if not adapters or len(weights) != len(adapters):
+            raise ValueError(f"adapters {adapters} and weights {weights}: give one weight for each")
+        parts = [(self.adapters[name], w) for name, w in zip(adapters, weights, strict=True)]
+        self._register(
+            adapter_name,
+            lambda: weighted_adapter(self.base_model, parts, combination_type, svd_rank),
+        )
+
     def set_adapter(self, adapter_name: str) -> None:
-        """Take the adapter that is in place out and put another one in."""
+        """Put an adapter in the place of the one that is there; where there is none, it waits."""
         self._check_name(adapter_name)
-        self._take_out()
-        self.active_adapter = adapter_name
-        self._put_in()
+        with self._taken_out():
+            self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Deleting the active one activates the first that is left."""
@@ -551,6 +647,8 @@ class PeftModel(nn.Module):
             raise ValueError(f"{kind} changes what the model is fed: there is nothing to merge")
         if isinstance(self._active, AdaLoraAdapter):
             self._active.check_allocated()
+        if not self.in_place:
+            raise RuntimeError("the adapter is disabled: merge it outside disable_adapter")
         return self._active.modules()
 
     def _put_in(self) -> None:
@@ -569,7 +667,7 @@ class PeftModel(nn.Module):
         try:
             yield
         finally:
-            if was_in_place and not self.in_place:
+            if was_in_place and self.active_adapter is not None:
                 self._put_in()
 
     def _register(self, name: str, make: Callable[[], Adapter]) -> None:
@@ -636,9 +734,11 @@ def _read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter
     # without its network a prompt is read as it is, and so it is where nothing will be trained
     bare = "prompt_embeddings" in found and len(found) == 1
     config.inference_mode = bare or not is_trainable
-    state = torch.random.get_rng_state()  # what is drawn here is overwritten: leave no trace
-    adapter = make_adapter(model, config)
-    torch.random.set_rng_state(state)
+    try:
+        with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten: leave no trace
+            adapter = make_adapter(model, config)
+    except (ValueError, TypeError, RuntimeError, re.error) as error:  # for one, a rank of 10**40
+        raise ValueError(f"{folder / 'adapter_config.json'}: {error}") from error
     try:
         adapter.load(found)
     except ValueError as error:

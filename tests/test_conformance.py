@@ -181,3 +181,92 @@ def test_adapters_travel_both_ways(theirs, ids, tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     again = PeftModel.from_pretrained(GPT.from_pretrained(tmp_path / "base"), tmp_path / "theirs")
     assert torch.equal(again(ids).logits, mine(ids).logits)
+
+
+WEIGHTED = {  # on other layers each, with other scalings
+    "a": {"r": 4, "lora_alpha": 10, "target_modules": ["c_attn", "c_fc"]},
+    "b": {"r": 4, "lora_alpha": 3, "target_modules": ["c_fc", "mlp.c_proj"]},
+    "c": {
+        "r": 2, "target_modules": ["c_attn"], "rank_pattern": {"h.1.attn.c_attn": 3},
+        "alpha_pattern": {"h.0.attn.c_attn": 5},
+    },
+}  # fmt: skip
+
+
+def weighted(theirs, folder, changes, combination, *arguments):
+    """The new adapter's config in peft and here, and (A, B, ΔW) of both by layer."""
+    theirs.save_pretrained(folder)
+    reference = mine = None
+    for name, settings in WEIGHTED.items():
+        settings = settings | changes
+        if mine is None:
+            reference = peft.get_peft_model(theirs, peft.LoraConfig(**settings), name)
+            model = transformers.GPT2LMHeadModel.from_pretrained(folder)
+            mine = get_peft_model(model, LoraConfig(**settings), name)
+        else:
+            reference.add_adapter(name, peft.LoraConfig(**settings))
+            mine.add_adapter(name, LoraConfig(**settings))
+        for key, layer in filled(mine.adapters[name].layers).items():
+            found = reference.base_model.model.get_submodule(key)
+            found.lora_A[name].weight.data.copy_(layer.lora_A.weight.data)
+            found.lora_B[name].weight.data.copy_(layer.lora_B.weight.data)
+    for model in (reference, mine):
+        model.add_weighted_adapter(*arguments, **combination)
+    layers = mine.adapters["sum"].layers
+    ours = {k: (x.lora_A.weight, x.lora_B.weight, x.delta()) for k, x in layers.items()}
+    modules = reference.base_model.model.named_modules()
+    expected = {
+        key: (m.lora_A["sum"].weight, m.lora_B["sum"].weight, m.get_delta_weight("sum").T)
+        for key, m in modules
+        if "sum" in getattr(m, "lora_A", {})
+    }
+    return reference.peft_config["sum"], mine.peft_config["sum"], expected, ours
+
+
+def same_loras(ours, expected) -> bool:
+    """The same A and B to the bit. Beyond the rank of ΔW an SVD has no say: there ΔW is compared,
+    since peft asks for the full matrices, whose last columns LAPACK finds in another way."""
+    (a, b, _), (their_a, their_b, _) = ours, expected
+    sure = int(torch.linalg.matrix_rank(their_b.double() @ their_a.double(), rtol=1e-6))
+    assert sure > 0
+    same = torch.equal(a[:sure], their_a[:sure]) and torch.equal(b[:, :sure], their_b[:, :sure])
+    return same and a.shape == their_a.shape and b.shape == their_b.shape
+
+
+@pytest.mark.parametrize(
+    ("names", "combination", "rank"),
+    [
+        ("ab", {}, 4),
+        ("abc", {"svd_rank": 2}, 2),
+        ("abc", {"svd_rank": 7}, 7),
+        ("abc", {"combination_type": "cat"}, 11),
+        ("ab", {"combination_type": "linear"}, 4),
+        ("a", {"svd_rank": 2}, 4),
+    ],
+)
+def test_a_weighted_adapter_is_pefts(theirs, tmp_path, names, combination, rank):
+    """The same layers, rank and scaling, and the same bits in A and B."""
+    weights = [0.7, -1.6, 0.3][: len(names)]
+    config, own, expected, ours = weighted(
+        theirs, tmp_path, {}, combination, list(names), weights, "sum"
+    )
+    assert config.r == own.r == rank
+    assert config.lora_alpha == own.lora_alpha
+    assert sorted(config.target_modules) == own.target_modules
+    assert expected.keys() == ours.keys()
+    for key in expected:
+        assert same_loras(ours[key], expected[key])
+        assert near(ours[key][2], expected[key][2])
+
+
+@pytest.mark.parametrize("kind", ["svd", "linear", "cat"])
+def test_with_rslora_pefts_weighted_adapter_is_too_large_by_the_root_of_r(theirs, tmp_path, kind):
+    """There peft is not the judge: a weight of 1 should leave an adapter what it is."""
+    rslora, combination = {"use_rslora": True}, {"combination_type": kind}
+    arguments = rslora, combination, ["a", "b"], [1.0, 0.0], "sum"
+    config, own, expected, ours = weighted(theirs, tmp_path, *arguments)
+    assert config.use_rslora
+    assert not own.use_rslora
+    for key in [key for key in expected if "c_attn" in key]:  # b has nothing there
+        assert same_loras(ours[key], expected[key])
+        assert near(ours[key][2] * config.r**0.5, expected[key][2])

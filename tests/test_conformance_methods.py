@@ -230,20 +230,6 @@ def test_a_prefix_on_a_model_that_drops_its_cache_is_refused(theirs, ids):  # no
         model(ids, labels=ids)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_prompt_methods_refuse_an_encoder_decoder_and_weight_methods_take_it(name):
-    t5 = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(vocab_size=61, d_model=24, d_kv=6, d_ff=48, num_layers=1, num_heads=4)
-    )
-    config = configs(name)[1]
-    if name == "adalora":
-        config.target_modules = ["q", "v"]
-        assert get_peft_model(t5, config).get_nb_trainable_parameters()[0] > 0
-    else:
-        with pytest.raises(ValueError, match="encoder-decoder"):
-            get_peft_model(t5, config)
-
-
 def test_the_allocator_goes_step_by_step_as_pefts_does(theirs):  # noqa: F811
     """Given the same gradients: scores, thresholds, masks and ranks, through a whole schedule."""
     torch.manual_seed(3)

@@ -4,7 +4,15 @@ import pytest
 import torch
 from test_lora import ALL, filled
 
-from minipeft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from minipeft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
+from minipeft.peft_model import quantize_model
 
 
 def adapted(gpt, name="default", **changes) -> PeftModel:
@@ -25,6 +33,26 @@ def test_disable_adapter_gives_the_bases_bits(gpt, ids):
         raise KeyError
     assert torch.equal(model(ids).logits, with_adapter)
     assert torch.equal(model.unload()(ids).logits, before)
+
+
+def test_what_is_done_while_disabled_waits_until_it_is_over(gpt, ids):
+    before = gpt(ids).logits
+    model = adapted(gpt)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["c_fc"]))
+    filled(model.adapters["other"].layers)
+    with model.disable_adapter():
+        model.set_adapter("other")
+        assert torch.equal(model(ids).logits, before)
+        with pytest.raises(RuntimeError, match="merge it outside"):
+            model.merge_and_unload()
+        model.delete_adapter("other")
+        model.add_adapter("third", LoraConfig(r=2, target_modules=["c_fc"]))
+        assert torch.equal(model(ids).logits, before)
+    assert not torch.allclose(model(ids).logits, before)
+    assert model.active_adapter == "default"
+    with model.disable_adapter():
+        model.unload()
+    assert torch.equal(model(ids).logits, before)
 
 
 def test_merge_and_unload_leaves_the_model_as_it_was(gpt, ids):
@@ -131,7 +159,13 @@ def test_bad_folders_are_one_clear_error(gpt, tmp_path):
         ({"target_modules": ["q_proj"]}, "'q_proj' matches no module"),
         ({"target_modules": "all-linear", "rank_pattern": {"nope": 2}}, "nope"),
         ({"peft_type": "MAGIC"}, "peft_type is 'MAGIC'"),
-        ({"r": "eight"}, "r is 'eight'"),
+        ({"r": "eight"}, "r is 'eight', and not int"),
+        ({"r": True}, "r is True, and not int"),
+        ({"target_modules": [7]}, r"target_modules is \[7\], and not list\[str\]"),
+        ({"rank_pattern": {"c_fc": 2.5}}, "rank_pattern"),
+        ({"target_modules": "("}, r"adapter_config.json: missing \)"),
+        ({"r": 10**15}, "adapter_config.json: "),  # more than any memory
+        ({"r": 10**40}, "adapter_config.json: "),  # more than a tensor's shape can be
     ]:
         config.write_text(json.dumps(described | change))
         refused(message)
@@ -158,3 +192,117 @@ def test_wrong_configs_and_models_are_refused(gpt):
         get_peft_model(gpt, {"r": 8})
     with pytest.raises(ValueError, match="already"):
         get_peft_model(adapted(gpt), LoraConfig(target_modules=ALL))
+
+
+def three_loras(gpt) -> PeftModel:
+    """LoRAs of ranks 3, 2 and 3, on other layers each, the last by an expression."""
+    model = adapted(gpt.double(), "a", lora_alpha=5).double()
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["c_fc"], use_rslora=True))
+    model.add_adapter("c", LoraConfig(r=3, target_modules=r".*\.1\.attn\.c_\w+"))
+    for name in "bc":
+        filled(model.double().adapters[name].layers)
+    return model
+
+
+def changes(model, name) -> dict:
+    """ΔW by layer."""
+    return {key: layer.delta() for key, layer in model.adapters[name].layers.items()}
+
+
+def wanted_sum(model, weights: dict) -> dict:
+    total = {}
+    for name, w in weights.items():
+        for key, delta in changes(model, name).items():
+            total[key] = total.get(key, 0) + w * delta
+    return total
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "rank", "r"),
+    [("abc", "cat", None, 8), ("bc", "cat", None, 5), ("abc", "svd", 8, 8), ("a", "svd", 1, 3)],
+)
+def test_a_weighted_adapter_adds_the_changes_up(gpt, names, kind, rank, r):
+    """Exact where the rank suffices; one adapter keeps its own."""
+    model = three_loras(gpt)
+    weights = dict(zip(names, (0.7, -1.5, 0.25), strict=False))
+    before = {n: {k: t.clone() for k, t in model.adapters[n].tensors().items()} for n in names}
+    model.add_weighted_adapter(list(weights), list(weights.values()), "sum", kind, rank)
+    found, expected = changes(model, "sum"), wanted_sum(model, weights)
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[key], expected[key], atol=1e-12) for key in expected)
+    assert {layer.r for layer in model.adapters["sum"].layers.values()} == {r}
+    assert model.active_adapter == "a"
+    for name in names:
+        found = model.adapters[name].tensors()
+        assert all(torch.equal(found[key], tensor) for key, tensor in before[name].items())
+
+
+def test_svd_is_the_nearest_of_its_rank_and_linear_is_not_a_sum(gpt):
+    model = three_loras(gpt)
+    weights = {"a": 0.7, "c": -1.5}
+    expected = wanted_sum(model, weights)
+    model.add_weighted_adapter(list(weights), list(weights.values()), "svd")  # the default; rank 3
+    for key, delta in changes(model, "svd").items():
+        u, s, v = torch.linalg.svd(expected[key])
+        assert torch.allclose(delta, u[:, :3] * s[:3] @ v[:3], atol=1e-12)
+        missed = torch.linalg.norm(delta - expected[key])
+        assert torch.allclose(missed, s[3:].square().sum().sqrt(), atol=1e-12)
+    model.add_weighted_adapter(list(weights), list(weights.values()), "linear", "linear")
+    (a, c), shared = (model.adapters[n].layers for n in "ac"), "transformer.h.1.attn.c_attn"
+    (p, q), root = (
+        (a[shared], c[shared]),
+        (1.5 * c[shared].scaling * 0.7 * a[shared].scaling) ** 0.5,
+    )
+    cross = root * (q.lora_B.weight @ p.lora_A.weight - p.lora_B.weight @ q.lora_A.weight)
+    off = changes(model, "linear")[shared] - expected[shared]
+    assert torch.allclose(off, cross, atol=1e-12)
+    assert off.norm() > 0.5 * expected[shared].norm()
+    alone = "transformer.h.0.mlp.c_fc"  # one of the two has nothing here: exact
+    assert torch.allclose(changes(model, "linear")[alone], expected[alone], atol=1e-12)
+
+
+def test_a_weighted_adapter_is_one_like_any_other(gpt, ids, tmp_path):
+    model = three_loras(gpt)
+    model.add_weighted_adapter(["a", "b"], [1.0, 2.0], "sum", "cat")
+    model.set_adapter("sum")
+    logits = model(ids).logits
+    assert model.get_nb_trainable_parameters()[0] == 0
+    model.merge_adapter()
+    assert torch.allclose(model.eval()(ids).logits, logits, atol=1e-10)
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(model.unload(), tmp_path / "sum").double()
+    assert torch.equal(again(ids).logits, logits)
+
+
+def test_loras_on_a_4bit_base_add_up_too(gpt, ids):
+    quantize_model(gpt)
+    model = adapted(gpt, "a").eval()
+    model.add_weighted_adapter(["a", "a"], [1.5, -0.5], "sum", "svd")
+    told = model(ids).logits
+    model.set_adapter("sum")
+    assert model.peft_config["sum"].peft_type == "QLORA"
+    assert torch.allclose(model(ids).logits, told, atol=1e-5)
+    with model.disable_adapter():
+        assert not torch.allclose(model(ids).logits, told, atol=1e-3)
+
+
+def test_weighted_sums_that_cannot_be_are_refused(gpt):
+    model = three_loras(gpt)
+    model.add_adapter("prompt", PromptTuningConfig(num_virtual_tokens=2))
+    for arguments, message in [
+        ((["a", "d"], [1, 1], "sum"), "no adapter 'd'; there are: a, b, c, prompt"),
+        ((["a", "b"], [1], "sum"), "give one weight for each"),
+        (([], [], "sum"), "give one weight for each"),
+        ((["a", "b"], [1, float("nan")], "sum"), "a weight is nan"),
+        ((["a", "b"], [1, "2"], "sum"), "a weight is '2'"),
+        ((["a", "prompt"], [1, 1], "sum"), "PROMPT_TUNING has no weighted sum"),
+        ((["a", "b"], [1, 1], "sum", "ties"), "'ties'; there are: svd, linear, cat"),
+        ((["a", "b"], [1, 1], "sum", "linear"), r"have \[3, 2\]: take svd or cat"),
+        ((["a", "b"], [1, 1], "sum", "svd", -1), "r is -1"),
+        ((["a", "b"], [1, 1], "c"), "there is an adapter 'c' already"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.add_weighted_adapter(*arguments)
+        assert list(model.adapters) == ["a", "b", "c", "prompt"]
+        assert model.in_place

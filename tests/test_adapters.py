@@ -1,0 +1,203 @@
+"""Several adapters on one base: whatever is done with them, the base's weights never move."""
+
+import hashlib
+import random
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from minipeft import (
+    GPT,
+    AdaLoraConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from minipeft.peft_model import quantize_model
+
+SCHEDULE = {"init_r": 3, "target_r": 1, "total_step": 2}
+CONFIGS = {
+    "lora": lambda: LoraConfig(r=2, target_modules=["c_attn", "c_fc"]),
+    "lora_dropout": lambda: LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear"),
+    "adalora": lambda: AdaLoraConfig(target_modules=["c_attn"], **SCHEDULE),
+    "prompt": lambda: PromptTuningConfig(num_virtual_tokens=2),
+    "p_tuning": lambda: PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=4),
+    "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=2),
+    "prefix_projection": lambda: PrefixTuningConfig(num_virtual_tokens=2, prefix_projection=True),
+}
+IDS = torch.randint(1, 61, (2, 6), generator=torch.Generator().manual_seed(1))
+
+
+def small_base(four_bits: bool = False) -> GPT:
+    torch.manual_seed(0)
+    gpt = GPT(tiny_config(n_embd=8, n_head=2, n_layer=1))
+    if four_bits:
+        quantize_model(gpt)
+    return gpt.eval()
+
+
+def checksum(model: torch.nn.Module) -> str:
+    """Of every name, dtype and bit of a model's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Walk:
+    """A model on which random calls are made, beside what it ought to say: logits by adapter."""
+
+    def __init__(self, seed: int, folder):
+        self.random, self.folder = random.Random(seed), folder
+        self.base = small_base(four_bits=seed % 4 == 0)
+        self.before, self.plain = checksum(self.base), self.base(IDS).logits
+        self.told, self.saved, self.made = {}, {}, 0
+        self.model = get_peft_model(self.base, self.config(), self.name())
+        self.train()
+
+    def config(self):
+        names = list(CONFIGS)
+        if any("codes" in key for key in self.base.state_dict()):
+            names.remove("adalora")  # there is none for a 4-bit layer
+        return CONFIGS[self.random.choice(names)]()
+
+    def name(self) -> str:
+        self.made += 1
+        return f"number {self.made}"
+
+    def logits(self) -> torch.Tensor:
+        with torch.no_grad():
+            return self.model.eval()(IDS).logits
+
+    def note(self) -> None:
+        """Remember what the active adapter says."""
+        self.told[self.model.active_adapter] = self.logits()
+
+    def check(self) -> None:
+        """The active adapter says what it said when it was last trained; without it, the base."""
+        told = self.told[self.model.active_adapter]
+        assert torch.allclose(self.logits(), told, atol=1e-5)
+        with self.model.disable_adapter():
+            assert torch.equal(self.logits(), self.plain)
+
+    # --- the calls ---
+
+    def add(self) -> None:
+        name, active = self.name(), self.model.active_adapter
+        self.model.add_adapter(name, self.config())
+        self.model.set_adapter(name)
+        self.train()
+        self.model.set_adapter(active)
+
+    def set(self) -> None:
+        self.model.set_adapter(self.random.choice(list(self.model.adapters)))
+
+    def delete(self) -> None:
+        if len(self.model.adapters) > 1:
+            name = self.random.choice(list(self.model.adapters))
+            self.model.delete_adapter(name)
+            del self.told[name]
+
+    def disable(self) -> None:
+        """Another call is made while there is no adapter in place."""
+        with self.model.disable_adapter():
+            self.random.choice((self.add_quietly, self.set, self.delete, self.save))()
+            assert torch.equal(self.logits(), self.plain)
+
+    def add_quietly(self) -> None:
+        name = self.name()
+        self.model.add_adapter(name, LoraConfig(target_modules=["c_fc"]))
+        self.told[name] = self.plain  # a fresh LoRA changes nothing
+
+    def merge(self) -> None:
+        if "lora" in self.kind():
+            self.model.merge_adapter()
+        else:
+            with pytest.raises(ValueError, match="nothing to merge"):
+                self.model.merge_adapter()
+
+    def unmerge(self) -> None:
+        if "lora" in self.kind():
+            self.model.unmerge_adapter()
+
+    def merged_copy(self) -> None:
+        if "lora" in self.kind():
+            plain = self.model.eval().merge_and_unload()
+            with torch.no_grad():
+                told = plain(IDS).logits
+                for parameter in plain.parameters():
+                    parameter.zero_()  # it is a copy: nothing of the base may be in it
+            assert torch.allclose(told, self.told[self.model.active_adapter], atol=1e-5)
+
+    def weighted(self) -> None:
+        loras = [n for n, c in self.model.peft_config.items() if c.peft_type in ("LORA", "QLORA")]
+        if not loras:
+            return
+        names = self.random.sample(loras, self.random.randint(1, len(loras)))
+        weights = [self.random.uniform(-2, 2) for _ in names]
+        ranks = {self.model.peft_config[name].r for name in names}
+        kinds = ("svd", "cat", "linear") if len(ranks) == 1 else ("svd", "cat")
+        name, active = self.name(), self.model.active_adapter
+        self.model.add_weighted_adapter(names, weights, name, self.random.choice(kinds))
+        self.model.set_adapter(name)
+        self.note()
+        self.model.set_adapter(active)
+
+    def save(self) -> None:
+        self.model.save_pretrained(self.folder)
+        for i, name in enumerate(self.model.adapters):
+            folder = self.folder / name if i else self.folder
+            self.saved[folder] = self.told[name]
+
+    def load(self) -> None:
+        if self.saved:
+            name, folder = self.name(), self.random.choice(sorted(self.saved))
+            self.model.load_adapter(folder, name, is_trainable=self.random.random() < 0.5)
+            self.told[name] = self.saved[folder]
+
+    def train(self) -> None:
+        """Two steps, which are the whole schedule of an AdaLoRA."""
+        self.model.train()
+        free = [p for p in self.model.parameters() if p.requires_grad]
+        merged = any("merged_weight" in name for name, _ in self.model.named_buffers())
+        if not free or merged:
+            return
+        optimizer = torch.optim.SGD(free, lr=0.1)
+        for step in (1, 2):
+            self.model(IDS, labels=IDS)[0].backward()
+            optimizer.step()
+            self.model.update_and_allocate(step)
+            optimizer.zero_grad()
+        assert all(p.grad is None for p in self.model.parameters() if not p.requires_grad)
+        self.note()
+
+    def kind(self) -> str:
+        return self.model.peft_config[self.model.active_adapter].peft_type.lower()
+
+
+CALLS = [
+    "add", "set", "delete", "disable", "merge", "unmerge", "merged_copy", "weighted", "save",
+    "load", "train",
+]  # fmt: skip
+
+
+SEEDS = [range(20), pytest.param(range(20, 200), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("seeds", SEEDS, ids=("some", "all"))
+def test_base_weights_never_move(seeds, tmp_path):
+    """200 random sequences of calls: a checksum before and after, and the base's very logits."""
+    for seed in seeds:
+        folder = tmp_path / str(seed)
+        walk, calls = Walk(seed, folder), []
+        for _ in range(10):
+            calls.append(walk.random.choice(CALLS))
+            getattr(walk, calls[-1])()
+            walk.check()
+        assert walk.model.unload() is walk.base
+        assert checksum(walk.base) == walk.before, (seed, calls)
+        assert torch.equal(walk.base(IDS).logits, walk.plain), (seed, calls)

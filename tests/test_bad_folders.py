@@ -1,0 +1,225 @@
+"""Damaged adapter folders end in one clear error, and the model is as it was."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load, save_file
+from test_adapters import CONFIGS, IDS, checksum, small_base
+
+from minipeft import LoraConfig, PeftModel, get_peft_model
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict:
+    """A good folder of every method, with numbers in it."""
+    found = {}
+    for name, config in CONFIGS.items():
+        model = get_peft_model(small_base(), config())
+        if name == "adalora":
+            model(IDS, labels=IDS)[0].backward()
+            model.update_and_allocate(2)
+        found[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(found[name])
+    return found
+
+
+# --- what can be wrong; each takes a good folder, a source of chance, and other folders ---
+
+
+def truncated(folder, chance, others):
+    file = folder / chance.choice((WEIGHTS, CONFIG))
+    whole = file.read_bytes()
+    file.write_bytes(whole[: chance.randrange(len(whole) - 2)])
+
+
+def overwritten(folder, chance, others):
+    """Some bytes of the part that says what the tensors are, or of the settings."""
+    file = folder / chance.choice((WEIGHTS, CONFIG))
+    whole = bytearray(file.read_bytes())
+    for _ in range(20):
+        whole[chance.randrange(min(len(whole), 200))] = chance.choice(b'\x00\xff{}[]"')
+    file.write_bytes(whole)
+
+
+def swapped(folder, chance, others):
+    a, b = folder / WEIGHTS, folder / CONFIG
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+
+
+def anothers(folder, chance, others):
+    """One of the two files is that of another method."""
+    name = chance.choice((WEIGHTS, CONFIG))
+    shutil.copy(chance.choice(others) / name, folder / name)
+
+
+def missing(folder, chance, others):
+    (folder / chance.choice((WEIGHTS, CONFIG))).unlink()
+
+
+def no_file(folder, chance, others):
+    """A folder where a file should be."""
+    file = folder / chance.choice((WEIGHTS, CONFIG))
+    file.unlink()
+    file.mkdir()
+
+
+def no_folder(folder, chance, others):
+    shutil.rmtree(folder)
+    if chance.random() < 0.5:
+        folder.write_text("a file where the folder should be")
+
+
+def empty(folder, chance, others):
+    (folder / chance.choice((WEIGHTS, CONFIG))).write_bytes(b"")
+
+
+def pickled(folder, chance, others):
+    tensors = load((folder / WEIGHTS).read_bytes())
+    torch.save(tensors, folder / WEIGHTS)
+    if chance.random() < 0.5:
+        (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+
+
+def change_tensors(change):
+    def damage(folder, chance, others):
+        tensors = load((folder / WEIGHTS).read_bytes())
+        change(tensors, chance.choice(sorted(tensors)), chance)
+        save_file({k: t.contiguous() for k, t in tensors.items()}, folder / WEIGHTS)
+
+    damage.__name__ = change.__name__
+    return damage
+
+
+@change_tensors
+def renamed(tensors, key, chance):
+    for name in sorted({key, "prompt_embeddings"} & set(tensors)):
+        names = (f"x{name}", name.replace("_", "."), f"base_model.{name}", name.upper())
+        tensors[chance.choice(names)] = tensors.pop(name)
+
+
+@change_tensors
+def removed(tensors, key, chance):
+    for name in {key, min(tensors), "prompt_embeddings"}:  # a prompt or its network is enough
+        tensors.pop(name, None)
+
+
+@change_tensors
+def surplus(tensors, key, chance):
+    tensors[f"more.{key}"] = tensors[key].clone()
+
+
+@change_tensors
+def wrong_dtype(tensors, key, chance):
+    dtypes = (torch.int64, torch.int8, torch.uint8, torch.bool)
+    for key in tensors:
+        tensors[key] = tensors[key].to(chance.choice(dtypes))
+
+
+@change_tensors
+def wrong_shape(tensors, key, chance):
+    for key, tensor in tensors.items():
+        wrong = (tensor[:-1], tensor[None], torch.cat((tensor, tensor)), tensor.new_zeros(()))
+        tensors[key] = chance.choice(wrong).clone()
+
+
+def not_json(folder, chance, others):
+    texts = ("{", "", "null", "[]", "7", '"text"', "{'r': 8}", "\ufeff{}", "[" * 100_000, "NaN")
+    (folder / CONFIG).write_text(chance.choice(texts))
+
+
+def not_text(folder, chance, others):
+    (folder / CONFIG).write_bytes(bytes(chance.randrange(128, 256) for _ in range(50)))
+
+
+def wrong_type(folder, chance, others):
+    found = json.loads((folder / CONFIG).read_text())
+    wrong = ("MAGIC", "lora", None, 7, [], {}, ["LORA"], {"LORA": 1}, True)
+    found["peft_type"] = chance.choice(wrong)
+    (folder / CONFIG).write_text(json.dumps(found))
+
+
+def wrong_setting(folder, chance, others):
+    """A setting that decides about shapes or numbers has a value that no such setting can have."""
+    found = json.loads((folder / CONFIG).read_text())
+    numbers = {"r", "lora_alpha", "init_r", "target_r", "total_step", "beta1", "lora_dropout",
+               "num_virtual_tokens", "orth_reg_weight", "deltaT", "encoder_num_layers",
+               "encoder_dropout"}  # fmt: skip
+    wrong = ["x", -1, [], [1], {}, {"a": 1}, float("nan"), float("inf"), 10**40, "8"]
+    if "target_modules" in found and chance.random() < 0.5:
+        key = chance.choice(("target_modules", "rank_pattern", "alpha_pattern"))
+        wrong = [-1, 3.5, "(", ["("], [7], [None], [[]], {"c_attn": "x"}, {"(": 2}, {"c_attn": -1}]
+    else:
+        key = chance.choice(sorted(numbers & set(found)))
+    if found["peft_type"] == "ADALORA" and key == "r":
+        key = "init_r"
+    found[key] = chance.choice(wrong)
+    (folder / CONFIG).write_text(json.dumps(found))
+
+
+def not_here(folder, chance, others):
+    """A setting of peft's that is not implemented here."""
+    found = json.loads((folder / CONFIG).read_text())
+    wrong = [("use_dora", True), ("bias", "all"), ("modules_to_save", ["lm_head"]), ("x", 1),
+             ("layers_to_transform", [0]), ("eva_config", {"rho": 2})]  # fmt: skip
+    key, value = chance.choice(wrong)
+    (folder / CONFIG).write_text(json.dumps(found | {key: value}))
+
+
+DAMAGES = [
+    truncated, overwritten, swapped, anothers, missing, no_file, no_folder, empty, pickled, renamed,
+    removed, surplus, wrong_dtype, wrong_shape, not_json, not_text, wrong_type, wrong_setting,
+    wrong_setting, not_here,
+]  # fmt: skip
+
+
+def state_of(model, base) -> tuple:
+    """All that must not change."""
+    modules = [(name, id(module), module.training) for name, module in base.named_modules()]
+    free = [(name, p.requires_grad) for name, p in base.named_parameters()]
+    random_numbers = torch.random.get_rng_state().tolist()
+    adapters = [] if model is None else [*model.adapters.items(), model.active_adapter]
+    return modules, free, checksum(base), random_numbers, adapters
+
+
+@pytest.mark.slow
+def test_bad_folders_end_in_one_clear_error(folders, tmp_path):
+    """200 of them, seeded: a ValueError that names the file, and everything is as it was."""
+    wrong = []
+    for seed in range(200):
+        chance, damage = random.Random(seed), DAMAGES[seed % len(DAMAGES)]
+        name = chance.choice(sorted(folders))
+        folder = tmp_path / f"folder{seed}"
+        shutil.copytree(folders[name], folder)
+        prompt = CONFIGS[name]().peft_type.endswith("TUNING")
+        others = [  # prompt methods' files differ in nothing but the type: those can be read
+            folders[other]
+            for other, config in CONFIGS.items()
+            if other != name and not (prompt and config().peft_type.endswith("TUNING"))
+        ]
+        damage(folder, chance, others)
+        base, model = small_base(), None
+        if chance.random() < 0.5:
+            model = get_peft_model(base, LoraConfig(target_modules=["c_fc"]))
+        before = state_of(model, base)
+        try:
+            if model is None:
+                PeftModel.from_pretrained(base, folder)
+            else:
+                model.load_adapter(folder, "bad", is_trainable=chance.random() < 0.5)
+            told = "it was read"
+        except Exception as error:
+            told = repr(error)
+            clear = type(error) is ValueError and str(folder) in str(error)
+            clear = clear and "\n" not in str(error) and len(str(error)) < 600
+        else:
+            clear = False
+        if not clear or state_of(model, base) != before:
+            wrong.append((seed, damage.__name__, name, told))
+    assert not wrong, "\n".join(map(str, wrong))

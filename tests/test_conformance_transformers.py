@@ -1,0 +1,283 @@
+"""With transformers: the document's own example, the Trainer, and three families of models."""
+
+import contextlib
+import io
+
+import pytest
+import torch
+from conftest import BASE
+from test_adapters import checksum
+from test_conformance import ALL, close, near, theirs  # noqa: F401
+from test_conformance_methods import METHODS, TASK, configs, logits
+from test_lora import filled
+from test_methods import PROMPTS
+
+import minipeft
+from minipeft import GPT, LoraConfig, PeftModel, get_peft_model
+from minipeft.peft_model import quantize_model
+
+pytestmark = pytest.mark.conformance
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+EXAMPLE = r"""
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model, TaskType
+import torch
+
+# 1. Load a pre-trained model and tokenizer (e.g., GPT-2)
+# In a real scenario, you'd load a much larger model like Llama-2
+model_name = "gpt2"
+tokenizer = AutoTokenizer.from_pretrained(model_name)
+model = AutoModelForCausalLM.from_pretrained(model_name)
+
+# Ensure tokenizer has a pad_token, crucial for batching
+if tokenizer.pad_token is None:
+    tokenizer.pad_token = tokenizer.eos_token
+
+# 2. Define LoRA Configuration
+# target_modules are typically the attention projection layers (query, key, value)
+# lora_alpha is a scaling factor, r is the rank
+lora_config = LoraConfig(
+    task_type=TaskType.CAUSAL_LM, # Specify the task (e.g., Causal Language Modeling)
+    inference_mode=False,         # Set to True for inference, False for training
+    r=8,                          # LoRA rank. Lower values mean fewer parameters.
+    lora_alpha=32,                # Scaling factor for LoRA weights
+    lora_dropout=0.1,             # Dropout probability for LoRA layers
+    target_modules=["c_attn", "c_proj", "c_fc"] # Modules to apply LoRA to.
+)
+
+# 3. Get the PEFT model
+# This wraps the base model, injecting LoRA adapters
+peft_model = get_peft_model(model, lora_config)
+
+# Print trainable parameters to see the significant reduction
+print("Trainable parameters after applying LoRA:")
+peft_model.print_trainable_parameters()
+
+# Verify that only a small fraction of parameters are now trainable
+# Example of a forward pass (not actual training loop)
+input_text = "The quick brown fox jumps over the lazy"
+inputs = tokenizer(input_text, return_tensors="pt")
+
+with torch.no_grad():
+    outputs = peft_model(**inputs)
+    logits = outputs.logits
+
+print(f"\nModel class after PEFT: {type(peft_model)}")
+print("PEFT model successfully created and ready for training (e.g., with Trainer).")
+
+# To save the adapter weights only:
+# peft_model.save_pretrained("./my_lora_adapters")
+
+# To load adapters onto a base model later:
+# base_model = AutoModelForCausalLM.from_pretrained(model_name)
+# loaded_peft_model = PeftModel.from_pretrained(base_model, "./my_lora_adapters")
+"""
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_the_documents_example_runs_with_one_word_changed(
+    theirs,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    ours,
+):
+    """It prints what it prints with peft, but for the class; on our GPT two words are changed.
+
+    Then the lines that it leaves out are run: saving and loading.
+    """
+    theirs.resize_token_embeddings(2048).requires_grad_(True)
+    theirs.save_pretrained(tmp_path / "gpt2")
+    tokenizer = transformers.GPT2TokenizerFast(tokenizer_file=str(BASE / "tokenizer.json"))
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    changed = EXAMPLE.replace("from peft import", "from minipeft import")
+    if ours:
+        changed = changed.replace("AutoModelForCausalLM.from", "GPT.from")
+    told, reference, mine = [], {}, {"GPT": GPT, "PeftModel": PeftModel}
+    for code, names in ((EXAMPLE, reference), (changed, mine)):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(code, names)
+        told.append(out.getvalue())
+    assert "trainable params: 6,144 || all params: 70,560 || trainable%: 8.7075\n" in told[0]
+    assert told[1] == told[0].replace("peft.peft_model.PeftModelForCausalLM", str(PeftModel)[8:-2])
+    assert close(mine["logits"], reference["logits"])
+    model, inputs = mine["peft_model"], mine["inputs"]
+    filled(model.adapters["default"].layers)
+    lines = [line[2:] for line in changed.splitlines() if line.startswith("# ") and "(" in line]
+    left_out = [line for line in lines if "my_lora" in line or line.startswith("base_model =")]
+    assert len(left_out) == 3
+    exec("\n".join(left_out), mine)
+    loaded = mine["loaded_peft_model"]
+    assert close(loaded(**inputs).logits, model(**inputs).logits)
+    assert not close(loaded(**inputs).logits, mine["logits"])
+    again = peft.PeftModel.from_pretrained(theirs, "my_lora_adapters")
+    assert close(again(**inputs).logits, model(**inputs).logits)
+
+
+# --- the Trainer ---
+
+
+class Allocate(transformers.TrainerCallback):
+    """What AdaLoRA needs: its ranks are moved after every optimizer step."""
+
+    def on_optimizer_step(self, args, state, control, model, **_):
+        model.update_and_allocate(state.global_step + 1)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("name", ["lora", "qlora", *METHODS])
+def test_the_trainer_trains_an_adapter_and_nothing_else(theirs, ids, tmp_path, name, ours):  # noqa: F811
+    theirs.save_pretrained(tmp_path)
+    base = GPT.from_pretrained(tmp_path) if ours else theirs
+    if name == "qlora":
+        quantize_model(base)
+    if name in METHODS:
+        config = configs(name)[1]
+    else:
+        config = LoraConfig(target_modules=ALL, lora_dropout=0.1, **TASK)
+    before = checksum(base)
+    model = get_peft_model(base, config)
+    start = {key: tensor.clone() for key, tensor in model.adapters["default"].tensors().items()}
+    steps = 20 if name == "adalora" else 8
+    settings = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=steps, learning_rate=1e-2, use_cpu=True,
+        per_device_train_batch_size=3, save_strategy="no", report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    rows = [
+        {"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids
+    ]
+    trainer = transformers.Trainer(
+        model, settings, train_dataset=rows, eval_dataset=rows, callbacks=[Allocate()]
+    )
+    first = trainer.evaluate()["eval_loss"]
+    assert trainer.train().global_step == steps
+    assert trainer.evaluate()["eval_loss"] < first - 0.01
+    if name == "adalora":
+        assert sum(model.ranks().values()) == 3 * 8
+    moved = model.adapters["default"].tensors()
+    assert all(not torch.equal(tensor, start[key]) for key, tensor in moved.items())
+    assert checksum(model.unload()) == before
+
+
+# --- families ---
+
+SMALL = {"vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+FAMILIES = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            **SMALL, n_positions=32, n_embd=24, n_layer=2, n_head=3, embd_pdrop=0.0,
+            attn_pdrop=0.0, resid_pdrop=0.0,
+        )
+    ),
+    "llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **SMALL, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        )
+    ),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            **SMALL, d_model=24, d_kv=6, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    ),
+}  # fmt: skip
+TARGETS = {
+    "gpt2": ALL,
+    "llama": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+    "t5": ["q", "v", "o", "wi", "wo"],
+}
+
+
+def family(kind: str):
+    torch.manual_seed(0)
+    model = FAMILIES[kind]().eval().requires_grad_(False)  # torch rounds by what needs gradients
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.2)
+    return model
+
+
+def step(model, ids) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The loss and the adapter's gradients; an optimizer's step is taken."""
+    free = [p for p in model.parameters() if p.requires_grad]
+    loss = model.train()(input_ids=ids, labels=ids)[0]
+    loss.backward()
+    gradients = [p.grad.clone() for p in free]
+    torch.optim.AdamW(free, lr=0.1).step()
+    model.eval()
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("name", ["LoraConfig", "AdaLoraConfig", "qlora"])
+def test_a_weight_method_on_a_family_of_models(ids, kind, name):
+    """A step of training is peft's, then merging changes nothing, and the base is the base."""
+    model = family(kind)
+    named = {"decoder_input_ids": ids[:, :4]} if kind == "t5" else {}
+    settings = {"target_modules": TARGETS[kind], "lora_alpha": 12}
+    settings["task_type"] = "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"
+    if name == "AdaLoraConfig":
+        settings |= {"init_r": 4, "target_r": 2, "total_step": 1}
+    reference = None
+    if name == "qlora":
+        quantize_model(model)
+    else:
+        another = family(kind)
+        torch.manual_seed(3)
+        reference = peft.get_peft_model(another, getattr(peft, name)(**settings))
+    own = LoraConfig if name == "qlora" else getattr(minipeft, name)
+    before, plain = checksum(model), model(ids, **named).logits
+    torch.manual_seed(3)
+    mine = get_peft_model(model, own(**settings))
+    first, gradients = step(mine, ids)
+    assert any(gradient.any() for gradient in gradients)
+    if reference is not None:
+        expected = step(reference, ids)
+        assert near(first, expected[0])
+        assert all(map(near, gradients, expected[1]))
+        assert near(mine(ids, **named).logits, reference(input_ids=ids, **named).logits)
+    mine.update_and_allocate(1)
+    told = mine(ids, **named).logits
+    assert not near(told, plain, 1e-4)
+    mine.merge_adapter()
+    assert near(mine(ids, **named).logits, told)
+    mine.unmerge_adapter()
+    assert torch.equal(mine(ids, **named).logits, told)
+    merged = mine.merge_and_unload()
+    assert type(merged) is type(model)
+    assert near(merged(ids, **named).logits, told)
+    new = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(merged.generate(ids, **new), mine.generate(ids, **new))
+    assert checksum(mine.unload()) == before
+    assert torch.equal(model(ids, **named).logits, plain)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_prompt_method_on_a_family_of_models(ids, kind, name):
+    """A step of training is peft's, and the base is the base; T5 is refused, with the reason."""
+    model, (their_config, own_config) = family(kind), configs(name)
+    before = checksum(model)
+    if kind == "t5":
+        with pytest.raises(ValueError, match="encoder-decoder model: a prompt stands before"):
+            get_peft_model(model, own_config)
+        assert checksum(model) == before
+        return
+    plain, another = model(ids).logits, family(kind)
+    torch.manual_seed(3)
+    reference = peft.get_peft_model(another, their_config)
+    torch.manual_seed(3)
+    mine = get_peft_model(model, own_config)
+    first, gradients = step(mine, ids)
+    expected = step(reference, ids)
+    assert near(first, expected[0])
+    assert all(map(near, gradients, expected[1]))
+    assert near(logits(mine, ids), logits(reference, ids))
+    assert not near(logits(mine, ids), plain, 1e-2)
+    with pytest.raises(ValueError, match="nothing to merge"):
+        mine.merge_and_unload()
+    assert checksum(mine.unload()) == before
+    assert torch.equal(model(ids).logits, plain)
