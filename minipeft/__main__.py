@@ -49,10 +49,10 @@ def parser() -> argparse.ArgumentParser:
     )
     top = argparse.ArgumentParser(prog="python -m minipeft", description="PEFT methods, measured.")
     commands = top.add_subparsers(dest="command", required=True)
-    known = ",".join(finetune.METHODS)
+    swept = ",".join(finetune.swept_methods())
 
     c = commands.add_parser("compare", parents=[job], help="methods against full fine-tuning")
-    c.add_argument("--methods", default=known, help="default: %(default)s")
+    c.add_argument("--methods", default=swept, help="default: %(default)s")
     c.add_argument("--seeds", type=int, default=1, help="seeds a method (default: %(default)s)")
     places = ", ".join(finetune.TARGETS)
     c.add_argument(
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         "--method", default="lora", choices=[m for m in finetune.METHODS if m != "frozen"]
     )
     f.add_argument("--learning-rate", type=float, help="default: the sweep's best")
-    f.add_argument("--size", type=int, help="rank or virtual tokens (default: the method's)")
+    f.add_argument("--size", type=int, help="rank, width or virtual tokens (default: the method's)")
     f.add_argument("--seed", type=int, default=0)
     f.add_argument(
         "--targets", choices=finetune.TARGETS, help="where a weight method's adapters go"
@@ -99,7 +99,9 @@ def parser() -> argparse.ArgumentParser:
     w.add_argument(
         "--learning-rates", default="2.5e-3,5e-3,1e-2,2e-2,4e-2", help="default: %(default)s"
     )
-    w.add_argument("--sizes", default="", help="ranks or virtual tokens (default: the method's)")
+    w.add_argument(
+        "--sizes", default="", help="ranks, widths or virtual tokens (default: the method's)"
+    )
     w.add_argument("--seeds", type=int, default=1, help="seeds a point (default: %(default)s)")
     w.add_argument(
         "--random-base", action="store_true", help="on a model that was never pretrained"

@@ -30,6 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minipeft.adalora import AdaLoraConfig, RankAllocator, adalora_layers, orthogonality
+from minipeft.bitfit import BitFitConfig, bitfit_layers
+from minipeft.bottleneck import BottleneckConfig, bottleneck_layers
 from minipeft.lora import LoraConfig, find_targets, lora_layers
 from minipeft.p_tuning import PromptEncoder, PromptEncoderConfig
 from minipeft.prefix_tuning import PrefixEncoder, PrefixTuningConfig
@@ -48,6 +50,8 @@ from minipeft.weighted import COMBINATIONS
 
 __all__ = [  # what the lab takes from here, besides what is defined below
     "AdaLoraConfig",
+    "BitFitConfig",
+    "BottleneckConfig",
     "LoraConfig",
     "PagedAdamW",
     "PrefixTuningConfig",
@@ -176,7 +180,7 @@ class LayerAdapter:
             f"base_model.model.{name}.{key}": tensor
             for name, layer in self.layers.items()
             for key, tensor in layer.state_dict().items()
-            if key.startswith("lora_")
+            if not key.startswith("base_layer.")
         }
 
     def load(self, found: dict[str, Tensor]) -> None:
@@ -292,6 +296,8 @@ METHODS = {
     "LORA": (LoraConfig, LayerAdapter, lora_layers),
     "QLORA": (QLoraConfig, LayerAdapter, qlora_layers),  # a LORA in files
     "ADALORA": (AdaLoraConfig, AdaLoraAdapter, adalora_layers),
+    "BITFIT": (BitFitConfig, LayerAdapter, bitfit_layers),
+    "BOTTLENECK": (BottleneckConfig, LayerAdapter, bottleneck_layers),
     "PROMPT_TUNING": (PromptTuningConfig, PromptAdapter, PromptEmbedding),
     "P_TUNING": (PromptEncoderConfig, PromptAdapter, PromptEncoder),
     "PREFIX_TUNING": (PrefixTuningConfig, PromptAdapter, PrefixEncoder),
@@ -576,7 +582,8 @@ class PeftModel(nn.Module):
             folder.mkdir(parents=True, exist_ok=True)
             config = asdict(adapter.config) | getattr(adapter.config, "other_keys", {})
             config["peft_type"] = config["peft_type"].removeprefix("Q")
-            text = json.dumps(config | {"inference_mode": True}, indent=2, sort_keys=True) + "\n"
+            config["inference_mode"] = True
+            text = json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n"  # of a set
             tensors = {key: tensor.contiguous() for key, tensor in found[name].items()}
 
             def write_tensors(file: str, tensors: dict = tensors) -> None:

@@ -32,6 +32,8 @@ from minipeft.lab.parallel import Replicated
 from minipeft.lab.tasks import Example, Task
 from minipeft.peft_model import (
     AdaLoraConfig,
+    BitFitConfig,
+    BottleneckConfig,
     LoraConfig,
     PagedAdamW,
     PeftModel,
@@ -55,6 +57,7 @@ TARGETS = {
     "mlp": r".*\.mlp\.c_(fc|proj)",
     "all-linear": "all-linear",
 }
+PLACED = ("lora", "adalora", "qlora")  # the methods that go there: those with a rank
 
 
 def adalora(r: int, steps: int) -> AdaLoraConfig:
@@ -66,9 +69,9 @@ def adalora(r: int, steps: int) -> AdaLoraConfig:
     )  # fmt: skip
 
 
-# How each method is set up: the config of a size (rank, or number of virtual tokens) for a number
-# of steps, the usual size, what is done to the base before, and an optimizer other than AdamW.
-# The learning rates are the sweep's, see SWEEPS.
+# How each method is set up: the config of a size (rank, width or number of virtual tokens) for a
+# number of steps, the usual size, what is done to the base before, and an optimizer other than
+# AdamW. The learning rates are the sweep's, see SWEEPS.
 METHODS = {
     "frozen": {},
     "full": {},
@@ -99,6 +102,13 @@ METHODS = {
         ),
         # half of the state of rank 8 on the 3M base fits, so that pages have to move
         "optimizer": partial(PagedAdamW, page_bytes=2**16, device_budget_bytes=9 * 2**16),
+    },
+    "bitfit": {"size": None, "config": lambda size, steps: BitFitConfig(**CAUSAL)},
+    "bottleneck": {
+        "size": 16,
+        "config": lambda r, steps: BottleneckConfig(
+            ["attn.c_proj", "mlp.c_proj"], bottleneck_size=r, **CAUSAL
+        ),
     },
 }
 SWEEPS = tasks.DATA / "results" / "sweep.json"
@@ -325,11 +335,13 @@ def build_model(
     """A model ready to be trained by a method: everything free, nothing, or an adapter on it.
 
     `random_base` takes a model of the same shape that was never trained: the control. `size` is
-    the adapter's rank or number of virtual tokens. `targets` puts a weight method's adapters on
-    some layers alone, at the rank at which they have as many parameters as on all of them.
+    the adapter's rank, width or number of virtual tokens. `targets` puts the adapters of a method
+    with a rank on some layers alone, at the rank at which they have as many parameters as on all.
     """
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r}; there are: {', '.join(METHODS)}")
+    if targets is not None and method not in PLACED:
+        raise ValueError(f"{method} takes no targets; these do: {', '.join(PLACED)}")
     torch.manual_seed(seed)
     model = base.model()
     if random_base:
@@ -343,7 +355,7 @@ def build_model(
                 raise ValueError(f"targets is {targets!r}; there are: {', '.join(TARGETS)}")
             size = round(size * adapter_width(model, "all-linear") / adapter_width(model, targets))
         config = METHODS[method]["config"](size, steps)
-        if targets is not None and hasattr(config, "target_modules"):
+        if targets is not None:
             config.target_modules = TARGETS[targets]
         return get_peft_model(model, config)
     return model.requires_grad_(method == "full")
@@ -360,6 +372,17 @@ def optimizer_of(method: str) -> Callable:
     return METHODS[method].get("optimizer", torch.optim.AdamW)
 
 
+def load_sweeps() -> list[dict]:
+    """The entries of the committed sweep."""
+    return json.loads(SWEEPS.read_text()) if SWEEPS.is_file() else []
+
+
+def swept_methods() -> list[str]:
+    """The methods that `compare` can run: those with a swept learning rate, and the frozen base."""
+    found = {"frozen"} | {entry["method"] for entry in load_sweeps()}
+    return [method for method in METHODS if method in found]
+
+
 def swept_learning_rate(
     base: Base, task: Task, method: str, steps: int, random_base: bool, size: int | None
 ) -> float:
@@ -369,8 +392,7 @@ def swept_learning_rate(
     steps, the number of training examples.
     """
     size = size or METHODS[method].get("size")
-    sweeps = json.loads(SWEEPS.read_text()) if SWEEPS.is_file() else []
-    sweeps = [entry for entry in sweeps if entry["method"] == method]
+    sweeps = [entry for entry in load_sweeps() if entry["method"] == method]
     if not sweeps:
         raise ValueError(f"no learning rate was swept for {method!r}: give one, or run the sweep")
 
@@ -537,6 +559,8 @@ def finetune(
     """
     model = build_model(base, method, seed, steps, random_base, size, targets)
     model = parallel.shard(model, method) if shard else model.to(pick_device(device))
+    if size is not None and METHODS[method].get("size") is None:
+        raise ValueError(f"{method} has no size: {size} was given")
     if learning_rate is None and method != "frozen":
         learning_rate = swept_learning_rate(base, task, method, steps, random_base, size)
     trainable, total = count_parameters(model)
