@@ -7,7 +7,7 @@
 # - compare two methods fairly: their learning rates, their seeds, a random base as a control;
 # - see a model forget, and see it overfit, and say which number tells you.
 #
-# **Papers.** Kingma and Ba 2014, *Adam*, arXiv 1412.6980; Loshchilov and Hutter 2017, *Decoupled Weight Decay
+# **Papers.** Kingma and Ba 2015, *Adam*, ICLR; Loshchilov and Hutter 2017, *Decoupled Weight Decay
 # Regularization* (AdamW), arXiv 1711.05101.
 #
 # **Time.** Twenty minutes to read, two to run, forty for the exercises.
