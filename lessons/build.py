@@ -58,7 +58,11 @@ def lesson_and_twin(source: Path, run: bool = True) -> dict[Path, str]:
         os.environ.pop("MPLBACKEND", None)  # or figures would not reach the notebook
         os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
         NotebookClient(
-            notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(HERE)}}
+            notebook,
+            timeout=600,
+            record_timing=False,
+            coalesce_streams=True,  # a busy machine cuts one print into two outputs
+            resources={"metadata": {"path": str(HERE)}},
         ).execute()
     files = {}
     for path, drop in (

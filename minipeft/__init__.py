@@ -1,6 +1,8 @@
 """Parameter-efficient fine-tuning from scratch, one readable file a method."""
 
 from minipeft.adalora import AdaLoraConfig
+from minipeft.bitfit import BitFitConfig
+from minipeft.bottleneck import BottleneckConfig
 from minipeft.gpt import GPT, GPTConfig
 from minipeft.lora import LoraConfig
 from minipeft.p_tuning import PromptEncoderConfig
@@ -17,6 +19,8 @@ from minipeft.qlora import (
 __all__ = [
     "GPT",
     "AdaLoraConfig",
+    "BitFitConfig",
+    "BottleneckConfig",
     "GPTConfig",
     "LoraConfig",
     "PagedAdamW",

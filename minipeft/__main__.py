@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minipeft.gpt import GPTConfig
-from minipeft.lab import compare, finetune, memory, placement, sweep, tasks
+from minipeft.lab import compare, finetune, memory, parallel, placement, sweep, tasks
 from minipeft.peft_model import PeftModel, quantize_model, write_file
 
 
@@ -49,10 +49,10 @@ def parser() -> argparse.ArgumentParser:
     )
     top = argparse.ArgumentParser(prog="python -m minipeft", description="PEFT methods, measured.")
     commands = top.add_subparsers(dest="command", required=True)
-    known = ",".join(finetune.METHODS)
+    swept = ",".join(finetune.swept_methods())
 
     c = commands.add_parser("compare", parents=[job], help="methods against full fine-tuning")
-    c.add_argument("--methods", default=known, help="default: %(default)s")
+    c.add_argument("--methods", default=swept, help="default: %(default)s")
     c.add_argument("--seeds", type=int, default=1, help="seeds a method (default: %(default)s)")
     places = ", ".join(finetune.TARGETS)
     c.add_argument(
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         "--method", default="lora", choices=[m for m in finetune.METHODS if m != "frozen"]
     )
     f.add_argument("--learning-rate", type=float, help="default: the sweep's best")
-    f.add_argument("--size", type=int, help="rank or virtual tokens (default: the method's)")
+    f.add_argument("--size", type=int, help="rank, width or virtual tokens (default: the method's)")
     f.add_argument("--seed", type=int, default=0)
     f.add_argument(
         "--targets", choices=finetune.TARGETS, help="where a weight method's adapters go"
@@ -84,6 +84,9 @@ def parser() -> argparse.ArgumentParser:
         help="steps between two saves of the run's state (default: %(default)s)",
     )  # fmt: skip
     f.add_argument("--resume", action="store_true", help="go on with the stopped run in --output")
+    f.add_argument(
+        "--shard", action="store_true", help="cut the model over torchrun's processes (full, lora)"
+    )
     f.add_argument("--log-dir", metavar="FOLDER", help="log to TensorBoard as well")
     f.add_argument("--output", required=True, help="the folder to write")
 
@@ -96,7 +99,9 @@ def parser() -> argparse.ArgumentParser:
     w.add_argument(
         "--learning-rates", default="2.5e-3,5e-3,1e-2,2e-2,4e-2", help="default: %(default)s"
     )
-    w.add_argument("--sizes", default="", help="ranks or virtual tokens (default: the method's)")
+    w.add_argument(
+        "--sizes", default="", help="ranks, widths or virtual tokens (default: the method's)"
+    )
     w.add_argument("--seeds", type=int, default=1, help="seeds a point (default: %(default)s)")
     w.add_argument(
         "--random-base", action="store_true", help="on a model that was never pretrained"
@@ -187,15 +192,20 @@ def run(args) -> None:
             f"\n{compare.table(records, task)}\n\nwrote {args.output}/compare.json and compare.png"
         )
     elif args.command == "finetune":
+        args.device = parallel.start(args.device)
         base, task, options = open_job(args)
         record = finetune.finetune(
             base, task, args.method, args.steps, args.seed, args.learning_rate, args.size,
             targets=args.targets, output=args.output, checkpoint_every=args.checkpoint_every,
-            resume=args.resume, log_dir=args.log_dir, **options,
+            resume=args.resume, log_dir=args.log_dir, shard=args.shard, **options,
         )  # fmt: skip
         text = json.dumps(record, indent=1) + "\n"
-        write_file(Path(args.output) / "record.json", lambda file: Path(file).write_text(text))
-        print(f"{task.metric} {record['score']:.3f}, BLEU-4 {record['bleu']:.3f}; {args.output}")
+        if parallel.rank() == 0:
+            write_file(Path(args.output) / "record.json", lambda file: Path(file).write_text(text))
+            print(
+                f"{task.metric} {record['score']:.3f}, BLEU-4 {record['bleu']:.3f}; {args.output}"
+            )
+        parallel.stop()
     elif args.command == "sweep":
         base, task, options = open_job(args)
         rates = [float(rate) for rate in args.learning_rates.split(",")]

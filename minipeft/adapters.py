@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adalora import AdaLoraConfig, RankAllocator, adalora_layers, orthogonality
+from minipeft.bitfit import BitFitConfig, bitfit_layers
+from minipeft.bottleneck import BottleneckConfig, bottleneck_layers
 from minipeft.lora import LoraConfig, lora_layers
 from minipeft.p_tuning import PromptEncoder, PromptEncoderConfig
 from minipeft.prefix_tuning import PrefixEncoder, PrefixTuningConfig
@@ -209,6 +211,8 @@ METHODS = {
     "LORA": (LoraConfig, LayerAdapter, lora_layers),
     "QLORA": (QLoraConfig, LayerAdapter, qlora_layers),  # a LORA in files
     "ADALORA": (AdaLoraConfig, AdaLoraAdapter, adalora_layers),
+    "BITFIT": (BitFitConfig, LayerAdapter, bitfit_layers),
+    "BOTTLENECK": (BottleneckConfig, LayerAdapter, bottleneck_layers),
     "PROMPT_TUNING": (PromptTuningConfig, PromptAdapter, PromptEmbedding),
     "P_TUNING": (PromptEncoderConfig, PromptAdapter, PromptEncoder),
     "PREFIX_TUNING": (PrefixTuningConfig, PromptAdapter, PrefixEncoder),

@@ -147,7 +147,7 @@ def write_adapter(folder: Path, config, tensors: dict[str, Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings = asdict(config) | getattr(config, "other_keys", {})
     settings |= {"inference_mode": True, "peft_type": config.peft_type.removeprefix("Q")}
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(settings, indent=2, sort_keys=True, default=sorted) + "\n"  # of a set
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     write_file(folder / WEIGHTS, lambda to: save_file(tensors, to, metadata={"format": "pt"}))
     write_file(folder / CONFIG, lambda to: Path(to).write_text(text))

@@ -43,6 +43,8 @@ METHODS = {
     "p_tuning_lstm": ("PromptEncoderConfig", PROMPT | LSTM),
     "prefix_tuning": ("PrefixTuningConfig", PROMPT),
     "prefix_tuning_projection": ("PrefixTuningConfig", PROMPT | {"prefix_projection": True}),
+    "bitfit": ("BitFitConfig", {}),
+    "bottleneck": ("BottleneckConfig", {"target_modules": ["c_proj"], "bottleneck_size": 2}),
     "qlora": ("QLoraConfig", LORA),
     "qlora_paged": ("QLoraConfig", LORA),
 }

@@ -56,6 +56,13 @@ FAULTS = [  # file, what stands there, what is put there, a case that has to see
         "torch.ones(b, self.embedding.num_embeddings, dtype=mask.dtype)",
         "prefix_tuning-moved",
     ),
+    (
+        "bitfit",
+        "torch.zeros_like(b, dtype=",
+        "torch.zeros(b.shape, dtype=",
+        "bitfit-adapted_there",
+    ),
+    ("bottleneck", "layer.to(w.device, torch", "layer.to(torch", "bottleneck-adapted_there"),
     ("qlora", "PAIRS.to(q.codes.device)", "PAIRS", "qlora-moved"),
     ("qlora", "DYNAMIC_MAP.to(x.device)", "DYNAMIC_MAP", "qlora-adapted_there"),
     (

@@ -27,17 +27,21 @@ plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.ri
 OUT = tasks.DATA.parent / "out" / "02"  # what this lesson saves; git does not look there
 base = finetune.load_base(tasks.DATA / "base" / "1m")
 task = tasks.load_task(base.tokenizer, base.end, 256, "describe")
-print(task.train[0].prompt, "\n ->", task.train[0].completion)
+print(task.train[5].prompt, "\n ->", task.train[5].completion)
 
 # %% [markdown]
 # The base is a small GPT that was pretrained on the text of a little world. The task is new to it: to turn
 # facts into sentences. Owner, cook and guest are all people, so it must read which name belongs to which word,
 # and the names in the test stand in no training prompt.
 #
+# The tokens that the sentences take from the facts are the *slots*, all others the *frame*. *Slot accuracy* is the share
+# of facts that the model's own text states rightly. *Slot loss* is milder: there the model is given the right
+# words so far, and only has to go on.
+#
 # ## A question first
 #
-# Fine-tune the whole model. Each weight matrix W becomes W + ΔW. A matrix with 128 rows can change in 128
-# independent directions; its *singular values* tell how much it changed in each. Add up their squares,
+# Fine-tune the whole model. Each weight matrix W becomes W + ΔW. A matrix whose shorter side is 128 can change in
+# 128 independent directions; the *singular values* of ΔW tell how much it changed in each. Add up their squares,
 # largest first, and you see how few directions hold how much of the change.
 #
 # **Your guess:** how many of the 128 directions hold nine tenths of ΔW?
@@ -45,11 +49,8 @@ print(task.train[0].prompt, "\n ->", task.train[0].completion)
 # %%
 guess = 64  # directions out of 128: put your own number here before you go on
 
-# %% [markdown]
-# Now full fine-tuning, a hundred steps of sixteen examples. We keep the record of what was measured, and
-# the trained model.
-
 # %%
+# full fine-tuning, a hundred steps of sixteen examples: we keep what was measured, and the model
 full = finetune.finetune(base, task, "full", 100, output=OUT / "full")
 tuned, start = GPT.from_pretrained(OUT / "full"), base.model()
 print(f"{task.metric} {full['score']:.2f}   (expect above 0.9)")
@@ -67,26 +68,28 @@ def energy(matrix):
 
 
 curve = torch.stack([energy(delta) for delta in deltas.values()]).mean(0)
-noise = energy(torch.randn(128, 384, generator=torch.Generator().manual_seed(0)))
+dice = torch.Generator().manual_seed(0)
+random = [energy(torch.randn(delta.shape, generator=dice)) for delta in deltas.values()]
+noise = torch.stack(random).mean(0)
 directions = int((curve < 0.9).sum()) + 1
 print(f"nine tenths of the change lie in {directions} directions of 128; you guessed {guess}")
-print(f"the largest 8 hold {curve[7]:.0%} (of a random matrix: {noise[7]:.0%})")
-assert curve[7] > 3 * noise[7]
+print(f"the largest 8 hold {curve[7]:.0%} (of random matrices: {noise[7]:.0%})")
+assert curve[7] > 2 * noise[7]
 
 # %%
 plt.plot(range(1, 129), curve, color=BLUE, label="ΔW of full fine-tuning, mean over the layers")
-plt.plot(range(1, 129), noise, "--", color=GREY, label="a random matrix, for comparison")
+plt.plot(range(1, 129), noise, "--", color=GREY, label="random matrices of the same shapes")
 plt.axvline(guess, color="black", linewidth=1, linestyle=":", label="your guess")
 plt.axhline(0.9, color="black", linewidth=0.5)
 plt.xlabel("directions (singular values, largest first)")
 plt.ylabel("share of the squared change")
-plt.legend(frameon=False)
+plt.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
 plt.show()
 
 # %% [markdown]
-# The change is far from noise: a few directions hold most of it. But it has a long tail. Does the tail matter?
-# Cut ΔW down to its r largest directions and ask the model again. This is not LoRA yet, for LoRA must *find* its
-# directions, but it tells what a thin change could do at best without being trained as one.
+# The change is far from noise: a few directions hold much of it. But it has a long tail. Does the tail matter?
+# Cut ΔW down to its r largest directions and ask the model again. This is not LoRA yet: here a change is made
+# thin that was not trained to be thin.
 
 
 # %%
@@ -96,7 +99,7 @@ def cut(matrix, r):
     return u[:, :r] * s[:r] @ vh[:r]
 
 
-ranks, losses = [1, 2, 4, 8, 16, 32, 64], []
+ranks, losses = [0, 1, 2, 4, 8, 16, 32, 64, 128], []  # 128 is all of ΔW
 for r in ranks:
     thin = GPT.from_pretrained(OUT / "full")  # embeddings and biases stay as they were tuned
     modules = dict(thin.named_modules())
@@ -105,17 +108,20 @@ for r in ranks:
     losses.append(finetune.task_loss(thin, task.validation, base.end)["slot_loss"])
 for r, loss in zip(ranks, losses, strict=True):
     print(f"rank {r:3}: slot loss {loss:.3f}")
-assert losses[-1] < losses[0]
+assert losses[-1] < losses[ranks.index(8)] < losses[0] / 4
 
 # %% [markdown]
+# The tail does matter, but each further direction matters less: eight bring the loss most of the way down.
+#
 # ## The idea
 #
 # So do not learn ΔW; learn two thin matrices whose product it is:
 #
 # $$ y = W x + \frac{\alpha}{r} \, B A x, \qquad A \in \mathbb{R}^{r \times in},\; B \in \mathbb{R}^{out \times r} $$
 #
-# W is frozen. B starts at zero, so at first nothing has changed. A and B together have r · (in + out) numbers
-# where W has in · out. Here they are, to scale, for the layer that makes queries, keys and values:
+# W is frozen. A starts at random and B at zero, so at first nothing has changed. The number α is chosen, not
+# learned; divided by r, it is meant to keep the change about as large when you try another r. A and B together
+# have r · (in + out) numbers where W has in · out. Here they are, to scale, for the layer that makes queries, keys and values:
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 3.6))
@@ -156,7 +162,9 @@ print("by hand, merged, and minipeft's layer: the same numbers")
 # ## The real file
 #
 # `minipeft/lora.py` imports torch and nothing else; copy it where you like. This is its layer. Beyond the two
-# lines above it knows dropout, a base of either layout, and merging that can be taken back to the bit.
+# lines above, its equations (1) and (3), it knows dropout, another scale (`use_rslora`), a base of either layout
+# (`matrix` gives its W as (out, in)), and merging that can be taken back to the bit. It does not freeze W:
+# `get_peft_model` does that, for the whole model at once.
 
 # %%
 print(inspect.getsource(lora.LoraLinear))
@@ -165,6 +173,7 @@ print(inspect.getsource(lora.LoraLinear))
 # ## On the GPT
 #
 # Three promises, each checked: it starts as the base, only A and B are trained, and their number is the formula's.
+# `all-linear` means every linear layer but the output head.
 
 # %%
 ids = torch.tensor([base.tokenizer.encode(task.test[0].prompt).ids])
@@ -189,12 +198,14 @@ model.print_trainable_parameters()
 #
 # The same examples in the same order, the same number of steps, and for each its own learning rate from a sweep
 # that took the same care with both (`data/results/sweep.json`). One seed runs here. The others were run by
-# `python -m minipeft compare --seeds 4 --output data/results/1m`.
+# `python -m minipeft compare --seeds 4 --output data/results/1m`; the second cell checks that this one is like
+# them: within three standard deviations of their mean, and a small margin.
 
 # %%
 thin = finetune.finetune(base, task, "lora", 100, output=OUT / "lora")
 frozen = finetune.finetune(base, task, "frozen", 100)
-print(f"LoRA: {task.metric} {thin['score']:.2f}; the frozen base: {frozen['score']:.2f}")
+print(f"LoRA: {task.metric} {thin['score']:.2f}   (expect above 0.85)")
+print(f"the frozen base: {frozen['score']:.2f}")
 
 # %%
 records = compare.load(tasks.DATA / "results" / "1m" / "compare.json")
@@ -216,16 +227,26 @@ compare.picture([frozen, full, thin], task)
 
 # %% [markdown]
 # Read the table from left to right. LoRA trains a few percent of the numbers, and its file is as much smaller.
-# It comes close in slot accuracy. Now look at *forgetting*, the rise of the loss on the pretraining text: with its
-# adapter on, LoRA has forgotten more than full fine-tuning. Frozen weights are no memory by themselves. But
-# LoRA has a switch, and with the adapter off, the base is there again, to the bit.
+# (BLEU-4 counts runs of up to four words that the text shares with the reference.) It comes close in slot
+# accuracy: look above how far its own seeds lie apart. *Share of gap* puts the frozen base at zero and full
+# fine-tuning at one.
+#
+# Now look at *forgetting*, the rise of the loss on the pretraining text: with its adapter on, LoRA has forgotten
+# more than full fine-tuning. A paper named below found that LoRA forgets less; here it does not, not even at
+# equal score (the README has a table). Frozen weights are no memory by themselves. But LoRA has a switch, and with the
+# adapter off, the base is there again, to the bit.
 
 # %%
 share = compare.share_of_gap([frozen, full, thin], [thin])
 forgotten = thin["forgetting"]
 print(f"LoRA closes {share:.0%} of the gap")
-print({name: f"{value:.3f}" for name, value in forgotten.items()})
+print("loss on the pretraining text:", {name: f"{loss:.3f}" for name, loss in forgotten.items()})
+print(f"full fine-tuning: {full['forgetting']['on']:.3f}")
+trained, made = thin["validation"][-1]["slot_loss"], losses[ranks.index(8)]
+print(f"slot loss at rank 8: trained as LoRA {trained:.3f}, cut out of full fine-tuning {made:.3f}")
 assert share > 0.7
+assert trained < made
+assert forgotten["on"] > full["forgetting"]["on"]
 assert forgotten["off"] == forgotten["base"] < forgotten["on"]
 
 # %% [markdown]
@@ -235,7 +256,9 @@ assert forgotten["off"] == forgotten["base"] < forgotten["on"]
 model = PeftModel.from_pretrained(base.model(), OUT / "lora").eval()
 merged = model.merge_and_unload()
 difference = (model(ids).logits - merged(ids).logits).abs().max() / model(ids).logits.abs().max()
-print(f"{type(merged).__name__}, relative difference {difference:.1e} (rounding is about 1e-7)")
+print(
+    f"{type(merged).__name__}, relative difference {difference:.1e} (rounding: expect below 5e-6)"
+)
 assert difference < 5e-6
 
 # %% [markdown]
@@ -245,8 +268,8 @@ assert difference < 5e-6
 # GPT with random weights, the same task, the same steps. Full fine-tuning can change every weight.
 # LoRA must make do with a thin change of random ones.
 #
-# **Guess again** before you run it: where do the two dashed lines end, on the tokens of the sentence's frame, which
-# any model can learn by heart?
+# **Guess again** before you run it: where do the two dashed lines end, on the tokens of the frame, which are the
+# same few phrases in all examples?
 
 # %%
 full_random = finetune.finetune(base, task, "full", 100, random_base=True)
@@ -279,10 +302,26 @@ assert full_random["score"] < 0.5 * full["score"]
 assert thin_random["score"] < 0.5 * full["score"]
 assert thin_random["test_frame_loss"] > full_random["test_frame_loss"]
 
+# %%
+# Is it that the change is thin? LoRA also freezes the embeddings, which are the output head too,
+# and here they are random. Set them free, beside the same A and B, and train again.
+free = finetune.build_model(base, "lora", 0, 100, random_base=True)
+for name, parameter in free.named_parameters():
+    if name.endswith(("wte.weight", "wpe.weight")):
+        parameter.requires_grad_(True)
+order = tasks.shuffled(task.train, 16, 0)
+batches = ([tasks.collate(part, base.end, free.device)] for part in order)
+finetune.train(free, batches, 100, thin_random["learning_rate"], warmup=10, title="embeddings free")
+freed = finetune.task_loss(free, task.test, base.end)
+print(f"embeddings free: frame loss {freed['frame_loss']:.2f}, slot loss {freed['slot_loss']:.2f}")
+assert freed["frame_loss"] < thin_random["test_frame_loss"] / 4
+assert freed["slot_loss"] < thin_random["test_slot_loss"] - 1
+
 # %% [markdown]
-# Without pretraining neither learns a single name in a hundred steps, and LoRA does not even learn the frame as well as
-# full fine-tuning does. What LoRA finds is a thin *turn of what is there already*. That is
-# why it works on models that know a lot, and it is no way to pretrain one.
+# Without pretraining neither learns names in a hundred steps, and LoRA does not even learn the frame as well as
+# full fine-tuning does. But the rank is not to blame: once the embeddings may move, the same thin A and B come
+# close to full fine-tuning of the random model. LoRA needs something *worth freezing*. That is why it works on
+# models that know a lot, and it is no way to pretrain one.
 #
 # ## Exercises
 #
@@ -328,15 +367,16 @@ def merge(W, A, B, alpha, r):
 # %% tags=["check"]
 W, A, B = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
 copy = W.clone()
-answer = merge(W, A, B, alpha=8, r=2)
+answer = merge(W, A, B, alpha=9, r=2)
 if answer is None:
     print("not done yet")
 else:
     assert torch.equal(W, copy), "W was written into: unmerging could not give its bits back"
     assert answer.shape == W.shape, f"the shape must be {tuple(W.shape)}: B (6, 2) times A (2, 4)"
     assert not torch.allclose(answer, W + B @ A), "the scale α / r is missing"
-    assert not torch.allclose(answer, W + 8 * B @ A), "scaled by α: it must be α / r"
-    assert torch.allclose(answer, W + 4 * B @ A, atol=1e-5)
+    assert not torch.allclose(answer, W + 9 * B @ A), "scaled by α: it must be α / r"
+    assert not torch.allclose(answer, 4.5 * B @ A), "that is the change alone: W is missing"
+    assert torch.allclose(answer, W + 4.5 * B @ A, atol=1e-5), "it must be W + (α / r) B A"
     print("right: merged in one line")
 
 # %% [markdown]
@@ -370,11 +410,11 @@ else:
     assert both_zero == moved(torch.zeros(2, 4), torch.zeros(6, 2)), (
         "each one's gradient has the other as a factor"
     )
-    print("right: one zero makes a clean start, two make none")
+    print("right: with one zero it can learn, with two nothing ever moves")
 
 # %% [markdown]
 # **4 · LoRA on your own.** Write the module without looking: it takes an `nn.Linear`, freezes it, starts as the
-# layer it wraps, and adds (α/r) B A x.
+# layer it wraps, and adds (α/r) B A x. Name your two matrices `self.A` and `self.B`.
 
 
 # %% tags=["exercise"]
@@ -382,9 +422,9 @@ class MyLora(torch.nn.Module):
     def __init__(self, base_layer, r, alpha):
         super().__init__()
         self.base_layer = base_layer
-        # your parameters A and B
+        # your A (r, in) and B (out, r): parameters, or linear layers without bias
 
-    def forward(self, x): ...  # your three terms
+    def forward(self, x): ...  # W x + b, and beside it (α/r) B A x
 
 
 # %% tags=["solution"]
@@ -402,12 +442,12 @@ class MyLora(torch.nn.Module):
 
 # %% tags=["check"]
 linear, x = torch.nn.Linear(10, 7), torch.randn(64, 10)
-mine = MyLora(linear, r=3, alpha=6)
+mine = MyLora(linear, r=3, alpha=5)
 if mine(x) is None:
     print("not done yet")
 else:
-    assert torch.equal(mine(x), linear(x)), (
-        "at the start it must answer as the layer does: is B zero?"
+    assert torch.allclose(mine(x), linear(x), atol=1e-6), (
+        "at the start it must answer as the layer does: is B zero, and is W x + b all there?"
     )
     numbers = sum(p.numel() for p in mine.parameters() if p.requires_grad)
     assert numbers != 3 * 17 + 77, "the layer is not frozen"
@@ -419,18 +459,22 @@ else:
         loss = (mine(x) - goal).square().mean()
         loss.backward()
         optimizer.step()
-    assert loss < 1e-3, f"it did not learn a change of rank one: loss {loss:.3f}"
-    assert torch.linalg.matrix_rank(mine.B @ mine.A, atol=1e-2) <= 3
+    assert loss < 1e-2, f"it did not learn, loss {loss:.3f}: did A and B both start at zero?"
+    A, B = (getattr(matrix, "weight", matrix) for matrix in (mine.A, mine.B))
+    assert (A.shape, B.shape) == ((3, 10), (7, 3)), "A must be (r, in) and B (out, r)"
+    assert torch.allclose(mine(x) - linear(x), 5 / 3 * x @ A.T @ B.T, atol=1e-4), (
+        "it adds something else than (α / r) B A x: is the scale right?"
+    )
     print(f"right: it learned a change of rank one, loss {loss:.1e}")
 
 # %% [markdown]
 # ## Summary, at this size
 #
-# - The change that full fine-tuning makes is thin in part: a few directions hold most of it, and a long tail the rest.
+# - The change that full fine-tuning makes is thin in part: a few directions hold much of it, and a long tail the rest.
 # - LoRA writes the change as (α/r) B A, trains r · (in + out) numbers a layer, and starts as the base, to the bit.
 # - It comes close to full fine-tuning on a task that the pretrained base is ready for.
 # - With the adapter on it forgets, here more than full fine-tuning; switched off, the base is back, to the bit.
-# - On a random base it fails: it turns what is there, and there was nothing.
+# - On a random base it fails, less for its rank than for what it freezes: random embeddings.
 #
 # **To read:** the LoRA paper, sections 4 and 7; Biderman et al. 2024, *LoRA Learns Less and Forgets Less*,
 # arXiv 2405.09673; Shuttleworth et al. 2024 on intruder dimensions, arXiv 2410.21228.

@@ -7,17 +7,16 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from minipeft.lab.finetune import Base, finetune
+from minipeft.lab.finetune import PLACED, Base, finetune
 from minipeft.lab.tasks import Task
 from minipeft.peft_model import write_file
 
 COLORS = {
     "frozen": "#777777", "full": "#1b4f8f", "lora": "#d1741f", "adalora": "#8c2d04",
     "prompt_tuning": "#2e7d32", "p_tuning": "#7cb342", "prefix_tuning": "#6a3d9a",
-    "qlora": "#c2185b", "random": "#b9b9b9",
+    "qlora": "#c2185b", "bitfit": "#00acc1", "bottleneck": "#c9a400", "random": "#b9b9b9",
 }  # fmt: skip
 RANDOM = "full, random base"
-PLACED = ("lora", "adalora", "qlora")  # methods that go on chosen layers
 
 
 def compare(

@@ -25,12 +25,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minipeft.gpt import GPT, GPTConfig
-from minipeft.lab import tasks
+from minipeft.lab import parallel, tasks
 from minipeft.lab.checkpoint import Checkpoint, finishing_the_step
 from minipeft.lab.log import Log
+from minipeft.lab.parallel import Replicated
 from minipeft.lab.tasks import Example, Task
 from minipeft.peft_model import (
     AdaLoraConfig,
+    BitFitConfig,
+    BottleneckConfig,
     LoraConfig,
     PagedAdamW,
     PeftModel,
@@ -54,6 +57,7 @@ TARGETS = {
     "mlp": r".*\.mlp\.c_(fc|proj)",
     "all-linear": "all-linear",
 }
+PLACED = ("lora", "adalora", "qlora")  # the methods that go there: those with a rank
 
 
 def adalora(r: int, steps: int) -> AdaLoraConfig:
@@ -65,9 +69,9 @@ def adalora(r: int, steps: int) -> AdaLoraConfig:
     )  # fmt: skip
 
 
-# How each method is set up: the config of a size (rank, or number of virtual tokens) for a number
-# of steps, the usual size, what is done to the base before, and an optimizer other than AdamW.
-# The learning rates are the sweep's, see SWEEPS.
+# How each method is set up: the config of a size (rank, width or number of virtual tokens) for a
+# number of steps, the usual size, what is done to the base before, and an optimizer other than
+# AdamW. The learning rates are the sweep's, see SWEEPS.
 METHODS = {
     "frozen": {},
     "full": {},
@@ -99,6 +103,13 @@ METHODS = {
         # half of the state of rank 8 on the 3M base fits, so that pages have to move
         "optimizer": partial(PagedAdamW, page_bytes=2**16, device_budget_bytes=9 * 2**16),
     },
+    "bitfit": {"size": None, "config": lambda size, steps: BitFitConfig(**CAUSAL)},
+    "bottleneck": {
+        "size": 16,
+        "config": lambda r, steps: BottleneckConfig(
+            ["attn.c_proj", "mlp.c_proj"], bottleneck_size=r, **CAUSAL
+        ),
+    },
 }
 SWEEPS = tasks.DATA / "results" / "sweep.json"
 
@@ -123,18 +134,23 @@ def autocast(device: torch.device):
 # --- training ---
 
 
-def gradients(model: nn.Module, micro_batches: list[dict[str, Tensor]]) -> float:
-    """Add up micro-batches' gradients, each weighted by its labelled tokens; the mean loss."""
+def gradients(model: nn.Module, runner: Replicated, micro_batches: list[dict]) -> float:
+    """Add up micro-batches' gradients, each weighted by its labelled tokens; the mean loss.
+
+    With several processes: by the tokens of all of them, whose gradients are averaged.
+    """
     counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches]
-    device, total = next(model.parameters()).device, 0.0
-    for batch, count in zip(micro_batches, counts, strict=True):
-        with autocast(device):
-            loss = model(**batch)[0]
-        (loss * (count / sum(counts))).backward()
+    device, mean = next(model.parameters()).device, 0.0
+    everything = parallel.total(sum(counts), device)
+    for n, (batch, count) in enumerate(zip(micro_batches, counts, strict=True), 1):
+        with runner.alone(n == len(counts)):
+            with autocast(device):
+                loss = runner.run(**batch)[0]
+            (loss * (count * parallel.world() / everything)).backward()
         if isinstance(model, PeftModel):
             loss = model.task_loss  # reports leave AdaLoRA's penalty out
-        total += loss.item() * count / sum(counts)
-    return total
+        mean += loss.item() * count / everything
+    return parallel.total(mean, device)
 
 
 def train(
@@ -163,6 +179,7 @@ def train(
     its counters.
     Raises ValueError where nothing is trainable, FloatingPointError where a loss is not finite.
     """
+    parallel.reshard(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("nothing is trainable: every parameter of the model is frozen")
@@ -183,8 +200,10 @@ def train(
     if checkpoint is not None:
         checkpoint.kept |= {"losses": losses, "seconds": seconds}
         start = checkpoint.load(model, optimizer)
+    keeps = checkpoint is not None and parallel.rank() == 0
     model.train()
-    hidden = {"disable": True} if quiet else {}  # so that TQDM_DISABLE=1 can hide it too
+    runner = Replicated(model)
+    hidden = {"disable": True} if quiet or parallel.rank() else {}  # TQDM_DISABLE=1 hides it too
     ahead = islice(batches, start, steps)
     bar = tqdm(ahead, total=steps, initial=start, desc=title, mininterval=0.5, **hidden)
     with finishing_the_step() as asked_to_stop:
@@ -192,7 +211,7 @@ def train(
             began = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * scale(step - 1)
-            total = gradients(model, micro_batches)
+            total = gradients(model, runner, micro_batches)
             if not math.isfinite(total):
                 raise FloatingPointError(
                     f"the loss is {total} at step {step}: lower the learning rate ({learning_rate})"
@@ -208,7 +227,7 @@ def train(
             rate = optimizer.param_groups[0]["lr"]
             bar.set_postfix(loss=f"{total:.3f}", lr=f"{rate:.1e}", refresh=False)
             each_step({"step": step, "loss": total, "learning_rate": rate, "seconds": seconds[-1]})
-            if checkpoint is not None and (step % checkpoint.every == 0 or asked_to_stop):
+            if keeps and (step % checkpoint.every == 0 or asked_to_stop):
                 checkpoint.save(model, optimizer, step)
             if asked_to_stop and step < steps:
                 raise KeyboardInterrupt(f"stopped after step {step} of {steps}")
@@ -219,6 +238,8 @@ def train(
         "gradient_bytes": gradient_bytes,
         "optimizer_bytes": sum(v.nbytes for s in state for v in s.values() if torch.is_tensor(v)),
     }
+    if runner.sent:
+        record["bytes_sent_per_step"] = runner.sent // (steps - start)
     return record | ({"paging": optimizer.counters} if hasattr(optimizer, "counters") else {})
 
 
@@ -314,11 +335,13 @@ def build_model(
     """A model ready to be trained by a method: everything free, nothing, or an adapter on it.
 
     `random_base` takes a model of the same shape that was never trained: the control. `size` is
-    the adapter's rank or number of virtual tokens. `targets` puts a weight method's adapters on
-    some layers alone, at the rank at which they have as many parameters as on all of them.
+    the adapter's rank, width or number of virtual tokens. `targets` puts the adapters of a method
+    with a rank on some layers alone, at the rank at which they have as many parameters as on all.
     """
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r}; there are: {', '.join(METHODS)}")
+    if targets is not None and method not in PLACED:
+        raise ValueError(f"{method} takes no targets; these do: {', '.join(PLACED)}")
     torch.manual_seed(seed)
     model = base.model()
     if random_base:
@@ -332,7 +355,7 @@ def build_model(
                 raise ValueError(f"targets is {targets!r}; there are: {', '.join(TARGETS)}")
             size = round(size * adapter_width(model, "all-linear") / adapter_width(model, targets))
         config = METHODS[method]["config"](size, steps)
-        if targets is not None and hasattr(config, "target_modules"):
+        if targets is not None:
             config.target_modules = TARGETS[targets]
         return get_peft_model(model, config)
     return model.requires_grad_(method == "full")
@@ -349,6 +372,17 @@ def optimizer_of(method: str) -> Callable:
     return METHODS[method].get("optimizer", torch.optim.AdamW)
 
 
+def load_sweeps() -> list[dict]:
+    """The entries of the committed sweep."""
+    return json.loads(SWEEPS.read_text()) if SWEEPS.is_file() else []
+
+
+def swept_methods() -> list[str]:
+    """The methods that `compare` can run: those with a swept learning rate, and the frozen base."""
+    found = {"frozen"} | {entry["method"] for entry in load_sweeps()}
+    return [method for method in METHODS if method in found]
+
+
 def swept_learning_rate(
     base: Base, task: Task, method: str, steps: int, random_base: bool, size: int | None
 ) -> float:
@@ -358,8 +392,7 @@ def swept_learning_rate(
     steps, the number of training examples.
     """
     size = size or METHODS[method].get("size")
-    sweeps = json.loads(SWEEPS.read_text()) if SWEEPS.is_file() else []
-    sweeps = [entry for entry in sweeps if entry["method"] == method]
+    sweeps = [entry for entry in load_sweeps() if entry["method"] == method]
     if not sweeps:
         raise ValueError(f"no learning rate was swept for {method!r}: give one, or run the sweep")
 
@@ -480,7 +513,7 @@ def checkpoint_gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict:
         kept, seconds = activation_bytes(model, batch), []
         for _ in range(4):
             began = time.perf_counter()
-            gradients(model, [batch])
+            gradients(model, Replicated(model), [batch])
             seconds.append(time.perf_counter() - began)
         found.append((kept, statistics.median(seconds[1:])))
     model.zero_grad()
@@ -508,6 +541,7 @@ def finetune(
     random_base: bool = False,
     targets: str | None = None,
     gradient_checkpointing: bool = False,
+    shard: bool = False,
     device: str | None = None,
     output: str | Path | None = None,
     checkpoint_every: int = 0,
@@ -520,10 +554,13 @@ def finetune(
     The learning rate is the committed sweep's where none is given. `validations` is how often the
     validation loss is taken on the way. With `output`, the adapter, or the whole model with its
     tokenizer, is saved there, beside `log.csv`; and, every `checkpoint_every` steps, the state of
-    the run, from which `resume` goes on to the same end, to the bit.
+    the run, from which `resume` goes on to the same end, to the bit. `shard` cuts the model over
+    the processes; then neither state nor log is kept.
     """
     model = build_model(base, method, seed, steps, random_base, size, targets)
-    model = model.to(pick_device(device))
+    model = parallel.shard(model, method) if shard else model.to(pick_device(device))
+    if size is not None and METHODS[method].get("size") is None:
+        raise ValueError(f"{method} has no size: {size} was given")
     if learning_rate is None and method != "frozen":
         learning_rate = swept_learning_rate(base, task, method, steps, random_base, size)
     trainable, total = count_parameters(model)
@@ -547,7 +584,7 @@ def finetune(
         "validation": [],
     }
     checkpoint, log = None, None
-    if output is not None and method != "frozen":
+    if output is not None and method != "frozen" and not shard:
         data = [json.dumps([e.prompt_ids, e.completion_ids]).encode() for e in task.train]
         weights = (Path(base.folder) / "model.safetensors").read_bytes()
         run = setting | {"targets": targets, "batch_size": batch_size, "accumulation": accumulation}
@@ -559,7 +596,8 @@ def finetune(
             raise ValueError(
                 f"{file} is of a run that was stopped: go on with --resume, or delete it"
             )
-        log = Log(output, log_dir, checkpoint.read()[0]["step"] if resume else 0)
+        start = checkpoint.read()[0]["step"] if resume else 0
+        log = Log(output, log_dir, start) if parallel.rank() == 0 else None
 
     def validate(row: dict) -> None:
         step = row["step"]
@@ -580,7 +618,7 @@ def finetune(
             [
                 tasks.collate(part, base.end, model.device)
                 for i in range(accumulation)
-                if (part := batch[i::accumulation])
+                if (part := parallel.share(batch)[i::accumulation])
             ]
             for batch in order
         )
@@ -588,7 +626,8 @@ def finetune(
         model.train()
         if gradient_checkpointing:
             record["gradient_checkpointing"] = checkpoint_gradients(model, first)
-        record["activation_bytes"] = activation_bytes(model, first)
+        if not shard:
+            record["activation_bytes"] = activation_bytes(model, first)
         title = f"{method}{' on a random base' if random_base else ''}, seed {seed}"
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -606,7 +645,8 @@ def finetune(
         )
         if model.device.type == "cuda":
             record["max_memory_allocated"] = torch.cuda.max_memory_allocated()
-        record["disk_bytes"] = disk_bytes(model)
+        with parallel.put_together(model):
+            record["disk_bytes"] = disk_bytes(model)
         if isinstance(model, PeftModel) and model.ranks():
             record["ranks"] = model.ranks()
     examples = task.test[:generated]
@@ -624,10 +664,12 @@ def finetune(
             with model.disable_adapter():
                 record["forgetting"]["off"] = text_loss(model, base.held_out)
     if output is not None:
-        model.save_pretrained(output)
-        if not isinstance(model, PeftModel):
+        with parallel.put_together(model):
+            if parallel.rank() == 0:
+                model.save_pretrained(output)
+        if parallel.rank() == 0 and not isinstance(model, PeftModel):
             base.tokenizer.save(str(Path(output) / "tokenizer.json"))
-    if checkpoint is not None:  # the run has ended, and what it learned is saved
+    if log is not None:  # the run has ended, and what it learned is saved
         checkpoint.file.unlink(missing_ok=True)
         log.close()
     return record

@@ -177,7 +177,7 @@ def picture(entries: list[dict]) -> Figure:
                 axes[1].text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
             axes[1].set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
             axes[1].set_yticks(range(len(entries)), [entry["size"] for entry in entries])
-            axes[1].set(xlabel="learning rate", ylabel="size (rank or virtual tokens)")
+            axes[1].set(xlabel="learning rate", ylabel="size (rank, width or virtual tokens)")
             axes[1].set_title(f"validation {what}")
         elif several:
             axes[1].set_axis_off()
