@@ -431,7 +431,7 @@ def _import(module: str):
         ) from error
 
 
-# --- write_file: the same lines stand in gpt.py and peft_model.py (tests/test_copy_alone.py)
+# --- write_file: the same lines stand in gpt.py and files.py (tests/test_copy_alone.py)
 def write_file(path: Path, write: Callable[[str], object]) -> None:
     """Have `write` fill a file beside `path`, then rename it: a crash leaves the old or the new."""
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -150,13 +150,14 @@ def wrong_setting(folder, chance, others):
     found = json.loads((folder / CONFIG).read_text())
     numbers = {"r", "lora_alpha", "init_r", "target_r", "total_step", "beta1", "lora_dropout",
                "num_virtual_tokens", "orth_reg_weight", "deltaT", "encoder_num_layers",
-               "encoder_dropout"}  # fmt: skip
+               "encoder_dropout", "bottleneck_size"}  # fmt: skip
     wrong = ["x", -1, [], [1], {}, {"a": 1}, float("nan"), float("inf"), 10**40, "8"]
-    if "target_modules" in found and chance.random() < 0.5:
+    free = sorted(numbers & set(found))
+    if not free or ("target_modules" in found and chance.random() < 0.5):
         key = chance.choice(("target_modules", "rank_pattern", "alpha_pattern"))
         wrong = [-1, 3.5, "(", ["("], [7], [None], [[]], {"c_attn": "x"}, {"(": 2}, {"c_attn": -1}]
     else:
-        key = chance.choice(sorted(numbers & set(found)))
+        key = chance.choice(free)
     if found["peft_type"] == "ADALORA" and key == "r":
         key = "init_r"
     found[key] = chance.choice(wrong)

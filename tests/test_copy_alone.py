@@ -34,7 +34,7 @@ def test_shared_lines_are_the_same():
             r"# --- (\w+): the same lines(.*?)# --- end of \1", file.read_text(), re.S
         ):
             blocks.setdefault(name, {})[file.name] = block
-    assert set(blocks["write_file"]) == {"gpt.py", "peft_model.py"}
+    assert set(blocks["write_file"]) == {"gpt.py", "files.py"}
     assert set(blocks["find_targets"]) == {"lora.py", "adalora.py", "qlora.py"}
     assert set(blocks["prepend"]) == {"prompt_tuning.py", "p_tuning.py"}
     assert set(blocks["run"]) == set(blocks["toy"]) == set(blocks["prepend"])

@@ -473,6 +473,7 @@ def test_loaded_prompts_without_their_network_train_as_they_are(gpt, ids, tmp_pa
     save_file({"prompt_embeddings": tensors["prompt_embeddings"]}, file)  # as peft writes it
     again = PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval()
     assert again.get_nb_trainable_parameters()[0] == 5 * 24
+    assert not again.peft_config["default"].inference_mode
     assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-6)
     save_file({"prompt_embeddings": tensors["prompt_embeddings"][:3].contiguous()}, file)
     with pytest.raises(ValueError, match=r"prompt_embeddings is \(3, 24\)"):

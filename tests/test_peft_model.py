@@ -5,9 +5,11 @@ import torch
 from test_lora import ALL, filled
 
 from minipeft import (
+    GPT,
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PromptEncoderConfig,
     PromptTuningConfig,
     TaskType,
     get_peft_model,
@@ -101,6 +103,17 @@ def test_two_adapters_take_turns(gpt, ids):
         model.add_adapter("other", LoraConfig(target_modules=ALL))
 
 
+def test_an_adapter_that_is_put_in_takes_the_models_mode(gpt, ids):
+    model = adapted(gpt, lora_dropout=0.5)
+    model.add_adapter("prompt", PromptEncoderConfig(num_virtual_tokens=2))
+    model.train().set_adapter("prompt")
+    model.eval().set_adapter("default")  # it was in training mode when it was taken out
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    model.train().set_adapter("prompt")
+    assert all(module.training for module in model.modules())
+
+
 def test_saving_and_loading_gives_the_same_bits(gpt, ids, tmp_path):
     model = adapted(gpt, use_rslora=True, rank_pattern={"c_fc": 2})
     model.add_adapter("second", LoraConfig(r=1, target_modules=["c_attn"]))
@@ -134,6 +147,11 @@ def test_a_config_of_peft_is_taken_or_refused_by_name(gpt, tmp_path):
     config = PeftConfig.from_pretrained(tmp_path)
     assert isinstance(config, PeftConfig)
     assert config.other_keys["use_dora"] is False
+    again = PeftModel.from_pretrained(GPT(gpt.config), tmp_path, is_trainable=True)
+    assert not again.peft_config["default"].inference_mode
+    again.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert written == json.loads(file.read_text())
     for key, value in [("use_dora", True), ("bias", "all"), ("init_lora_weights", False)]:
         file.write_text(json.dumps(found | {key: value}))
         with pytest.raises(ValueError, match=f"{key} is {value!r}, and that is not implemented"):
@@ -292,10 +310,10 @@ def test_weighted_sums_that_cannot_be_are_refused(gpt):
     model.add_adapter("prompt", PromptTuningConfig(num_virtual_tokens=2))
     for arguments, message in [
         ((["a", "d"], [1, 1], "sum"), "no adapter 'd'; there are: a, b, c, prompt"),
-        ((["a", "b"], [1], "sum"), "give one weight for each"),
-        (([], [], "sum"), "give one weight for each"),
-        ((["a", "b"], [1, float("nan")], "sum"), "a weight is nan"),
-        ((["a", "b"], [1, "2"], "sum"), "a weight is '2'"),
+        ((["a", "b"], [1], "sum"), r"weights are \[1\]: give a number for each"),
+        (([], [], "sum"), "give a number for each"),
+        ((["a", "b"], [1, float("nan")], "sum"), r"weights are \[1, nan\]"),
+        ((["a", "b"], [1, "2"], "sum"), r"weights are \[1, '2'\]"),
         ((["a", "prompt"], [1, 1], "sum"), "PROMPT_TUNING has no weighted sum"),
         ((["a", "b"], [1, 1], "sum", "ties"), "'ties'; there are: svd, linear, cat"),
         ((["a", "b"], [1, 1], "sum", "linear"), r"have \[3, 2\]: take svd or cat"),
