@@ -161,7 +161,8 @@ def watch(examples, seed=0, steps=100, rate=1e-3, title="all examples"):
     """Fine-tune everything; what was measured every five steps, and the model."""
     model, points = finetune.build_model(base, "full", seed, steps), []
 
-    def look(step):
+    def look(row):
+        step = row["step"]
         if step % 5 == 0:
             points.append({"step": step} | finetune.task_loss(model, task.validation, base.end))
         if step % 10 == 0:

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 from IPython.display import Markdown, display
 
-from minipeft import GPT, AdaLoraConfig, GPTConfig, PeftModel, adalora, get_peft_model, peft_model
+from minipeft import GPT, AdaLoraConfig, GPTConfig, PeftModel, adalora, adapters, get_peft_model
 from minipeft.adalora import RankAllocator, SVDLinear, add_adalora, orthogonality
 from minipeft.lab import compare, finetune, tasks
 
@@ -433,9 +433,9 @@ def lengths(layers):
 
 
 for name, instead in (("lengths alone", lengths), ("no penalty", lambda layers: torch.zeros(()))):
-    peft_model.orthogonality = instead  # it is multiplied by γ and added to the loss
+    adapters.orthogonality = instead  # it is multiplied by γ and added to the loss
     runs[name] = finetune.finetune(base, task, "adalora", 100, output=OUT / name, validations=1)
-    peft_model.orthogonality = orthogonality
+    adapters.orthogonality = orthogonality
 
 # %%
 folders = {"LoRA": "lora", "AdaLoRA": "adalora"}
@@ -665,7 +665,7 @@ else:
 # %% [markdown]
 # Put it to work, and place it in the last figure. Guess first: does it forget like AdaLoRA, or like AdaLoRA without a penalty?
 #
-#     peft_model.orthogonality = angles
+#     adapters.orthogonality = angles
 #     record = finetune.finetune(base, task, "adalora", 100)
 #     print(record["score"], forgot(record))
 #
