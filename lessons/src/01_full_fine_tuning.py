@@ -169,7 +169,7 @@ def watch(examples, seed=0, steps=100, rate=1e-3, title="all examples"):
             some = task.validation[:32]
             points[-1] |= task.score(some, finetune.complete(model, base, some))
 
-    look(0)
+    look({"step": 0})
     order = tasks.shuffled(examples, 16, seed)
     batches = ([tasks.collate(batch, base.end, model.device)] for batch in order)
     finetune.train(model, batches, steps, rate, warmup=10, each_step=look, title=title)
