@@ -13,6 +13,7 @@ import accelerator
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # ten seconds; the build runs it
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = [  # file, what stands there, what is put there, a case that has to see it
     ("gpt", "torch.arange(p, p + t, device=x.device)", "torch.arange(p, p + t)", "gpt-moved"),
