@@ -21,6 +21,7 @@ from minipeft.p_tuning import PromptEncoder, PromptEncoderConfig
 from minipeft.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from minipeft.prompt_tuning import PromptEmbedding, PromptTuningConfig
 from minipeft.qlora import Linear4bit, QLoraConfig, qlora_layers
+from minipeft.token_rows import token_rows
 
 
 class Adapter:
@@ -66,6 +67,9 @@ class LayerAdapter(Adapter):
     def __init__(self, config, model: nn.Module, make: Callable):
         self.config = config
         self.layers: dict[str, nn.Module] = make(model, config)  # by the name of what each adapts
+        if getattr(config, "trainable_token_indices", None) is not None:
+            ids, trainable = config.trainable_token_indices, not config.inference_mode
+            self.layers |= token_rows(model, ids, trainable)
 
     def modules(self) -> list[nn.Module]:
         return list(self.layers.values())

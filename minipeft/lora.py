@@ -45,6 +45,7 @@ class LoraConfig:
     use_rslora: bool = False  # scale by α / √r, equation (2)
     rank_pattern: dict[str, int] = field(default_factory=dict)  # name or regex: another r
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # name or regex: another α
+    trainable_token_indices: list[int] | None = None  # token_rows.py's work, and not this file's
     task_type: str | None = None
     inference_mode: bool = False  # True: the adapter is frozen as well
     peft_type: str = field(default="LORA", init=False)
@@ -165,6 +166,8 @@ def lora_layers(model: nn.Module, config: LoraConfig) -> dict[str, LoraLinear]:
 
 def add_lora(model: nn.Module, config: LoraConfig) -> dict[str, LoraLinear]:
     """Freeze the model, then put a LoraLinear in the place of each target. Returns them by name."""
+    if config.trainable_token_indices is not None:
+        raise ValueError("trainable_token_indices: get_peft_model trains them, add_lora does not")
     layers = lora_layers(model, config)
     model.requires_grad_(False)
     for name, layer in layers.items():

@@ -71,6 +71,8 @@ def weighted_adapter(
     for config in configs:
         if config.peft_type not in ("LORA", "QLORA"):
             raise ValueError(f"{config.peft_type} has no weighted sum: only LoRAs can be added up")
+        if getattr(config, "trainable_token_indices", None):
+            raise ValueError("trained token rows have no weighted sum")
     if combination_type not in COMBINATIONS:
         known = ", ".join(COMBINATIONS)
         raise ValueError(f"combination_type is {combination_type!r}; there are: {known}")

@@ -24,6 +24,7 @@ SCHEDULE = {"init_r": 3, "target_r": 1, "total_step": 2}
 CONFIGS = {
     "lora": lambda: LoraConfig(r=2, target_modules=["c_attn", "c_fc"]),
     "lora_dropout": lambda: LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear"),
+    "lora_rows": lambda: LoraConfig(target_modules=["c_fc"], trainable_token_indices=[3, 26]),
     "adalora": lambda: AdaLoraConfig(target_modules=["c_attn"], **SCHEDULE),
     "bitfit": lambda: BitFitConfig(),
     "bottleneck": lambda: BottleneckConfig(["mlp.c_proj"], bottleneck_size=3),
@@ -67,8 +68,8 @@ class Walk:
     def config(self):
         names = list(CONFIGS)
         if any("codes" in key for key in self.base.state_dict()):
-            names.remove("adalora")  # these two are not for a 4-bit layer
-            names.remove("bottleneck")
+            for name in ("adalora", "bottleneck", "lora_rows"):  # these are not for 4-bit layers
+                names.remove(name)
         return CONFIGS[self.random.choice(names)]()
 
     def name(self) -> str:
@@ -140,7 +141,12 @@ class Walk:
             assert torch.allclose(told, self.told[self.model.active_adapter], atol=1e-5)
 
     def weighted(self) -> None:
-        loras = [n for n, c in self.model.peft_config.items() if c.peft_type in ("LORA", "QLORA")]
+        loras = [
+            name
+            for name, config in self.model.peft_config.items()
+            if config.peft_type in ("LORA", "QLORA")
+            and not getattr(config, "trainable_token_indices", None)
+        ]
         if not loras:
             return
         names = self.random.sample(loras, self.random.randint(1, len(loras)))

@@ -145,10 +145,11 @@ def test_lora_draws_the_same_random_numbers(theirs):
     assert all(torch.equal(found[key], mine[key]) for key in mine)
 
 
-@pytest.mark.parametrize("alpha", [8, 10])
-def test_lora_trains_as_peft_does(theirs, ids, tmp_path, alpha):
+@pytest.mark.parametrize(("alpha", "tokens"), [(8, None), (10, None), (8, [26, 60, 1])])
+def test_lora_trains_as_peft_does(theirs, ids, tmp_path, alpha, tokens):
     """The same tensors put in at each of 20 AdamW steps: loss, logits and every gradient."""
     names = {"r": 4, "lora_alpha": alpha, "target_modules": ALL, "task_type": "CAUSAL_LM"}
+    names["trainable_token_indices"] = tokens
     models = three(theirs, peft.LoraConfig(**names), LoraConfig(**names), tmp_path)
     for expected, *ours in side_by_side(models, ids, lend=True):
         for found in ours:
@@ -170,11 +171,16 @@ def test_lora_goes_where_pefts_goes(theirs, ids, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_adapters_travel_both_ways(theirs, ids, tmp_path):
+@pytest.mark.parametrize("tokens", [None, [26, 60, 1]])
+def test_adapters_travel_both_ways(theirs, ids, tmp_path, tokens):
     theirs.save_pretrained(tmp_path / "base")
     names = {"r": 4, "lora_alpha": 12, "target_modules": ALL, "task_type": "CAUSAL_LM"}
+    names["trainable_token_indices"] = tokens
     mine = get_peft_model(GPT.from_pretrained(tmp_path / "base"), LoraConfig(**names))
-    filled(mine.adapters["default"].layers)
+    filled({n: x for n, x in mine.adapters["default"].layers.items() if hasattr(x, "lora_B")})
+    if tokens:
+        key = "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta"
+        torch.nn.init.normal_(mine.adapters["default"].tensors()[key])
     mine.save_pretrained(tmp_path / "mine")
     model = peft.PeftModel.from_pretrained(theirs, tmp_path / "mine")
     assert close(model(ids).logits, mine(ids).logits)
