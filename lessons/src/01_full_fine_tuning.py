@@ -271,8 +271,17 @@ def reached(points, key, bottom):
 for title, points in (("full", full), ("blind", blind), ("random base", random_base)):
     steps = reached(points, "frame_loss", floor), reached(points, "slot_loss", 0)
     print(f"{title:12} frame after {steps[0]} steps, values after {steps[1]}")
+long = sum(sum(e.is_slot) for e in task.validation) / facts  # tokens in a value
+p = next(p for p in full if p["step"] == 20)
+alone, whole = math.exp(-p["slot_loss"]), math.exp(-long * p["slot_loss"])
 late = next(p["step"] for p in full if p.get("score", 0) >= 0.9)
 print(f"you guessed {guess_frame} and {guess_values}; nine tenths of the facts stated after {late}")
+print(
+    f"step 20: slot loss {p['slot_loss']:.2f}, so a chance of about {alone:.2f} a token, but a value"
+)
+print(
+    f"has {long:.1f} tokens, and {alone:.2f} to that power is {whole:.2f}; the score was {p['score']:.2f}"
+)
 assert reached(full, "slot_loss", 0) <= reached(full, "frame_loss", floor) + 5
 assert all(reached(p, "frame_loss", floor) <= 40 for p in (full, blind, random_base))
 assert all(reached(p, "slot_loss", 0) is None for p in (blind, random_base))
@@ -284,8 +293,8 @@ assert late > reached(full, "slot_loss", 0)
 # *where* to put them, and they come together with the frame. What comes late, or never, is what pretraining did not bring: the random
 # base has the frame almost as soon, and no values at all.
 #
-# One thing does come late: *whole* facts. A value is several tokens, its sentence more, and all must be right. The loss is an average
-# and looks nearly done when many facts still have one wrong token.
+# One thing does come late: *whole* facts. A value is several tokens, and all must be right. The loss is an average over tokens, and looks nearly
+# done when half of the facts still go wrong somewhere.
 #
 # A random base is the control that tells what the task
 # itself teaches from what the base knew.
@@ -437,8 +446,8 @@ assert full[-1]["score"] > little[16][-1]["score"] + 0.1
 
 # %% [markdown]
 # With few examples the validation loss turns and climbs: the model grows sure of what it learned by heart. With all
-# examples it does not. But look at the right panel: while the loss climbs, the score does *not* fall, with fifty examples it even
-# rises. It is the frame that gets worse: the loss punishes being sure of the wrong phrasing. The facts are stated at least as rightly as before. **The loss is not the score.** Stop by what you care about.
+# examples it does not. But look at the right panel: while the loss climbs, the score does *not* fall, with fifty examples it may even
+# rise. It is mostly the frame that gets worse: the loss punishes being sure of the wrong phrasing. The facts are stated at least as rightly as before. **The loss is not the score.** Stop by what you care about.
 #
 # ## Exercises
 #
@@ -545,7 +554,7 @@ else:
 # - Training holds weights, gradients, two averages for each weight, and activations; on a small model activations are most, on a large one the optimizer is.
 # - At this size a model that ignores every value makes most of the loss's improvement and states no fact: report frame and slots apart.
 # - At this size values come as soon as the frame, because the base could copy; a random base learns the frame alone.
-# - At this size the learning rate decides more than the method: each gets its own sweep, and no optimum at an edge.
+# - At this size the learning rate can decide more than the method: each gets its own sweep, and no optimum at an edge.
 # - At this size sixteen examples overfit: the loss climbs while the score stays; and every task costs a whole model, and what the base knew.
 #
 # **To read:** McCloskey and Cohen 1989, *Catastrophic Interference in Connectionist Networks*, for forgetting; Bouthillier et al. 2021,

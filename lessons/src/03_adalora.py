@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 from IPython.display import Markdown, display
 
-from minipeft import GPT, AdaLoraConfig, GPTConfig, PeftModel, adalora, adapters, get_peft_model
+from minipeft import GPT, AdaLoraConfig, GPTConfig, PeftModel, adalora, get_peft_model, peft_model
 from minipeft.adalora import RankAllocator, SVDLinear, add_adalora, orthogonality
 from minipeft.lab import compare, finetune, tasks
 
@@ -330,7 +330,7 @@ assert attention_rank(live["ranks"]) < 7
 
 # %% [markdown]
 # We had expected an almost flat picture, because the updates of full fine-tuning are of nearly equal size over the layers. On
-# `describe` it is not flat at all: the MLPs and the first layer keep almost everything, attention in the middle almost nothing, and other
+# `describe` it is not flat at all: the MLPs and the first layer keep almost everything, most of the attention above it little, and other
 # seeds agree. The paper reports the same liking for the MLPs (and one for the top layers, which we do not see). On `sentiment`, the same base and the same shapes give another, flatter pattern: so the ranks
 # say something about the task, and not only about the shapes.
 #
@@ -393,8 +393,9 @@ for name, scores in (("rank 8 everywhere", same_rank), ("ranks by lot", by_lot))
     RankAllocator.scores = score_it
     assert sum(runs[name]["ranks"].values()) == 128
     assert abs(runs[name]["score"] - live["score"]) < 0.15
-    print(f"{name}: {task.metric} {runs[name]['score']:.2f}, allocated {live['score']:.2f}")
-print(f"allocated, four seeds: {[round(r['score'], 2) for r in of['adalora']]}")
+for name in ("rank 8 everywhere", "ranks by lot", "AdaLoRA"):
+    print(f"{name:18} {task.metric} {runs[name]['score']:.2f}")
+print(f"AdaLoRA, four seeds: {[round(r['score'], 2) for r in of['adalora']]}")
 assert set(runs["rank 8 everywhere"]["ranks"].values()) == {8}
 
 # %% [markdown]
@@ -433,17 +434,18 @@ def lengths(layers):
 
 
 for name, instead in (("lengths alone", lengths), ("no penalty", lambda layers: torch.zeros(()))):
-    adapters.orthogonality = instead  # it is multiplied by γ and added to the loss
+    peft_model.orthogonality = instead  # it is multiplied by γ and added to the loss
     runs[name] = finetune.finetune(base, task, "adalora", 100, output=OUT / name, validations=1)
-    adapters.orthogonality = orthogonality
+    peft_model.orthogonality = orthogonality
 
 # %%
 folders = {"LoRA": "lora", "AdaLoRA": "adalora"}
 sets, size = {}, {}  # the layers; the length of the whole change, over all matrices
-for name, record in runs.items():
+for name in runs:
     trained = PeftModel.from_pretrained(base.model(), OUT / folders.get(name, name))
     sets[name] = trained.adapters["default"].layers
     size[name] = sum(s.delta().detach().square().sum() for s in sets[name].values()).sqrt().item()
+for name, record in runs.items():
     print(
         f"{name:18} {task.metric} {record['score']:.2f}, forgets {forgot(record):.2f}, "
         f"size of the change ‖ΔW‖ {size[name]:.0f}"
@@ -519,12 +521,13 @@ def a_few_steps(total_step, forget_to_step=False):
     try:
         model.merge_and_unload()
     except RuntimeError as error:
-        print(error, "\n")
-        return "refused"
+        return str(error)
 
 
-assert a_few_steps(100, forget_to_step=True) == "refused"
-assert a_few_steps(1000) == "refused"
+said = [a_few_steps(100, forget_to_step=True), a_few_steps(1000)]
+print("\n\n".join(said))
+assert "never called" in said[0]
+assert "step 984" in said[1]
 
 # %% [markdown]
 # ## Exercises
@@ -645,7 +648,8 @@ def angles(layers):
 # %% tags=["check"]
 layer = SVDLinear(torch.nn.Linear(4, 6), r=2, init_r=2, alpha=2, dropout=0)
 layer.lora_A.data = 3 * torch.eye(4)[:2]  # too long, and at right angles
-layer.lora_B.data = torch.eye(6)[:, :2]
+layer.lora_B.data = torch.zeros(6, 2)
+layer.lora_B.data[:2] = torch.tensor([[1.0, 2.0], [1.0, -2.0]])  # columns at right angles, rows not
 answer = angles({"toy": layer})
 if answer is None:
     print("not done yet")
@@ -665,7 +669,7 @@ else:
 # %% [markdown]
 # Put it to work, and place it in the last figure. Guess first: does it forget like AdaLoRA, or like AdaLoRA without a penalty?
 #
-#     adapters.orthogonality = angles
+#     peft_model.orthogonality = angles
 #     record = finetune.finetune(base, task, "adalora", 100)
 #     print(record["score"], forgot(record))
 #

@@ -253,7 +253,7 @@ plt.show()
 # %%
 live = [finetune.finetune(base, steer, "frozen", 100)]
 for method in ("full", "lora", "prompt_tuning"):
-    live.append(finetune.finetune(base, steer, method, 100))
+    live.append(finetune.finetune(base, steer, method, 100, validations=1))
     print(f"{method}: {steer.metric} {live[-1]['score']:.2f}")
 by_name = {record["method"]: record for record in live}
 
@@ -265,7 +265,7 @@ display(Markdown(compare.table(live, steer)))
 # `python -m minipeft compare --base data/base/1m --task NAME --seeds 4`, as have the other seeds of both tasks.
 
 # %%
-stuck = finetune.finetune(base, skill, "prompt_tuning", 100)
+stuck = finetune.finetune(base, skill, "prompt_tuning", 100, validations=1)
 results = tasks.DATA / "results" / "1m"
 shipped = {
     "sentiment": compare.load(results / "sentiment" / "compare.json"),
@@ -308,15 +308,22 @@ for axis, (name, by_method), now in zip(
     axis.set_xticks(range(4), METHODS)
     axis.set(title={"sentiment": "steering", "describe": "a new skill"}[name] + f": {name}")
 axes[0].set(ylabel="score (a line for each seed)", ylim=(-0.03, 1.05))
-axes[1].legend(frameon=False)
+figure.legend(
+    *axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+)
 plt.show()
 
 # %% [markdown]
 # Two answers to the question. Vectors can steer: most seeds get nearly all of it, though with this start and this rate a seed
-# can fall back to chance. (The paper says that prompt tuning needs a large model, and that small ones depend on the start;
-# both show here.) Vectors did not teach the skill: no seed states more than a fact or two. What did they learn?
+# can fall back to chance. The paper finds that a
+# larger model makes prompt tuning better and safer; a base of three times the size says so too, printed below. But the vectors did not teach the skill, not in these
+# hundred steps: no seed gets more than a fact or two right. What did they learn?
 
 # %%
+larger = compare.rows(compare.load(tasks.DATA / "results" / "sentiment" / "compare.json"))
+larger = [record["score"] for record in larger["prompt_tuning"]]
+print("sentiment on the 3M base:", [f"{score:.2f}" for score in larger])
+assert min(larger) > mean["sentiment"]["prompt_tuning"]
 first, last = stuck["validation"][0], stuck["validation"][-1]
 for key in ("frame_loss", "slot_loss"):
     print(f"{key}: {first[key]:.2f} before, {last[key]:.2f} after 100 steps")
@@ -345,25 +352,33 @@ assert by_name["prompt_tuning"]["forgetting"]["on"] > by_name["full"]["forgettin
 # weight was tuned on the same task. "Frozen" says where the base is kept. It does not say that nothing is forgotten
 # while a prompt talks into its ear. But the prompt can be taken off, and the base is there, to the bit.
 #
-# ## What breaks it: too few tokens, too many
+# ## What breaks it, and what mends it
 #
-# If twenty vectors do not teach the skill, do sixty? And how few still steer?
+# Take tokens away: does a single one still steer? Then give three times as many: is the prompt that was stuck
+# on the new skill stuck for good? **Guess**, then run.
 
 # %%
-COUNTS = [1, 5, 20, 60]
-by_count = []
-for p in COUNTS:
-    same = p == 20  # that one has run above
-    by_count.append(words[2][0] if same else train_prompt("SAMPLE_VOCAB", RATES[2], p)[0])
-    print(f"sentiment, {p:2} soft tokens, {p * 128:5,} numbers: loss {by_count[-1]:.4f}")
-long = finetune.finetune(base, skill, "prompt_tuning", 100, size=60)
-print(f"describe, 60 soft tokens: {skill.metric} {long['score']:.2f}, with 20 {stuck['score']:.2f}")
-assert long["score"] < 0.5 * mean["describe"]["lora"]
-assert max(by_count[1:]) < unsure  # five steer
+single = train_prompt("SAMPLE_VOCAB", RATES[2], p=1)[0]
+print(f"sentiment, 50 steps: loss with 1 soft token {single:.3f}, with 20 {words[2][0]:.3f}")
+print(f"undecided between the two words: {unsure:.3f}")
+wide = finetune.finetune(base, skill, "prompt_tuning", 100, size=60, validations=1)
+for record in (stuck, wide):
+    print(
+        f"describe, {record['size']} soft tokens: frame loss {record['test_frame_loss']:.2f}, "
+        f"{skill.metric} {record['score']:.2f}"
+    )
+print(f"(expect 0.05 to 0.4 with 60; LoRA in as many steps: {mean['describe']['lora']:.2f})")
+assert single < 2 * unsure
+assert wide["test_frame_loss"] < 0.8 * stuck["test_frame_loss"]
+assert 0.02 < wide["score"] < 0.6 * mean["describe"]["lora"]
 
 # %% [markdown]
-# More tokens are not more skill: a soft token can only ask for what the frozen layers can already do. They also cost: every
-# one takes a place in the context and is computed in each forward pass, in training and in use. A merged LoRA costs nothing there.
+# One vector goes most of the way when steering. And "stuck" was too strong a word: with three times the
+# vectors the facts begin to come. So it is not that vectors *cannot*; they are slow, and far behind LoRA in the
+# same number of steps. What do three times the *steps* do? `finetune.finetune(base, skill, "prompt_tuning", 300)` tells you in a
+# minute. More vectors cost, too: every soft token takes a place in the context and is computed in each forward pass, in training
+# and in use. Look at the seconds in the table above: the fewest trained numbers do not make the fastest step, for the gradient still goes through
+# the whole model, and the text is twenty tokens longer.
 #
 # ## Exercises
 #
@@ -496,7 +511,7 @@ else:
 # - Prompt tuning trains p · d numbers before the text; the weights stay, there is nothing to merge, and a batch may mix tasks.
 # - Noise is far longer than words, and needs a learning rate about as much larger: what counts is the step for its length.
 # - Twenty vectors steer the model to answers that it knows, with noise as the start not with every seed; full fine-tuning and LoRA always do.
-# - They do not teach it a new skill in a hundred steps, however many there are: the manner comes, the facts do not.
+# - A new skill they hardly teach in a hundred steps: the manner comes, the facts do not. Three times the vectors help, but stay far behind LoRA.
 # - Frozen is not unforgetting: with the prompt on, the model is worse at its old text than after full fine-tuning on the same task; off, it is the base.
 #
 # **To read:** the paper's section 3, above all its figure on the size of the model; Petrov et al. 2023, *When Do Prompting and

@@ -64,8 +64,8 @@ guess = 0.0  # a share between 0 and 1: put your own number here before you go o
 #
 # $K_P$ and $V_P$ are all that is trained. They are *prepended*: every token of the text may look at
 # all of them, and at the tokens before it and itself. So the mask is not the usual triangle. Left: the right mask,
-# three virtual tokens before five real ones. Right: what `is_causal=True` makes of the same shapes. It starts its
-# triangle in the top left corner.
+# three virtual tokens before five real ones. Right: what `is_causal=True` makes of the same shapes in torch, whose
+# triangle starts in the top left corner. We do not trust that sentence: we ask the function itself.
 
 # %%
 p, t = 3, 5
@@ -177,31 +177,34 @@ assert loss["no prefix"] + 0.2 < loss["moved on"] < loss["zeros"] - 0.2 < loss["
 def prefix_attention(model, examples):
     """The prefix's share of the attention, and what the formula says for zero keys: both (l, h)."""
     kept, found, formula = [], [], []
-    blocks, (heads, width) = model.base_model.transformer.h, model.prompt_encoder.shape[1:]
+    layers, heads, width = model.prompt_encoder.shape
     hooks = [
-        b.attn.c_attn.register_forward_hook(lambda m, x, out: kept.append(out)) for b in blocks
+        block.attn.c_attn.register_forward_hook(lambda layer, x, out: kept.append(out[0]))
+        for block in model.base_model.transformer.h
     ]
+    prefix = [keys[0] for keys, values in model.prompt_encoder.past(1, torch.float32)]
     for example in examples:
         model(torch.tensor([example.prompt_ids + example.completion_ids]))
-        for _ in blocks:
-            (own, _), out = model.prompt_encoder.past(1, torch.float32)[len(found) % 4], kept.pop(0)
-            t, p = out.shape[1], own.shape[2]
-            q, k, _ = out[0].view(t, 3, heads, width).permute(1, 2, 0, 3)  # (h, t, k)
-            scores = q @ torch.cat((own[0], k), 1).mT / width**0.5  # (h, t, p + t)
+        for own, out in zip(prefix, kept, strict=True):
+            t, p = len(out), own.shape[1]
+            q, k, _ = out.view(t, 3, heads, width).permute(1, 2, 0, 3)  # (h, t, k)
+            scores = q @ torch.cat((own, k), 1).mT / width**0.5  # (h, t, p + t)
             scores.masked_fill_(~torch.ones(t, p + t).tril(p).bool(), -torch.inf)
             found.append(scores.softmax(-1)[:, :, :p].sum(-1).mean(-1))
             formula.append((p / (p + scores[:, :, p:].exp().sum(-1))).mean(-1))
+        kept.clear()
     for hook in hooks:
         hook.remove()
-    return [torch.stack(x).view(-1, len(blocks), heads).mean(0) for x in (found, formula)]
+    return [torch.stack(x).view(-1, layers, heads).mean(0) for x in (found, formula)]
 
 
 shares = {}
 for name, model in starts.items():
     shares[name], formula = prefix_attention(model, task.test[:16])
-    print(f"{name:8} {shares[name].mean():.0%} of the attention, on average over heads and tokens")
     if name == "zeros":
         assert torch.allclose(shares[name], formula, atol=1e-4), "measured, and by the formula"
+for name, share in shares.items():
+    print(f"{name:8} {share.mean():.0%} of the attention, on average over heads and tokens")
 print(f"for zeros you guessed {guess:.0%}; expect about a half")
 assert 0.4 < shares["zeros"].mean() < 0.65
 assert shares["N(0, 1)"].mean() > shares["zeros"].mean()
@@ -210,7 +213,7 @@ assert shares["N(0, 1)"].mean() > shares["zeros"].mean()
 # Random keys get even more than zeros: a random score is as often above as below zero, and the exponential makes
 # more of the high ones.
 #
-# Now the usual promises: only the prefix is trained, and its numbers are the formula's, 2 · p · l · d. And one about
+# Now the usual promises: only the prefix is trained, and its numbers are the formula's, 2 · p · l · d for l layers of width d. And one about
 # what a prefix is *not*. You may read that it is optimised in the embedding space, or that p tokens are
 # *appended* and the text becomes p tokens longer. Let us count how many tokens pass through an MLP.
 
@@ -223,7 +226,6 @@ assert [n for n, w in model.named_parameters() if w.grad is not None] == [
     "prompt_encoder.embedding.weight"
 ]
 assert model.get_nb_trainable_parameters()[0] == 2 * p * layers * d
-model.print_trainable_parameters()
 
 
 def through_mlp(model, gpt):
@@ -236,15 +238,17 @@ def through_mlp(model, gpt):
     return seen[0]
 
 
-prompted = get_peft_model(base.model(), PromptTuningConfig(num_virtual_tokens=p))
 plain = base.model()
-tokens = [through_mlp(m, g) for m, g in ((plain, plain), (model, model.base_model), (prompted, prompted.base_model))]  # fmt: skip
+prompted = get_peft_model(base.model(), PromptTuningConfig(num_virtual_tokens=p))
+pairs = ((plain, plain), (model, model.base_model), (prompted, prompted.base_model))
+tokens = [through_mlp(*pair) for pair in pairs]
+model.print_trainable_parameters()
 print("tokens through the MLP: base {}, prefix tuning {}, prompt tuning {}".format(*tokens))
 assert tokens == [ids.shape[1], ids.shape[1], ids.shape[1] + p]
 
 # %% [markdown]
 # A prefix asks nothing (no queries), passes through no MLP, and is no row of any embedding: it has 2 · l · d numbers
-# a token where an embedding has d. It stands *before* the text, as keys and values only; only the keys grow to p + t.
+# a token where an embedding has d. It stands *before* the text, as keys and values only: those become p + t, the queries stay t.
 #
 # ## Against full fine-tuning
 #
@@ -253,14 +257,14 @@ assert tokens == [ids.shape[1], ids.shape[1], ids.shape[1] + p]
 # `python -m minipeft compare --base data/base/1m --seeds 4 --output data/results/1m`.
 
 # %%
+shipped = [r for r in compare.load(tasks.DATA / "results/1m/compare.json") if not r["random_base"]]
+others = {m: [r for r in rows if r["seed"]] for m, rows in compare.rows(shipped).items()}
 prefix = finetune.finetune(base, task, "prefix_tuning", 100, output=OUT / "prefix")
 print(f"prefix tuning: {task.metric} {prefix['score']:.2f}")
 full = finetune.finetune(base, task, "full", 100)
 print(f"full: {task.metric} {full['score']:.2f}")
 frozen = finetune.finetune(base, task, "frozen", 100)
 print(f"the frozen base: {task.metric} {frozen['score']:.2f}")
-shipped = [r for r in compare.load(tasks.DATA / "results/1m/compare.json") if not r["random_base"]]
-others = {m: [r for r in rows if r["seed"]] for m, rows in compare.rows(shipped).items()}
 for live in (prefix, full):
     assert compare.in_spread(live, others[live["method"]]), "this run is unlike the other seeds"
     print(live["method"], "other seeds:", [f"{r['score']:.2f}" for r in others[live["method"]]])
@@ -276,26 +280,22 @@ figure = compare.picture(every, task)
 figure.axes[1].tick_params("x", rotation=20)
 display(figure)
 rows = compare.rows(every)
-share = {
-    m: compare.share_of_gap(every, rows[m]) for m in ("lora", "prefix_tuning", "prompt_tuning")
-}
-print("share of the gap:", {m: f"{value:.2f}" for m, value in share.items()})
-assert share["prompt_tuning"] + 0.2 < share["prefix_tuning"] < share["lora"] - 0.1
-on = {m: compare.mean([r["forgetting"] for r in rows[m]], "on") for m in ("full", *share)}
-print("loss on pretraining text, on:", {m: f"{value:.2f}" for m, value in on.items()})
-forgetting = prefix["forgetting"]
-assert forgetting["off"] == forgetting["base"] < on["full"] < on["prefix_tuning"]
-assert on["prefix_tuning"] == max(on.values())
-print(f"off: {forgetting['off']:.2f}, the base's own, to the bit")
+three = ("lora", "prefix_tuning", "prompt_tuning")
+share = {method: compare.share_of_gap(every, rows[method]) for method in three}
+on = {m: compare.mean([r["forgetting"] for r in rows[m]], "on") for m in ("full", *three)}
+off = prefix["forgetting"]["off"]
 steering = compare.rows(compare.load(tasks.DATA / "results/1m/sentiment/compare.json"))
-for method in ("frozen", "full", "lora", "prompt_tuning", "prefix_tuning"):
-    found = steering[method]
-    print(
-        f"sentiment, {method:13} rate {found[0]['learning_rate']}: {compare.spread(found, 'score')}"
-    )
 verdicts = tasks.load_task(base.tokenizer, base.end, 256, "sentiment").test[:64]
 constant = sum(e.completion == " good." for e in verdicts) / len(verdicts)
+print("share of the gap:", {m: f"{value:.2f}" for m, value in share.items()})
+print("loss on pretraining text, on:", {m: f"{value:.2f}" for m, value in on.items()})
+print(f"off: {off:.2f}, the base's own, to the bit")
+for method in ("frozen", "full", *three):
+    rate, score = steering[method][0]["learning_rate"], compare.spread(steering[method], "score")
+    print(f"sentiment, {method:13} rate {rate}: {score}")
 print(f'one who always says "good": {constant:.2f}')
+assert share["prompt_tuning"] + 0.2 < share["prefix_tuning"] < share["lora"] - 0.1
+assert off == prefix["forgetting"]["base"] < on["full"] < on["prefix_tuning"] == max(on.values())
 
 # %% [markdown]
 # (The seconds in the table come from different machines; a fair clock follows below.) Prefix tuning learns a skill that
@@ -325,21 +325,21 @@ axis.set_xticks(
     range(16), [f"head {i % 4}" + f"\nlayer {i // 4}" * (i % 4 == 0) for i in range(16)]
 )
 axis.tick_params("x", labelsize=8)
-axis.set(ylim=(-0.03, 1), ylabel="attention on 20 virtual tokens")
+axis.set(ylim=(-0.03, 1), ylabel="share of attention on the prefix")
 figure.legend(loc="outside upper center", ncols=4, frameon=False)
 plt.show()
-for name, share in shares.items():
-    print(f"{name:8} mean {share.mean():.2f}, heads from {share.min():.2f} to {share.max():.2f}")
-assert shares["trained"].min() > 0.05, "no head turns away"
-assert abs(shares["trained"].mean() - shares["zeros"].mean()) < 0.25
 mute = PeftModel.from_pretrained(base.model(), OUT / "prefix").eval()
 mute.prompt_encoder.embedding.weight.data.view(20, 4, 2, 128)[:, :, 1] = 0  # (p, l, 2, d): values
-for name, model in (("trained", trained), ("its keys, values of zero", mute)):
-    print(f"{name}: {finetune.task_loss(model, task.validation, base.end)['loss']:.2f}")
-assert finetune.task_loss(mute, task.validation, base.end)["loss"] > 5 * prefix["test_loss"]
+muted = finetune.task_loss(mute, task.validation, base.end)["loss"]
+for name, share in shares.items():
+    print(f"{name:8} mean {share.mean():.2f}, heads from {share.min():.2f} to {share.max():.2f}")
+print(f"validation loss {prefix['validation'][-1]['loss']:.2f}, with values of zero {muted:.2f}")
+assert shares["trained"].mean(1).min() > 0.08, "no layer turns away"
+assert abs(shares["trained"].mean() - shares["zeros"].mean()) < 0.25
+assert muted > 5 * prefix["validation"][-1]["loss"]
 
 # %% [markdown]
-# Every head listens, in every layer. But look at the means: the trained prefix gets about as much attention as nothing at all does. So attention tells
+# Every layer listens, some heads with nearly all of their attention, some with little. But look at the means: the trained prefix gets about as much attention as nothing at all does. So attention tells
 # that a prefix is heard, and not what it says. Take its values away, and its keys are worth nothing.
 #
 # ## The network, the number of tokens, the start
@@ -351,17 +351,21 @@ assert finetune.task_loss(mute, task.validation, base.end)["loss"] > 5 * prefix[
 
 # %%
 finetune.METHODS |= {
-    "projection": {"size": 20, "config": lambda p, steps: PrefixTuningConfig(p, True)},
+    "projection": {
+        "size": 20,
+        "config": lambda p, _: PrefixTuningConfig(num_virtual_tokens=p, prefix_projection=True),
+    },
     "from zeros": {
         "size": 20,
-        "config": lambda p, steps: PrefixTuningConfig(p, False, None, "zero"),
+        "config": lambda p, _: PrefixTuningConfig(num_virtual_tokens=p, init_weights="zero"),
     },
 }
 quick = replace(base, held_out=None)  # without the measuring of what is forgotten
 
 
 def run(task, method, rate, p=20, **options):
-    options |= {"learning_rate": rate, "size": p, "validations": 4, "generated": 32}
+    options = {"validations": 1, "generated": 32} | options
+    options |= {"learning_rate": rate, "size": p}
     record = finetune.finetune(quick, task, method, 100, **options)
     start = f"{task.name}, {method}, {p} tokens, rate {rate:g}, {record['trainable']:,} trained"
     print(f"{start}: loss {record['validation'][-1]['loss']:.2f}, score {record['score']:.2f}")
@@ -370,14 +374,14 @@ def run(task, method, rate, p=20, **options):
 
 print(f"twenty tokens, as above: loss {prefix['validation'][-1]['loss']:.2f}")
 one, five = (run(task, "prefix_tuning", 0.3, p) for p in (1, 5))
+five_again = run(task, "prefix_tuning", 0.3, 5, seed=3)
 quiet = run(task, "from zeros", 0.3, output=OUT / "zeros")
 
 # %%
-network = run(task, "projection", 0.01)  # 0.001 and 0.003 were worse
-network_fast = run(task, "projection", 0.03)
+network = run(task, "projection", 0.01)  # of 0.001, 0.003, 0.01 and 0.03 the best
 steer = replace(tasks.load_task(base.tokenizer, base.end, 256, "sentiment"), test=verdicts)
 steered = {method: run(steer, method, 0.03) for method in ("prefix_tuning", "from zeros")}
-print(f"always good: {constant:.2f}")
+print(f'one who always says "good": {constant:.2f}')
 
 # %%
 zeros = PeftModel.from_pretrained(base.model(), OUT / "zeros").prompt_encoder.embedding.weight
@@ -387,23 +391,22 @@ for name, P in (("zeros", zeros), ("N(0, 1)", random)):
     print(f"how far twenty tokens lie apart that started from {name}: {apart:.4f}")
     assert (apart < 0.02) == (name == "zeros"), "equal voices stay equal"
 assert quiet["score"] < 0.1 < prefix["score"]
-assert steered["from zeros"]["score"] > 0.9
-loss, loss_1, loss_5, loss_network, loss_fast = (
-    record["validation"][-1]["loss"] for record in (prefix, one, five, network, network_fast)
-)
-assert loss_1 > 2 * loss_5
-assert abs(loss_network - loss) < 0.3
-assert loss_fast > 1.5 * loss_network
+assert steered["from zeros"]["score"] > max(0.9, steered["prefix_tuning"]["score"] - 0.02)
+tried = (prefix, one, five, five_again, network)
+twenty, one, five, again, written = (r["validation"][-1]["loss"] for r in tried)
+assert one > 1.3 * max(five, again)
+assert min(five, again) > twenty
+assert abs(written - twenty) < 0.3
 
 # %% [markdown]
 # - **The start.** None is unlike: twenty tokens that start equal get equal gradients and stay equal, for ever. They are one voice with
-#   the weight of twenty. For a skill that is not enough; zeros are no safe start here, as they are for LoRA's B, because there A differs from row to row.
-# - **The number.** One token can't do it, five nearly can, and twenty are little better. More voices, not louder ones.
-# - **The network** trains several times as many numbers, comes to about the same place, and breaks as well at three times its best rate.
-#   At this size it does not show that it is more stable.
+#   the weight of twenty. For a skill that is not enough. (LoRA's B may start from zeros, because the rows of A differ.)
+# - **The number.** One token can't do it. Five do a good part with one seed, and little with another (the second line of five). Twenty do better.
+# - **The network** trains several times as many numbers, and comes to about the same place. After training it can be thrown away.
+#   At this size we see no gain from it.
 #
-# One voice does for steering, though: on `sentiment`, at a smaller rate, the start from zeros does what N(0, 1) does there on some seeds and not on
-# others. So a start that fails on one task is the best on another.
+# One voice does for steering, though: on `sentiment`, at this smaller rate, the start from zeros does better than N(0, 1), which is the usual one. So the
+# start that fails on one task can be the better one on another.
 #
 # ## What it costs
 #
@@ -427,7 +430,7 @@ paired = [a / b for a, b in zip(seconds["prefix_tuning"][1:], seconds["lora"][1:
 assert statistics.median(paired) < 1, "a prefix's step is cheaper than LoRA's"
 
 # %% [markdown]
-# LoRA adds two thin products to every layer, forward and backward. A prefix adds p keys to the attention and nothing else, no token more
+# LoRA adds two thin products to every matrix, forward and backward. A prefix adds p keys to the attention and nothing else, no token more
 # passes the MLP, and below the first attention nothing needs a gradient. The price comes later: it cannot be merged.
 # Every sequence carries its p keys and values in the cache as long as it is being written.
 
@@ -453,9 +456,9 @@ assert held["prefix_tuning"] < held["lora"] < held["full"]
 # **Guess again:** a hundred steps at ten times the swept rate: where does the loss end, compared with the start?
 
 # %%
-loud = run(task, "prefix_tuning", 10 * prefix["learning_rate"])
 with mock.patch.object(GPT, "_mask", staticmethod(lambda *args: None)):  # is_causal=True
     masked = finetune.task_loss(trained, task.validation, base.end)["loss"]
+loud = run(task, "prefix_tuning", 10 * prefix["learning_rate"], validations=8)
 right_loss, loud_loss = (r["validation"][-1]["loss"] for r in (prefix, loud))
 print(
     f"loss at the swept rate {right_loss:.2f}, at ten times {loud_loss:.2f}, wrong mask {masked:.2f}"
@@ -472,7 +475,8 @@ left.axhline(masked, color="black", linestyle=":", label="trained, but the wrong
 styles = {"full": "^:", "lora": "s--", "prefix_tuning": "o-"}
 for sweep in compare.load(finetune.SWEEPS):
     of = [sweep[key] for key in ("base", "task", "steps", "examples", "random_base")]
-    if of != ["1m", "describe", 100, 400, False] or sweep["method"] not in styles:
+    usual = sweep["size"] == finetune.METHODS[sweep["method"]].get("size")
+    if of != ["1m", "describe", 100, 400, False] or sweep["method"] not in styles or not usual:
         continue
     x, y = zip(*((p["learning_rate"], p["loss"]) for p in sweep["points"]), strict=True)
     axis.plot(
@@ -663,7 +667,7 @@ else:
 # - It does not start as the base: the positions move on, zero keys take about half of the attention, and a start from zeros keeps all p tokens equal.
 # - On a new skill it is far ahead of prompt tuning and behind LoRA and full fine-tuning; how much attention it gets does not tell why.
 # - Its step is the cheapest and its file small; it forgets most while it is on, nothing when off, and it stays in every cache, for it can't be merged.
-# - One token can't do it, five do nearly what twenty do, the network brought nothing; a rate ten times off, or the wrong mask, ruins it.
+# - One token can't do it, twenty do better than five, the network brought nothing that shows; a rate ten times off, or the wrong mask, ruins it.
 #
 # **To read:** the paper, sections 4 and 7; He et al. 2021, *Towards a Unified View of Parameter-Efficient Transfer Learning*, arXiv 2110.04366,
 # for exercise 3; Liu et al. 2021, *P-Tuning v2*, arXiv 2110.07602, which is this method without the network.
