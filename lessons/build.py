@@ -1,16 +1,20 @@
 """Make the notebooks from their sources: run each once, write the lesson and its solved twin.
 
-python lessons/build.py             # all lessons
-python lessons/build.py 02_lora     # one
-python lessons/build.py --check     # run them, and compare with what lies here
+python lessons/build.py                     # all lessons
+python lessons/build.py 02_lora             # one
+python lessons/build.py --check             # run them, and compare with what lies here
+python lessons/build.py --student class     # copies for a class: no outputs, no solutions
+python lessons/build.py --figures slides    # the figures of the built lessons as PNG files
 
-A source is `src/NN_topic.py` in jupytext's percent format. An exercise is three cells, by their
-tags: `exercise` (the stub), `solution`, and `check`, which is run after each of the two. The lesson
-gets the stub with its check, the twin the solution with its check. A cell tagged `timing` prints
-seconds, so `--check` does not compare its output.
+A source is `src/NN_topic.py` in jupytext's percent format. An exercise is a few cells, by their
+tags: `exercise` (the stub), `wrong` (plausible wrong answers), `solution`, and `check`, which runs
+after each of these: it must print "not done yet", then fail an assertion that says what is wrong,
+then print "right". The lesson gets the stub with its check, the twin the solution with its check.
+A cell tagged `timing` prints seconds, so `--check` does not compare its output.
 """
 
 import argparse
+import base64
 import copy
 import os
 import sys
@@ -29,25 +33,42 @@ def tags(cell) -> list[str]:
 
 
 def parse(source: Path):
-    """The notebook in the order in which it is run: stub, check, solution, check."""
-    notebook, cells, waiting = jupytext.read(source, fmt="py:percent"), [], []
+    """The notebook as it is run: stub, check, wrong answer, check, …, solution, check."""
+    notebook, cells, answers = jupytext.read(source, fmt="py:percent"), [], []
     for cell in notebook.cells:
-        if "solution" in tags(cell):
-            waiting.append(cell)
+        if tags(cell) in (["wrong"], ["solution"]):
+            answers.append(cell)
         elif "check" in tags(cell):
-            cells += [cell, *waiting]
-            if waiting:
+            cells.append(cell)
+            for answer in answers:
                 again = copy.deepcopy(cell)
-                again.metadata.tags = ["check", "solution"]
-                cells.append(again)
-            waiting = []
+                again.metadata.tags = ["check", *tags(answer)]
+                if tags(answer) == ["wrong"]:
+                    again.metadata.tags.append("raises-exception")  # nbclient goes on after it
+                cells += [answer, again]
+            answers = []
         else:
             cells.append(cell)
-    if waiting:
-        raise ValueError(f"{source.name}: a cell tagged `solution` has no `check` after it")
+    if answers:
+        raise ValueError(f"{source.name}: a cell tagged {tags(answers[0])} has no `check` after it")
     notebook.cells = cells
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     return notebook
+
+
+def judge(notebook, name: str) -> None:
+    """Raises ValueError where a check does not say what it should of a stub or an answer."""
+    for answer, check in zip(notebook.cells, notebook.cells[1:], strict=False):
+        if "check" not in tags(check):
+            continue
+        last = check.outputs[-1] if check.outputs else {}
+        if "wrong" in tags(check):
+            good = last.get("ename") == "AssertionError" and last.evalue
+        else:
+            begin = "right" if "solution" in tags(check) else "not done yet"
+            good = check.outputs and check.outputs[0].get("text", "").startswith(begin)
+        if not good:
+            raise ValueError(f"{name}: the check says {last} of\n{answer.source}")
 
 
 def lesson_and_twin(source: Path, run: bool = True) -> dict[Path, str]:
@@ -64,12 +85,13 @@ def lesson_and_twin(source: Path, run: bool = True) -> dict[Path, str]:
             coalesce_streams=True,  # a busy machine cuts one print into two outputs
             resources={"metadata": {"path": str(HERE)}},
         ).execute()
+        judge(notebook, source.stem)
     files = {}
     for path, drop in (
-        (HERE / f"{source.stem}.ipynb", lambda cell: "solution" in tags(cell)),
+        (HERE / f"{source.stem}.ipynb", lambda cell: {"wrong", "solution"} & set(tags(cell))),
         (
             HERE / "solutions" / f"{source.stem}.ipynb",
-            lambda cell: tags(cell) in (["exercise"], ["check"]),
+            lambda cell: "wrong" in tags(cell) or tags(cell) in (["exercise"], ["check"]),
         ),
     ):
         part = copy.deepcopy(notebook)
@@ -80,12 +102,33 @@ def lesson_and_twin(source: Path, run: bool = True) -> dict[Path, str]:
             cell.metadata = {"tags": tags(cell)} if tags(cell) else {}
             if cell.cell_type == "code":
                 count += 1
-                cell.execution_count = count
+                cell.execution_count = count if run else None
                 for output in cell.outputs:
                     if "execution_count" in output:
                         output.execution_count = count
         files[path] = nbformat.writes(part) + "\n"
     return files
+
+
+def write_student_copies(names: list[str], folder: Path) -> None:
+    """The lessons alone, without outputs or solutions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        text = lesson_and_twin(HERE / "src" / f"{name}.py", run=False)[HERE / f"{name}.ipynb"]
+        (folder / f"{name}.ipynb").write_text(text)
+        print(f"wrote {folder / name}.ipynb")
+
+
+def write_figures(names: list[str], folder: Path) -> None:
+    """The pictures that stand in the built lessons, numbered, a file each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        cells = nbformat.read(HERE / f"{name}.ipynb", as_version=4).cells
+        outputs = [output for cell in cells for output in cell.get("outputs", [])]
+        pictures = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+        for i, picture in enumerate(pictures, 1):
+            (folder / f"{name}_{i}.png").write_bytes(base64.b64decode(picture))
+            print(f"wrote {folder / name}_{i}.png")
 
 
 def masked(text: str) -> str:
@@ -105,13 +148,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("lessons", nargs="*", help="names of sources (default: all)")
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    parser.add_argument("--student", metavar="FOLDER", type=Path, help="copies for a class")
+    parser.add_argument("--figures", metavar="FOLDER", type=Path, help="figures as files")
     args = parser.parse_args()
     known = {path.stem: path for path in sorted((HERE / "src").glob("*.py"))}
     for name in args.lessons:
         if name not in known:
             sys.exit(f"error: there is no lesson {name!r}; there are: {', '.join(known)}")
-    stale = []
-    for name in args.lessons or known:
+    names, stale = args.lessons or list(known), []
+    if args.student:
+        write_student_copies(names, args.student)
+    if args.figures:
+        write_figures(names, args.figures)
+    if args.student or args.figures:
+        return
+    for name in names:
         for path, text in lesson_and_twin(known[name]).items():
             shown = path.relative_to(HERE)
             if not args.check:

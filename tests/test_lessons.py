@@ -51,6 +51,63 @@ def test_a_lesson_has_stubs_and_its_twin_the_solutions(source):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_each_exercise_has_two_wrong_answers_that_the_build_tries(source):
+    jupytext = pytest.importorskip("jupytext", reason="the lessons need the extra `lessons`")
+    wrong = 0
+    for cell in jupytext.read(source, fmt="py:percent").cells:
+        tags = cell.metadata.get("tags", [])
+        wrong += "wrong" in tags
+        if "check" in tags:
+            assert wrong >= 2, cell.source
+            wrong = 0
+
+
+def made(build, check_says: list[tuple[list[str], dict]]):
+    """A notebook of one exercise whose checks have these tags and last outputs."""
+    cells = []
+    for tags, output in check_says:
+        cells.append(build.nbformat.v4.new_code_cell("answer"))
+        check = build.nbformat.v4.new_code_cell("check", metadata={"tags": ["check", *tags]})
+        kind = "error" if "ename" in output else "stream"
+        check.outputs = [build.nbformat.v4.new_output(kind, **output)]
+        cells.append(check)
+    return build.nbformat.v4.new_notebook(cells=cells)
+
+
+def test_the_build_refuses_a_check_that_takes_a_wrong_answer(build):
+    stub = ([], {"text": "not done yet\n"})
+    caught = (["wrong"], {"ename": "AssertionError", "evalue": "α / r is missing"})
+    right = (["solution"], {"text": "right: well done\n"})
+    build.judge(made(build, [stub, caught, right]), "toy")
+    for bad in (
+        [([], {"text": "right\n"})],
+        [(["wrong"], {"text": "right\n"})],
+        [(["wrong"], {"ename": "NameError", "evalue": "no such name"})],
+        [(["wrong"], {"ename": "AssertionError", "evalue": ""})],
+        [(["solution"], {"text": "not done yet\n"})],
+        [(["solution"], {"ename": "AssertionError", "evalue": "it is wrong"})],
+    ):
+        with pytest.raises(ValueError, match="toy: the check says"):
+            build.judge(made(build, bad), "toy")
+
+
+def test_copies_for_a_class_hold_neither_outputs_nor_solutions(build, tmp_path):
+    build.write_student_copies(["02_lora"], tmp_path / "class")
+    copied = cells(tmp_path / "class" / "02_lora.ipynb")
+    assert not any(cell.get("outputs") for cell in copied)
+    kinds = {tag for cell in copied for tag in cell["metadata"].get("tags", [])}
+    assert "exercise" in kinds
+    assert not kinds & {"solution", "wrong"}
+
+
+def test_figures_become_files(build, tmp_path):
+    build.write_figures(["02_lora"], tmp_path)
+    files = sorted(tmp_path.glob("02_lora_*.png"))
+    assert files
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_a_lesson_keeps_the_house_rules(source):
     lesson = cells(LESSONS / f"{source.stem}.ipynb")
     code = [cell for cell in lesson if cell["cell_type"] == "code"]

@@ -333,6 +333,12 @@ assert freed["slot_loss"] < thin_random["test_slot_loss"] - 1
 # %% tags=["exercise"]
 count = None  # your number, or an expression
 
+# %% tags=["wrong"]
+count = 12 * 4 * 768 * 3 * 768
+
+# %% tags=["wrong"]
+count = 4 * (768 + 3 * 768)
+
 # %% tags=["solution"]
 count = 12 * 4 * (768 + 3 * 768)
 
@@ -357,6 +363,16 @@ else:
 
 # %% tags=["exercise"]
 def merge(W, A, B, alpha, r): ...  # return the merged weight
+
+
+# %% tags=["wrong"]
+def merge(W, A, B, alpha, r):
+    return W + B @ A
+
+
+# %% tags=["wrong"]
+def merge(W, A, B, alpha, r):
+    return W + alpha * B @ A
 
 
 # %% tags=["solution"]
@@ -386,6 +402,14 @@ else:
 # %% tags=["exercise"]
 first_step = None  # when B is zero and A is not: {"A": True or False, "B": True or False}
 both_zero = None  # when both are zero: the same form
+
+# %% tags=["wrong"]
+first_step = {"A": True, "B": True}
+both_zero = {"A": False, "B": False}
+
+# %% tags=["wrong"]
+first_step = {"A": False, "B": True}
+both_zero = {"A": True, "B": True}
 
 # %% tags=["solution"]
 first_step = {"A": False, "B": True}  # A's gradient has the factor B, B's has the factor A x
@@ -425,6 +449,30 @@ class MyLora(torch.nn.Module):
         # your A (r, in) and B (out, r): parameters, or linear layers without bias
 
     def forward(self, x): ...  # W x + b, and beside it (α/r) B A x
+
+
+# %% tags=["wrong"]
+class MyLora(torch.nn.Module):
+    def __init__(self, base_layer, r, alpha):
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.A = torch.nn.Parameter(torch.zeros(r, base_layer.in_features))
+        self.B = torch.nn.Parameter(torch.zeros(base_layer.out_features, r))
+
+    def forward(self, x):
+        return self.base_layer(x) + x @ self.A.T @ self.B.T
+
+
+# %% tags=["wrong"]
+class MyLora(torch.nn.Module):
+    def __init__(self, base_layer, r, alpha):
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.A = torch.nn.Parameter(torch.randn(r, base_layer.in_features))
+        self.B = torch.nn.Parameter(torch.zeros(base_layer.out_features, r))
+
+    def forward(self, x):
+        return self.base_layer(x) + x @ self.A.T @ self.B.T
 
 
 # %% tags=["solution"]

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 from IPython.display import Markdown, display
 
-from minipeft import GPT, AdaLoraConfig, GPTConfig, PeftModel, adalora, get_peft_model, peft_model
+from minipeft import GPT, AdaLoraConfig, GPTConfig, PeftModel, adalora, adapters, get_peft_model
 from minipeft.adalora import RankAllocator, SVDLinear, add_adalora, orthogonality
 from minipeft.lab import compare, finetune, tasks
 
@@ -331,7 +331,7 @@ assert attention_rank(live["ranks"]) < 7
 # %% [markdown]
 # We had expected an almost flat picture, because the updates of full fine-tuning are of nearly equal size over the layers. On
 # `describe` it is not flat at all: the MLPs and the first layer keep almost everything, most of the attention above it little, and other
-# seeds agree. The paper reports the same liking for the MLPs (and one for the top layers, which we do not see). On `sentiment`, the same base and the same shapes give another, flatter pattern: so the ranks
+# seeds agree. The paper (its figure 3, on MNLI) reports the same liking for the MLPs, and one for the top layers, which we do not see. On `sentiment`, the same base and the same shapes give another, flatter pattern: so the ranks
 # say something about the task, and not only about the shapes.
 #
 # And size against sensitivity? They are related, but not the same: the last line compares them at the last step before anything was cut.
@@ -434,9 +434,9 @@ def lengths(layers):
 
 
 for name, instead in (("lengths alone", lengths), ("no penalty", lambda layers: torch.zeros(()))):
-    peft_model.orthogonality = instead  # it is multiplied by γ and added to the loss
+    adapters.orthogonality = instead  # it is multiplied by γ and added to the loss
     runs[name] = finetune.finetune(base, task, "adalora", 100, output=OUT / name, validations=1)
-    peft_model.orthogonality = orthogonality
+    adapters.orthogonality = orthogonality
 
 # %%
 folders = {"LoRA": "lora", "AdaLoRA": "adalora"}
@@ -669,7 +669,7 @@ else:
 # %% [markdown]
 # Put it to work, and place it in the last figure. Guess first: does it forget like AdaLoRA, or like AdaLoRA without a penalty?
 #
-#     peft_model.orthogonality = angles
+#     adapters.orthogonality = angles
 #     record = finetune.finetune(base, task, "adalora", 100)
 #     print(record["score"], forgot(record))
 #
