@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minipeft.gpt import GPTConfig
-from minipeft.lab import compare, finetune, memory, parallel, placement, sweep, tasks
+from minipeft.lab import compare, finetune, log, memory, parallel, placement, sweep, tasks
 from minipeft.peft_model import PeftModel, quantize_model, write_file
 
 
@@ -174,7 +174,19 @@ def open_job(args) -> tuple[finetune.Base, tasks.Task, dict]:
     return base, task, {name: getattr(args, name) for name in names}
 
 
+def check_outputs(args) -> None:
+    """Raises ValueError, before any work, where a command could not write what it makes."""
+    for name in ("output", "log_dir"):
+        if getattr(args, name, None) is not None:
+            log.check_writable(getattr(args, name))
+    if args.command == "sweep":
+        log.check_writable(Path(args.results).parent)
+        if Path(args.results).is_dir():
+            raise ValueError(f"--results {args.results} is a folder: name a file")
+
+
 def run(args) -> None:
+    check_outputs(args)
     if args.command == "compare":
         if args.full:
             args.base, args.seeds, args.generated = str(tasks.DATA / "base" / "3m"), 3, 200
@@ -261,7 +273,7 @@ def run(args) -> None:
             model = PeftModel.from_pretrained(model, args.adapter)
         if args.command == "merge":
             model.merge_and_unload(inplace=True).save_pretrained(args.output)
-            base.tokenizer.save(str(Path(args.output) / "tokenizer.json"))
+            tasks.copy_tokenizer(args.base, args.output)
             print(f"wrote {args.output}")
             return
         ids = torch.tensor([base.tokenizer.encode(args.prompt).ids], device=model.device)

@@ -127,6 +127,7 @@ def read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter:
     # without its network a prompt is read as it is, and so it is where nothing will be trained
     bare = "prompt_embeddings" in found and len(found) == 1
     config.inference_mode = bare or not is_trainable
+    check_sizes(config, found, folder)
     try:
         with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten: leave no trace
             adapter = make_adapter(model, config)
@@ -140,6 +141,23 @@ def read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter:
     if bare and is_trainable:
         adapter.encoder.requires_grad_(True)
     return adapter
+
+
+def check_sizes(config, found: dict[str, Tensor], folder: Path) -> None:
+    """Raises ValueError for a size above any in the tensors, before memory is taken for it."""
+    names = ["r", "init_r", "num_virtual_tokens", "bottleneck_size"]
+    if not config.inference_mode:  # a prompt's network is made for training alone
+        names += ["encoder_hidden_size", "encoder_num_layers"]
+    sizes = {name: getattr(config, name, None) or 0 for name in names}
+    if config.peft_type == "LORA":
+        sizes |= {f"rank_pattern[{key!r}]": r for key, r in config.rank_pattern.items()}
+    largest = max((n for tensor in found.values() for n in tensor.shape), default=0)
+    for name, size in sizes.items():
+        if size > largest:
+            raise ValueError(
+                f"{folder / CONFIG}: {name} is {size}, and no tensor of {WEIGHTS} has a dimension "
+                f"above {largest}"
+            )
 
 
 def write_adapter(folder: Path, config, tensors: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load, save_file
 from test_adapters import CONFIGS, IDS, checksum, small_base
 
-from minipeft import LoraConfig, PeftModel, get_peft_model
+from minipeft import LoraConfig, PeftModel, files, get_peft_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -224,3 +224,25 @@ def test_bad_folders_end_in_one_clear_error(folders, tmp_path):
         if not clear or state_of(model, base) != before:
             wrong.append((seed, damage.__name__, name, told))
     assert not wrong, "\n".join(map(str, wrong))
+
+
+SIZES = {
+    "r": "lora", "init_r": "adalora", "num_virtual_tokens": "prompt",
+    "bottleneck_size": "bottleneck",
+    "encoder_hidden_size": "p_tuning", "encoder_num_layers": "p_tuning", "rank_pattern": "lora",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", SIZES)
+def test_an_absurd_size_is_refused_before_memory_is_taken(folders, tmp_path, monkeypatch, key):
+    folder = shutil.copytree(folders[SIZES[key]], tmp_path / "folder")
+    found = json.loads((folder / CONFIG).read_text())
+    found[key] = {"c_attn": 10**9} if key == "rank_pattern" else 10**9
+    (folder / CONFIG).write_text(json.dumps(found))
+    base = small_base()
+    before = state_of(None, base)
+    monkeypatch.setattr(files, "make_adapter", lambda *_: pytest.fail("memory is taken"))
+    with pytest.raises(ValueError, match=rf"{key}.* is 1000000000, and no tensor of .* above \d+"):
+        PeftModel.from_pretrained(base, folder, is_trainable=True)
+    assert state_of(None, base) == before

@@ -101,6 +101,33 @@ def test_a_checkpoint_of_another_run_and_a_damaged_one_change_nothing(gpt, tmp_p
         Checkpoint(file, 1, {}).load(gpt, optimizer)
 
 
+def test_resuming_another_run_loses_nothing_of_the_one_that_was_stopped(job, tmp_path, monkeypatch):
+    gradients, calls = finetune.gradients, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Stop
+        return gradients(*args)
+
+    monkeypatch.setattr(finetune, "gradients", stopping)
+    options = OPTIONS | {"checkpoint_every": 2, "output": tmp_path}
+    with pytest.raises(Stop):
+        finetune.finetune(*job, "lora", 8, **options)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    fewer = replace(job[1], train=job[1].train[:50])
+    for task, method, steps, told in (
+        (job[1], "lora", 9, r"steps: 8, not 9\)"), (job[1], "bitfit", 8, "method: 'lora', not"),
+        (fewer, "lora", 8, r"another run \(data: .*; n_train: 400, not 50\)"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            finetune.finetune(
+                job[0], task, method, steps, learning_rate=0.01, resume=True, **options
+            )
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert {"checkpoint.safetensors", "log.csv"} == set(before)
+
+
 def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(job, tmp_path, monkeypatch):
     gradients, calls = finetune.gradients, []
 

@@ -96,6 +96,7 @@ def test_bleu():
         ('{"prompt": "a"}', 'line 2 needs a "completion"'),
         ('{"prompt": "a", "completion": ""}', 'line 2 needs a "completion"'),
         ('["a"]', 'line 2 needs a "prompt"'),
+        ("\n{", "line 3 is not JSON"),
         (
             json.dumps({"prompt": "a " * 50, "completion": " b"}),
             "line 2 has .* the context holds 40",
@@ -130,7 +131,7 @@ def test_a_base_without_an_end_token_is_refused(tmp_path):
     shutil.copytree(BASE, tmp_path / "base")
     file = tmp_path / "base" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": None}))
-    with pytest.raises(ValueError, match="needs an eos_token_id"):
+    with pytest.raises(ValueError, match="eos_token_id is None, which is no token"):
         finetune.load_base(tmp_path / "base")
 
 

@@ -46,10 +46,12 @@ def test_two_processes_train_as_one_does(tmp_path, method, words):
 
 @pytest.mark.slow
 def test_what_cannot_be_shared_is_refused(tmp_path):
+    (tmp_path / "log.csv").write_text("an earlier run's")
     error = run(2, tmp_path, "--batch-size", "5", fails=True)
     assert "error: a batch of 5 cannot be shared by 2 processes: make it a multiple" in error
     error = run(2, tmp_path, "--method", "qlora", "--shard", fails=True)
     assert "4-bit weights are buffers, which are not sharded" in error
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["an earlier run's"]
 
 
 def test_one_process_needs_nothing(gpt):

@@ -302,7 +302,9 @@ class Base:
 
     def model(self) -> GPT:
         """A fresh copy of the pretrained model."""
-        return GPT.from_pretrained(self.folder)
+        model = GPT.from_pretrained(self.folder)
+        model.config.eos_token_id = self.end
+        return model
 
 
 def load_base(folder: str | Path) -> Base:
@@ -313,14 +315,13 @@ def load_base(folder: str | Path) -> Base:
             f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, "
             f"the model {config.vocab_size}"
         )
-    if config.eos_token_id is None:
-        raise ValueError(f"{folder}/config.json needs an eos_token_id: it ends every completion")
+    end = tasks.find_end(folder, tokenizer, config.eos_token_id)
     text = Path(folder) / "held_out.txt"
     held_out = None
     if text.is_file():
         encoded = [e.ids for e in tokenizer.encode_batch(tasks.read_text(text))]
-        held_out = tasks.windows(encoded, min(128, config.n_positions), config.eos_token_id)
-    return Base(str(folder), tokenizer, config.eos_token_id, held_out)
+        held_out = tasks.windows(encoded, min(128, config.n_positions), end)
+    return Base(str(folder), tokenizer, end, held_out)
 
 
 def build_model(
@@ -465,13 +466,31 @@ def complete(model: nn.Module, base: Base, examples: list[Example], batch_size: 
         for i in range(0, len(examples), batch_size):
             prompts = [e.prompt_ids for e in examples[i : i + batch_size]]
             ids, mask = tasks.pad_left(prompts, base.end, device)
-            room = model.config.n_positions - ids.shape[1]
+            room = model.config.n_positions - virtual_tokens(model) - ids.shape[1]
             out = model.generate(
                 ids, mask, max_new_tokens=min(longest, room), eos_token_id=base.end
             )
             new = out[:, ids.shape[1] :].tolist()
             texts += [base.tokenizer.decode(row, skip_special_tokens=True) for row in new]
     return texts
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """How many places of the context a prompt method's adapter takes for itself."""
+    configs = getattr(model, "peft_config", {}).values()
+    return max((getattr(config, "num_virtual_tokens", 0) for config in configs), default=0)
+
+
+def check_lengths(model: nn.Module, task: Task) -> None:
+    """Raises ValueError where an example and an adapter's virtual tokens exceed the context."""
+    examples = [*task.train, *task.validation, *task.test]
+    longest = max(len(e.prompt_ids) + len(e.completion_ids) for e in examples)
+    virtual, limit = virtual_tokens(model), model.config.n_positions
+    if longest + virtual > limit:
+        raise ValueError(
+            f"an example of {longest} tokens and {virtual} virtual ones exceed the context of "
+            f"{limit}: shorten it, or give fewer virtual tokens"
+        )
 
 
 def activation_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
@@ -557,7 +576,14 @@ def finetune(
     the run, from which `resume` goes on to the same end, to the bit. `shard` cuts the model over
     the processes; then neither state nor log is kept.
     """
+    # what cannot be done is refused before anything is written
+    counts = {"steps": steps, "batch_size": batch_size, "accumulation": accumulation}
+    for name, n in (counts | {"generated": generated}).items():
+        if n < 1:
+            raise ValueError(f"{name} is {n}: give a whole number from 1 up")
+    parallel.share([None] * batch_size)
     model = build_model(base, method, seed, steps, random_base, size, targets)
+    check_lengths(model, task)
     model = parallel.shard(model, method) if shard else model.to(pick_device(device))
     if size is not None and METHODS[method].get("size") is None:
         raise ValueError(f"{method} has no size: {size} was given")
@@ -668,7 +694,7 @@ def finetune(
             if parallel.rank() == 0:
                 model.save_pretrained(output)
         if parallel.rank() == 0 and not isinstance(model, PeftModel):
-            base.tokenizer.save(str(Path(output) / "tokenizer.json"))
+            tasks.copy_tokenizer(base.folder, output)
     if log is not None:  # the run has ended, and what it learned is saved
         checkpoint.file.unlink(missing_ok=True)
         log.close()

@@ -1,7 +1,18 @@
 """What a run tells while it runs: a CSV always, and TensorBoard where it was asked for."""
 
 import csv
+import os
 from pathlib import Path
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raises ValueError where a folder can be neither made nor written into. Nothing is made."""
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ValueError(f"nothing can be written into {folder}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"nothing can be written into {folder}: {there} may not be written to")
 
 
 class Log:

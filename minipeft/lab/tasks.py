@@ -19,6 +19,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from minipeft.peft_model import write_file
+
 END = "<|endoftext|>"  # ends every document and every completion; also the padding
 DATA = Path(__file__).resolve().parents[2] / "data"
 
@@ -47,9 +49,41 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if not file.is_file():
         raise ValueError(f"there is no {file}: a base needs its tokenizer beside it")
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"{file} cannot be read: {error}") from error
+    tokenizer.no_padding()  # a file may ask for both, and lengths are the lab's own work
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def find_end(folder: str | Path, tokenizer: Tokenizer, eos: int | None) -> int:
+    """The id of the end-of-text token: the model's own, or else the one that the tokenizer names.
+
+    (A GPT2Config made without one has GPT-2's 50256, which a small vocabulary does not have.)
+    Raises ValueError where neither is a token.
+    """
+    if isinstance(eos, int) and tokenizer.id_to_token(eos) is not None:
+        return eos
+    try:
+        named = json.loads((Path(folder) / "tokenizer_config.json").read_text())["eos_token"]
+        end = tokenizer.token_to_id(named["content"] if isinstance(named, dict) else named)
+    except (OSError, ValueError, KeyError, TypeError):
+        end = None
+    if end is None:
+        raise ValueError(
+            f"{folder}/config.json: eos_token_id is {eos!r}, which is no token of tokenizer.json, "
+            "and tokenizer_config.json names no eos_token: a completion needs one to end in"
+        )
+    return end
+
+
+def copy_tokenizer(base: str | Path, folder: str | Path) -> None:
+    """Put a base's tokenizer beside a model made from it, with what transformers reads of it."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (file := Path(base) / name).is_file():
+            whole = file.read_bytes()
+            write_file(Path(folder) / name, lambda to, whole=whole: Path(to).write_bytes(whole))
 
 
 def read_text(file: str | Path) -> list[str]:
@@ -135,10 +169,12 @@ def load_jsonl(
     """Read and encode a task file. Raises ValueError naming file, line and fault."""
     examples = []
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         where = f"{file}, line {number}"
         try:
             row = json.loads(line)
@@ -148,7 +184,9 @@ def load_jsonl(
             if not isinstance(row, dict) or not isinstance(row.get(name), str) or not row[name]:
                 raise ValueError(f'{where} needs a "{name}" that is a text and not empty')
         prompt_ids = tokenizer.encode(row["prompt"]).ids
-        encoded = tokenizer.encode(row["completion"])
+        encoded = tokenizer.encode(row["completion"], add_special_tokens=False)
+        if not prompt_ids or not encoded.ids:
+            raise ValueError(f"{where}: the base's tokenizer finds no token in a text of it")
         if len(prompt_ids) + len(encoded.ids) + 1 > limit:
             raise ValueError(
                 f"{where} has {len(prompt_ids)} + {len(encoded.ids)} + 1 tokens (prompt, text,"
