@@ -125,6 +125,8 @@ def build_bases(folder: Path, names: list[str]) -> None:
     rng, held_out = Random(0), Random(1)
     documents = [document(rng) for _ in range(DOCUMENTS)]
     text = f"\n{tasks.END}\n".join(document(held_out) for _ in range(300))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "held_out.txt").write_text(text + "\n")
     tokenizer = tasks.train_tokenizer(documents[:20_000], 2048)
     for name in names:
         width, layers, heads, deviation, learning_rate = BASES[name]
@@ -139,7 +141,6 @@ def build_bases(folder: Path, names: list[str]) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
         model.save_pretrained(folder / name)
         tokenizer.save(str(folder / name / "tokenizer.json"), pretty=False)
-        (folder / name / "held_out.txt").write_text(text + "\n")
         losses = record["losses"][-100:]
         print(
             f"{name}: training loss {sum(losses) / 100:.3f}, held out {record['held_out_loss']:.3f}"

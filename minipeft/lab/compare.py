@@ -191,7 +191,7 @@ def save(records: list[dict], task: Task, folder: str | Path) -> None:
     )
     for record in short:
         if record["seed"]:  # what was written is shown for the first seed alone
-            del record["examples"]
+            record.pop("examples", None)
     text = "[\n" + ",\n".join(json.dumps(record) for record in short) + "\n]\n"
     write_file(folder / "compare.json", lambda file: Path(file).write_text(text))
     figure = picture(records, task)

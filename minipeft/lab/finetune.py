@@ -308,7 +308,7 @@ class Base:
 
 
 def load_base(folder: str | Path) -> Base:
-    """Open a GPT-2 folder. A `held_out.txt` in it is used to measure forgetting."""
+    """Open a GPT-2 folder. A `held_out.txt` in it, or beside it, serves to measure forgetting."""
     tokenizer, config = tasks.load_tokenizer(folder), GPT.from_pretrained(folder).config
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise ValueError(
@@ -316,9 +316,10 @@ def load_base(folder: str | Path) -> Base:
             f"the model {config.vocab_size}"
         )
     end = tasks.find_end(folder, tokenizer, config.eos_token_id)
-    text = Path(folder) / "held_out.txt"
+    texts = [path / "held_out.txt" for path in (Path(folder), Path(folder).resolve().parent)]
+    text = next((text for text in texts if text.is_file()), None)
     held_out = None
-    if text.is_file():
+    if text is not None:
         encoded = [e.ids for e in tokenizer.encode_batch(tasks.read_text(text))]
         held_out = tasks.windows(encoded, min(128, config.n_positions), end)
     return Base(str(folder), tokenizer, end, held_out)
