@@ -159,6 +159,8 @@ formula = {
     "plain": 20 * d,
     "small start": 20 * d,
     "MLP": 20 * d + (d * w + w) + (w * w + w) + (w * d + d),
+    # two layers, each read both ways with four gates: 8 w (what comes in + its own w + 2 biases);
+    # above them two linear layers
     "LSTM": 20 * d + 8 * w * (d + w + 2) + 8 * w * (3 * w + 2)
     + (4 * w * w + 2 * w) + (2 * w * d + d),
 }  # fmt: skip
@@ -247,13 +249,15 @@ for kind, style in KINDS.items():
     left.plot(RATES[kind], list(curves[kind].values()), style, color=SHADES[kind], label=kind)
 left.set(xscale="log", yscale="log", xlabel="learning rate")
 left.set(ylabel="loss after 50 steps (nats a token)", title="sentiment, one seed")
+left.set_yticks([0.01, 0.03, 0.1, 0.3], ["0.01", "0.03", "0.1", "0.3"])
+left.minorticks_off()
 left.legend(frameon=False)
-for method in ("prompt_tuning", "p_tuning"):
+for method, mark in (("prompt_tuning", "o"), ("p_tuning", "^")):
     for name, line in (("sentiment", "-"), ("describe", "--")):
         runs = [[p["loss"] for p in r["validation"]] for r in shipped[name][method]]
         steps = [p["step"] for p in shipped[name][method][0]["validation"]]
         means = torch.tensor(runs).mean(0)
-        right.plot(steps, means, line, color=COLORS[method], label=f"{method}, {name}")
+        right.plot(steps, means, mark + line, color=COLORS[method], label=f"{method}, {name}")
 right.set(yscale="log", xlabel="step", title="100 steps at the swept rate, mean of four seeds")
 right.legend(frameon=False)
 plt.show()
@@ -280,8 +284,8 @@ assert median["small start"] < 3 * median["MLP"]  # the typical seed needs no ne
 assert max(seeds["MLP"]) < 0.1  # and with one, no seed goes wrong
 
 # %% [markdown]
-# A typical seed does as well from the small start alone. The worst one does not: with the network all arrive, and without it one
-# may stay behind. So much of the help was the start and the step, and some safety is left that may be the network's own. Four seeds don't tell
+# A typical seed does about as well from the small start alone. The worst one here does not: with the network all arrive, and
+# without it one may stay behind. So much of the help was the start and the step, and some safety is left that may be the network's own. Four seeds don't tell
 # more than that. When a trick helps, ask what else it changed, and give that to the other side.
 #
 # ## Against full fine-tuning
@@ -413,6 +417,14 @@ for name, model in (("P-tuning", shallow), ("deep prompts, v2", deep)):
 trained = None
 kept = None
 
+# %% tags=["wrong"]
+trained = 3 * (768 * 768 + 768)
+kept = 20 * 768
+
+# %% tags=["wrong"]
+trained = 20 * 768 + 3 * (768 * 768 + 768)
+kept = trained
+
 # %% tags=["solution"]
 trained = 20 * 768 + 3 * (768 * 768 + 768)
 kept = 20 * 768
@@ -426,7 +438,7 @@ else:
     assert trained != 3 * (768 * 768 + 768), "H is trained as well"
     assert trained != 20 * 768 + 3 * 768 * 768, "each linear layer has a bias"
     assert trained == large.get_nb_trainable_parameters()[0], "H, and three linear layers"
-    assert kept == 20 * 768, "what is kept is P: p · d numbers"
+    assert kept == 20 * 768, "what is kept is P alone, p · d numbers: the network goes"
     print(f"right: {trained:,} trained, {kept:,} kept")
 
 # %% [markdown]
@@ -436,6 +448,16 @@ else:
 
 # %% tags=["exercise"]
 def keep(H, network): ...  # return P
+
+
+# %% tags=["wrong"]
+def keep(H, network):
+    return H.detach()
+
+
+# %% tags=["wrong"]
+def keep(H, network):
+    return network(H)
 
 
 # %% tags=["solution"]
@@ -454,12 +476,12 @@ if answer is None:
 else:
     assert not torch.equal(answer, H), "that is what the network reads: keep what it writes"
     assert answer.shape == H.shape, f"P is {tuple(H.shape)}"
-    assert not answer.requires_grad, "it still drags the network along: detach it"
+    assert not answer.requires_grad, "it wants a gradient, or drags the network along: detach it"
     x = torch.cat([answer[None], model.get_input_embeddings()(ids)], dim=1)
     same = torch.allclose(
         model(inputs_embeds=x).logits[:, 5:], writer(model, ids).logits, atol=1e-4
     )
-    assert same, "the model answers something else"
+    assert same, "the model answers something else: P is the network of H, no more"
     print("right: the network can go")
 
 # %% [markdown]
@@ -469,6 +491,14 @@ else:
 # %% tags=["exercise"]
 mlp_rows = None  # a list of rows, counted from 0
 lstm_rows = None
+
+# %% tags=["wrong"]
+mlp_rows = [0, 1, 2, 3, 4]  # all rows share the network
+lstm_rows = [0, 1, 2, 3, 4]
+
+# %% tags=["wrong"]
+mlp_rows = [4]
+lstm_rows = [4]  # it reads from left to right
 
 # %% tags=["solution"]
 mlp_rows = [4]  # each row goes through the MLP alone: rows share its weights, not each other
@@ -490,9 +520,12 @@ def rows_that_change(kind):
 if mlp_rows is None or lstm_rows is None:
     print("not done yet")
 else:
-    assert mlp_rows == rows_that_change("MLP"), "the MLP takes one row at a time"
-    assert lstm_rows != [4], "an LSTM passes what it read along the rows"
-    assert lstm_rows == rows_that_change("LSTM"), "it reads from both ends: earlier rows hear too"
+    assert mlp_rows == rows_that_change("MLP"), (
+        "the MLP takes one row at a time: the last of five, counted from 0, is alone"
+    )
+    assert lstm_rows == rows_that_change("LSTM"), (
+        "an LSTM passes on what it read, and this one reads from both ends: earlier rows hear too"
+    )
     print("right: the MLP's rows meet only in its weights, the LSTM's hear each other")
 
 # %% [markdown]
@@ -503,6 +536,31 @@ else:
 
 # %% tags=["exercise"]
 def deep_prompt(model, P, ids): ...  # return the logits (b, t, v)
+
+
+# %% tags=["wrong"]
+def deep_prompt(model, P, ids):
+    layers, _, p, d = P.shape
+    h = model.config.n_head
+    past = P.view(layers, 2, 1, h, p, d // h).expand(-1, -1, len(ids), -1, -1, -1)
+    return model(ids, past_key_values=[(k, v) for k, v in past]).logits
+
+
+# %% tags=["wrong"]
+def deep_prompt(model, P, ids):
+    layers, _, p, d = P.shape
+    h = model.config.n_head
+    past = P.view(layers, 2, 1, p, h, d // h).transpose(3, 4)
+    return model(ids, past_key_values=[(k, v) for k, v in past]).logits
+
+
+# %% tags=["wrong"]
+def deep_prompt(model, P, ids):
+    layers, _, p, d = P.shape
+    h = model.config.n_head
+    past = P.view(layers, 2, 1, p, h, d // h).transpose(3, 4)
+    past = past.expand(-1, -1, len(ids), -1, -1, -1)
+    return model(ids, past_key_values=[(k, v) for v, k in past]).logits
 
 
 # %% tags=["solution"]
@@ -518,7 +576,12 @@ def deep_prompt(model, P, ids):
 torch.manual_seed(0)
 model, P, batch = base.model(), torch.randn(4, 2, 3, 128), torch.randint(5, 900, (2, 6))
 with torch.no_grad():
-    answer = deep_prompt(model, P, batch)
+    try:
+        answer = deep_prompt(model, P, batch)
+    except RuntimeError as error:
+        raise AssertionError(
+            f"{error} Keys and values must be (b, h, p, k), with b rows as in ids"
+        ) from error
     truth = {}
     for name, numbers in {"right": P, "swapped": P.flip(1), "upside down": P.flip(0)}.items():
         peft = get_peft_model(base.model(), PrefixTuningConfig(num_virtual_tokens=3)).eval()

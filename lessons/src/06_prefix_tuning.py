@@ -294,6 +294,8 @@ for method in ("frozen", "full", *three):
     rate, score = steering[method][0]["learning_rate"], compare.spread(steering[method], "score")
     print(f"sentiment, {method:13} rate {rate}: {score}")
 print(f'one who always says "good": {constant:.2f}')
+assert compare.mean(steering["full"], "score") == compare.mean(steering["lora"], "score") == 1
+assert min(record["score"] for record in steering["prefix_tuning"]) < 0.95
 assert share["prompt_tuning"] + 0.2 < share["prefix_tuning"] < share["lora"] - 0.1
 assert off == prefix["forgetting"]["base"] < on["full"] < on["prefix_tuning"] == max(on.values())
 
@@ -302,8 +304,8 @@ assert off == prefix["forgetting"]["base"] < on["full"] < on["prefix_tuning"] ==
 # prompt tuning, at the input alone, does not: speaking in every layer counts. Its paper found it level with full
 # fine-tuning on large models and table-to-text. Here it stays well behind, and behind LoRA. And frozen means
 # untouched, not unforgetting: while it is on, it has forgotten the most of the four. The last lines are about `sentiment`,
-# where the base has only to be steered, from its shipped JSON. There several seeds hardly beat the one who always says "good". Two things may be behind that:
-# the rate, which was swept on the larger base, and the loud random start. We come back to the second.
+# where the base has only to be steered, from its shipped JSON: what full fine-tuning and LoRA always get, a prefix does not get with every seed.
+# Its rate, or the loud random start, may be behind that; we come back to it.
 #
 # ## Who listens?
 #
@@ -367,8 +369,9 @@ def run(task, method, rate, p=20, **options):
     options = {"validations": 1, "generated": 32} | options
     options |= {"learning_rate": rate, "size": p}
     record = finetune.finetune(quick, task, method, 100, **options)
-    start = f"{task.name}, {method}, {p} tokens, rate {rate:g}, {record['trainable']:,} trained"
-    print(f"{start}: loss {record['validation'][-1]['loss']:.2f}, score {record['score']:.2f}")
+    start = f"{task.name}, {method}, {p} tokens, rate {rate:g}, seed {record['seed']}"
+    end = f"loss {record['validation'][-1]['loss']:.2f}, score {record['score']:.2f}"
+    print(f"{start}, {record['trainable']:,} trained: {end}")
     return record
 
 
@@ -381,6 +384,8 @@ quiet = run(task, "from zeros", 0.3, output=OUT / "zeros")
 network = run(task, "projection", 0.01)  # of 0.001, 0.003, 0.01 and 0.03 the best
 steer = replace(tasks.load_task(base.tokenizer, base.end, 256, "sentiment"), test=verdicts)
 steered = {method: run(steer, method, 0.03) for method in ("prefix_tuning", "from zeros")}
+noisy = [record["score"] for record in steering["prefix_tuning"]]
+print("from N(0, 1), four seeds, shipped, as above:", [f"{score:.2f}" for score in noisy])
 print(f'one who always says "good": {constant:.2f}')
 
 # %%
@@ -391,7 +396,9 @@ for name, P in (("zeros", zeros), ("N(0, 1)", random)):
     print(f"how far twenty tokens lie apart that started from {name}: {apart:.4f}")
     assert (apart < 0.02) == (name == "zeros"), "equal voices stay equal"
 assert quiet["score"] < 0.1 < prefix["score"]
-assert steered["from zeros"]["score"] > max(0.9, steered["prefix_tuning"]["score"] - 0.02)
+assert steered["from zeros"]["score"] > max(
+    0.9, statistics.mean(noisy), steered["prefix_tuning"]["score"] - 0.02
+)
 tried = (prefix, one, five, five_again, network)
 twenty, one, five, again, written = (r["validation"][-1]["loss"] for r in tried)
 assert one > 1.3 * max(five, again)
@@ -405,8 +412,8 @@ assert abs(written - twenty) < 0.3
 # - **The network** trains several times as many numbers, and comes to about the same place. After training it can be thrown away.
 #   At this size we see no gain from it.
 #
-# One voice does for steering, though: on `sentiment`, at this smaller rate, the start from zeros does better than N(0, 1), which is the usual one. So the
-# start that fails on one task can be the better one on another.
+# One voice does for steering, though: on `sentiment`, the start from zeros does as well as the usual one, N(0, 1), at the same rate, or better, and better than that does
+# on the mean of its shipped seeds. So the start that fails on one task can be the better one on another.
 #
 # ## What it costs
 #
@@ -426,8 +433,9 @@ for name, found in seconds.items():
     print(
         f"{name:13} {statistics.median(found[1:]):.3f} s, {statistics.median(ratios):.2f} of full"
     )
-paired = [a / b for a, b in zip(seconds["prefix_tuning"][1:], seconds["lora"][1:], strict=True)]
-assert statistics.median(paired) < 1, "a prefix's step is cheaper than LoRA's"
+for name in ("full", "lora", "prompt_tuning"):
+    paired = [a / b for a, b in zip(seconds["prefix_tuning"][1:], seconds[name][1:], strict=True)]
+    assert statistics.median(paired) < 1, f"a prefix's step is cheaper than that of {name}"
 
 # %% [markdown]
 # LoRA adds two thin products to every matrix, forward and backward. A prefix adds p keys to the attention and nothing else, no token more
@@ -504,6 +512,12 @@ plt.show()
 # %% tags=["exercise"]
 count = None  # your number, or an expression
 
+# %% tags=["wrong"]
+count = 20 * 12 * 768
+
+# %% tags=["wrong"]
+count = 2 * 20 * 768
+
 # %% tags=["solution"]
 count = 2 * 20 * 12 * 768
 
@@ -525,6 +539,21 @@ else:
 
 # %% tags=["exercise"]
 def prefix_mask(p, t): ...  # return the mask
+
+
+# %% tags=["wrong"]
+def prefix_mask(p, t):
+    return torch.ones(t, p + t, dtype=torch.bool).tril()
+
+
+# %% tags=["wrong"]
+def prefix_mask(p, t):
+    return torch.ones(t, p + t).tril(p)
+
+
+# %% tags=["wrong"]
+def prefix_mask(p, t):
+    return torch.ones(p + t, p + t, dtype=torch.bool).tril()
 
 
 # %% tags=["solution"]
@@ -562,9 +591,34 @@ else:
 
 
 # %% tags=["exercise"]
-def gated(
-    q, K_P, V_P, K, V
-): ...  # return (1 - a) · attention on the text + a · attention on the prefix
+def gated(q, K_P, V_P, K, V): ...  # return (1 - a) · on the text + a · on the prefix
+
+
+# %% tags=["wrong"]
+def gated(q, K_P, V_P, K, V):
+    on_prefix, on_text = K_P @ q, K @ q
+    a = on_prefix.exp().sum() / (on_prefix.exp().sum() + on_text.exp().sum())
+    return (1 - a) * on_text.softmax(0) @ V + a * on_prefix.softmax(0) @ V_P
+
+
+# %% tags=["wrong"]
+def gated(q, K_P, V_P, K, V):
+    on_prefix, on_text = K_P @ q / len(q) ** 0.5, K @ q / len(q) ** 0.5
+    return on_text.softmax(0) @ V + on_prefix.softmax(0) @ V_P
+
+
+# %% tags=["wrong"]
+def gated(q, K_P, V_P, K, V):
+    on_prefix, on_text = K_P @ q / len(q) ** 0.5, K @ q / len(q) ** 0.5
+    a = len(K_P) / (len(K_P) + len(K))
+    return (1 - a) * on_text.softmax(0) @ V + a * on_prefix.softmax(0) @ V_P
+
+
+# %% tags=["wrong"]
+def gated(q, K_P, V_P, K, V):
+    on_prefix, on_text = K_P @ q / len(q) ** 0.5, K @ q / len(q) ** 0.5
+    a = on_prefix.exp().sum() / (on_prefix.exp().sum() + on_text.exp().sum())
+    return a * on_text.softmax(0) @ V + (1 - a) * on_prefix.softmax(0) @ V_P
 
 
 # %% tags=["solution"]
@@ -590,18 +644,24 @@ else:
         return (1 - a) * parts[0] + a * parts[1]
 
     assert answer.shape == (4,), f"one output of width 4, not {tuple(answer.shape)}"
-    assert not torch.allclose(answer, joined(1.0), atol=1e-5), "divide the scores by the root of k"
+    assert not torch.allclose(answer, joined(1.0), atol=1e-5), (
+        "divide the scores by √k, the root of the width"
+    )
     assert not torch.allclose(answer, 2 * mixed(0.5), atol=1e-5), (
         "the two are summed: mix them, a and 1 - a"
     )
     assert not torch.allclose(answer, mixed(3 / 9), atol=1e-5), (
         "a is no count of keys: use exp(scores)"
     )
+    a = (K_P @ q / 2).exp().sum() / (torch.cat((K_P, K)) @ q / 2).exp().sum()
+    assert not torch.allclose(answer, mixed(1 - a), atol=1e-5), (
+        "the prefix gets the share a and the text the rest, not the other way round"
+    )
     assert torch.allclose(answer, joined(0.5), atol=1e-5), "a = Σ exp on the prefix / Σ exp on all"
     zero = gated(q, torch.zeros(3, 4), torch.zeros(3, 4), K, V)
     assert torch.allclose(
         zero, (1 - 3 / (3 + (K @ q / 2).exp().sum())) * (K @ q / 2).softmax(0) @ V
-    )
+    ), "right for one prefix, but not for a prefix of zeros"
     print("right: and with zeros it is the formula of the lesson")
 
 # %% [markdown]
@@ -616,6 +676,42 @@ class MyPrefix(torch.nn.Module):
         # your parameter, or parameters
 
     def past(self, b): ...  # a pair (keys, values) a layer
+
+
+# %% tags=["wrong"]
+class MyPrefix(torch.nn.Module):
+    def __init__(self, config, p):
+        super().__init__()
+        self.P = torch.nn.Parameter(torch.zeros(config.n_layer, 2, p, config.n_embd))
+        self.heads = config.n_head
+
+    def past(self, b):
+        P = self.P.unflatten(3, (self.heads, -1)).transpose(2, 3)
+        return tuple((k.expand(b, -1, -1, -1), v.expand(b, -1, -1, -1)) for k, v in P)
+
+
+# %% tags=["wrong"]
+class MyPrefix(torch.nn.Module):
+    def __init__(self, config, p):
+        super().__init__()
+        self.layers = config.n_layer
+        width = config.n_embd // config.n_head
+        self.P = torch.nn.Parameter(torch.randn(2, config.n_head, p, width))
+
+    def past(self, b):
+        k, v = (part.expand(b, -1, -1, -1) for part in self.P)
+        return ((k, v),) * self.layers
+
+
+# %% tags=["wrong"]
+class MyPrefix(torch.nn.Module):
+    def __init__(self, config, p):
+        super().__init__()
+        width = config.n_embd // config.n_head
+        self.P = torch.randn(config.n_layer, 2, config.n_head, p, width)
+
+    def past(self, b):
+        return tuple((k.expand(b, -1, -1, -1), v.expand(b, -1, -1, -1)) for k, v in self.P)
 
 
 # %% tags=["solution"]
@@ -649,6 +745,7 @@ else:
     )
     assert not torch.equal(pairs[0][0], pairs[1][0]), "each layer has a prefix of its own"
     numbers = sum(w.numel() for w in mine.parameters())
+    assert numbers, "nothing can be trained: an nn.Parameter, please (a ParameterList for several)"
     assert numbers == 2 * 3 * 2 * 8, f"2 p l d is 96 trained numbers, yours are {numbers}"
     assert pairs[0][0].requires_grad, "no gradient arrives: was it detached?"
     optimizer, losses = torch.optim.Adam(mine.parameters(), lr=0.1), []

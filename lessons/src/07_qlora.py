@@ -466,13 +466,19 @@ for run in (full, thin, quantized):
     assert compare.in_spread(run, others), "this run is unlike the other seeds"
     print(run["method"], [f"{r['score']:.2f}" for r in others], f"and here {run['score']:.2f}")
 
+more = []  # whether QLoRA has the larger rate, and whether it forgets more
 for folder, where in (("1m", "1M"), (".", "3M")):
+    rates, rises, scores = {}, {}, {}
     for method in ("lora", "qlora"):
         file = tasks.DATA / "results" / folder / "compare.json"
-        runs = [r for r in compare.load(file) if r["method"] == method]
-        rose = mean(r["forgetting"]["on"] - r["forgetting"]["base"] for r in runs)
-        rate = runs[0]["learning_rate"]
-        print(f"{where} base, {method:5}: learning rate {rate}, forgetting {rose:+.2f}")
+        runs = [r for r in compare.load(file) if r["method"] == method and not r["random_base"]]
+        rises[method] = mean(r["forgetting"]["on"] - r["forgetting"]["base"] for r in runs)
+        rates[method], scores[method] = runs[0]["learning_rate"], mean(r["score"] for r in runs)
+        print(f"{where} base, {method:5}: slots {scores[method]:.2f},", end=" ")
+        print(f"learning rate {rates[method]}, forgetting {rises[method]:+.2f}")
+    assert abs(scores["lora"] - scores["qlora"]) < 0.1  # level
+    more.append((rates["qlora"] > rates["lora"], rises["qlora"] > rises["lora"]))
+assert more == [(True, True), (False, False)]
 
 # %% tags=["timing"]
 display(Markdown(compare.table([frozen, full, thin, quantized], task)))
@@ -542,7 +548,7 @@ assert three < four
 # On a base that named hardly a token in four as before, LoRA learned to copy most of the names into their places. It made up for
 # the rounding *on this task*. It did not mend the model: of the pretraining text it knew little before, and less afterwards
 # than someone who knows how frequent each token is. With one scale a matrix nothing was left to build on: the frame
-# of the sentences is learned, and no name. **Judge by slots and by forgetting.** By the frame alone all four had passed.
+# of the sentences is learned, and no name. **Judge by slots and by forgetting.** By the frame alone all four would have passed.
 # The last line answers the open question: fewer bits at a smaller rate forget less. The rate weighs more than the bits.
 #
 # ## What breaks it: the same rounding, afterwards
@@ -614,8 +620,8 @@ assert min(smaller) > 0.7
 # %% [markdown]
 # Look at the figure and at these lines. At two bits it is all or nothing: the same levels, the same size of adapter, the other
 # order. At four bits the order hardly matters *here*, though one often reads that rounding a merged model again loses what
-# was learned. Why? Our small model changed by more than half of its weights' size, and the rounding is small beside that. Make
-# the change ten times smaller, and nearly all of it is lost: weights fall back to the level they came from. Large models
+# was learned. Why? The first line: in our small model the adapter changes the weights by a large part of their size, and the rounding is
+# small beside that. Make the change ten times smaller, and nearly all of it is lost: weights fall back to the level they came from. Large models
 # usually change less (section 7 of the LoRA paper measures it). So keep W′ in float, or the adapter beside the codes.
 #
 # ## Exercises
@@ -627,6 +633,12 @@ assert min(smaller) > 0.7
 
 # %% tags=["exercise"]
 answer = None  # your number, or an expression
+
+# %% tags=["wrong"]
+answer = 4 + 32 / 32
+
+# %% tags=["wrong"]
+answer = 4 + 8 / 32
 
 # %% tags=["solution"]
 answer = 4 + 8 / 32 + 32 / (32 * 256)
@@ -660,6 +672,46 @@ class Linear8(torch.autograd.Function):
         return None, None, None  # in place of the first None: the gradient of x, (b, in)
 
 
+# %% tags=["wrong"]
+class Linear8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, codes, scales):
+        ctx.save_for_backward(codes, scales)
+        return F.linear(x, codes.to(x.dtype)) * scales
+
+    @staticmethod
+    def backward(ctx, grad):
+        codes, _ = ctx.saved_tensors
+        return grad @ codes.to(grad.dtype), None, None
+
+
+# %% tags=["wrong"]
+class Linear8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, codes, scales):
+        W = codes * scales[:, None]
+        ctx.save_for_backward(W)
+        return F.linear(x, W)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (W,) = ctx.saved_tensors
+        return grad @ W, None, None
+
+
+# %% tags=["wrong"]
+class Linear8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, codes, scales):
+        ctx.save_for_backward(codes, scales)
+        return F.linear(x, codes.to(x.dtype)) * scales
+
+    @staticmethod
+    def backward(ctx, grad):
+        codes, scales = ctx.saved_tensors
+        return (grad * scales) @ codes, None, None
+
+
 # %% tags=["solution"]
 class Linear8(torch.autograd.Function):
     @staticmethod
@@ -683,13 +735,20 @@ with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) o
 try:
     y.backward(grad)
 except RuntimeError as error:
-    raise AssertionError("shapes: grad is (b, out), codes are (out, in), scales (out,)") from error
+    raise AssertionError(
+        f"{error}. Shapes: grad (b, out), codes (out, in), scales (out,); codes are int8 until you "
+        "make them floats; return three things, for x, codes and scales"
+    ) from error
 if x.grad is None:
     print("not done yet")
 else:
     assert not torch.allclose(x.grad, grad @ codes.float()), "the scales are missing"
-    assert torch.allclose(x.grad, grad @ (codes * scales[:, None]), rtol=1e-4, atol=1e-3)
-    assert sum(sizes) <= codes.nbytes + scales.nbytes, "more than codes and scales was kept"
+    assert torch.allclose(x.grad, grad @ (codes * scales[:, None]), rtol=1e-4, atol=1e-3), (
+        "it must be grad W: each column of grad times the scale of its row of W, then the codes"
+    )
+    assert sum(sizes) <= codes.nbytes + scales.nbytes, (
+        "more than codes and scales was kept: W itself, in floats?"
+    )
     print("right: the gradient of W x, and only int8 codes kept")
 
 # %% [markdown]
@@ -701,6 +760,30 @@ else:
 # %% tags=["exercise"]
 def mend(W, Q, r, alpha):
     return None, None  # A, B
+
+
+# %% tags=["wrong"]
+def mend(W, Q, r, alpha):
+    u, s, vh = torch.linalg.svd(W - Q, full_matrices=False)
+    return vh[:r], u[:, :r] * s[:r]
+
+
+# %% tags=["wrong"]
+def mend(W, Q, r, alpha):
+    u, s, vh = torch.linalg.svd(W, full_matrices=False)
+    return vh[:r], u[:, :r] * s[:r] * r / alpha
+
+
+# %% tags=["wrong"]
+def mend(W, Q, r, alpha):
+    u, s, vh = torch.linalg.svd(W - Q, full_matrices=False)
+    return u[:, :r] * s[:r] * r / alpha, vh[:r]
+
+
+# %% tags=["wrong"]
+def mend(W, Q, r, alpha):
+    u, s, vh = torch.linalg.svd(W - Q, full_matrices=False)
+    return vh[:r], u[:, :r] * s[:r] * alpha / r
 
 
 # %% tags=["solution"]
@@ -718,9 +801,17 @@ if A is None:
 else:
     assert (A.shape, B.shape) == ((8, W.shape[1]), (W.shape[0], 8)), "A is (r, in), B is (out, r)"
     best = torch.linalg.svdvals(W - Q)[8:].norm()  # no matrix of rank 8 comes nearer
-    assert not torch.allclose((W - Q - B @ A).norm(), best), "B A is scaled by α / r: divide by it"
-    left_over = (W - Q - 16 / 8 * B @ A).norm()
-    assert left_over < 1.001 * best, "not the nearest: the largest directions of W − Q, times r / α"
+    change, of_w = 16 / 8 * B @ A, torch.linalg.svdvals(W)[8:].norm()
+    for is_it, message in (
+        ((W - Q - B @ A).norm() / best, "B A is scaled by α / r: divide one of them by it"),
+        ((W - Q - change / 4).norm() / best, "α / r is upside down: multiply by r / α"),
+        (
+            (W - change).norm() / of_w,
+            "that is the nearest to W itself: take the SVD of the error W − Q",
+        ),
+    ):
+        assert abs(is_it - 1) > 0.001, message
+    assert (W - Q - change).norm() < 1.001 * best, "keep the r largest directions of W − Q"
     mended = coarse("int2")
     for layer, W in zip(qlora.find_targets(mended, "all-linear").values(), weights, strict=True):
         A, B = mend(W, layer.weight.detach(), 8, 16)
