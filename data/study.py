@@ -82,6 +82,19 @@ def equal_score(sweeps: list[dict], score: float = 0.95) -> str:
     return "\n".join(lines)
 
 
+def placement_table(records: list[dict]) -> str:
+    """LoRA by the layers that it stands beside, at equal numbers of parameters."""
+    head = "| beside | trainable | slot loss | slot accuracy | forgetting |"
+    lines = [head, "|---|---|---|---|---|"]
+    for row in compare.rows(records).values():
+        if "targets" in row[0]:
+            forgot = [r["forgetting"]["on"] - r["forgetting"]["base"] for r in row]
+            cells = [row[0]["targets"], f"{row[0]['trainable']:,}"]
+            cells += [f"{compare.mean(row, 'test_slot_loss'):.3f}", compare.spread(row, "score")]
+            lines.append(f"| {' | '.join(cells)} | {statistics.mean(forgot):+.2f} |")
+    return "\n".join(lines)
+
+
 def rank_table(sweeps: list[dict]) -> str:
     """LoRA by rank, each at its own best learning rate (validation examples, one seed)."""
     head = "| rank | learning rate | slot loss | validation slot accuracy | forgetting |"

@@ -267,7 +267,13 @@ def test_the_readmes_other_tables_are_the_committed_study_and_sweep(world):
     study, page = world[3], (tasks.DATA.parent / "README.md").read_text()
     sweeps = json.loads((tasks.DATA / "results" / "sweep.json").read_text())
     sweep.check(sweeps)
-    for table in (study.table(study.load()), study.equal_score(sweeps), study.rank_table(sweeps)):
+    placed = compare.load(tasks.DATA / "results" / "placement" / "compare.json")
+    for table in (
+        study.table(study.load()),
+        study.equal_score(sweeps),
+        study.rank_table(sweeps),
+        study.placement_table(placed),
+    ):
         assert table in page
 
 

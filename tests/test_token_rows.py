@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from conftest import BASE
 from test_lora import ALL
 from test_methods import train
 from torch import nn
 
 from minipeft import GPT, LoraConfig, PeftModel, get_peft_model
+from minipeft.lab import finetune, tasks
 from minipeft.lora import add_lora
 from minipeft.peft_model import quantize_model
 
@@ -95,3 +97,22 @@ def test_what_cannot_be_is_refused(gpt):
     quantize_model(gpt)
     with pytest.raises(ValueError, match="not implemented: trainable_token_indices"):
         get_peft_model(gpt, config())
+
+
+@pytest.mark.slow
+def test_trained_rows_cure_what_an_adapter_alone_cannot_learn():
+    """`sentiment_unseen`: the answers are tokens that pretraining never had."""
+    base = finetune.load_base(BASE)
+    task = tasks.load_task(base.tokenizer, base.end, 256, "sentiment_unseen")
+    unseen = sorted({i for e in task.train for i in e.completion_ids} - {base.end})
+    for ids, score in ((None, 0.0), (unseen, 1.0)):
+        torch.manual_seed(0)
+        lora = LoraConfig(
+            r=8, lora_alpha=16, target_modules="all-linear", trainable_token_indices=ids
+        )
+        model = get_peft_model(base.model(), lora)
+        batches = ([tasks.collate(b, base.end, "cpu")] for b in tasks.shuffled(task.train, 16, 0))
+        finetune.train(model, batches, 100, 5e-3, quiet=True)
+        texts = finetune.complete(model, base, task.test[:64])
+        right = [text == e.completion for text, e in zip(texts, task.test[:64], strict=True)]
+        assert sum(right) / 64 == pytest.approx(score, abs=0.05)

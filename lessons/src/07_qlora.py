@@ -17,6 +17,7 @@ import inspect
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist, mean, median
 from unittest import mock
@@ -505,9 +506,8 @@ def rounded_base(code, blocksize=64):
     """The rounded base as a folder, opened. Its name, 1m, is what the sweep knows it by."""
     folder = OUT / f"{code}-{blocksize}" / "1m"
     coarse(code, blocksize).save_pretrained(folder)
-    for file in ("tokenizer.json", "held_out.txt"):
-        shutil.copy(Path(base.folder) / file, folder)
-    return finetune.load_base(folder)
+    shutil.copy(Path(base.folder) / "tokenizer.json", folder)
+    return replace(finetune.load_base(folder), held_out=base.held_out)
 
 
 before = {"NF4": quantized}  # rounded before the training
