@@ -211,7 +211,7 @@ assert live < 0.6 * known["5-gram"]
 
 # %% [markdown]
 # Counting cannot look back further than four tokens; a GPT can, and that is most of the difference. Now ask it directly. The *probes* of
-# `data/card.py` are prompts with one right continuation; the names are held out.
+# `data/card.py` are prompts with one right continuation; the names are held out, but for the first row.
 
 # %%
 for title, (held_out, probe) in card.PROBES.items():
@@ -411,7 +411,7 @@ print(
     f"names never return: {twin_points[-1][1]:.2f}, you guessed {guess_twin}; by chance {1 / PARTS:.2f}"
 )
 assert most - first <= 125
-assert points[-1][1] > 0.7
+assert points[-1][1] > 0.6
 assert flat_points[-1][1] > 0.6
 assert max(share for _, share in twin_points) < 0.15
 
