@@ -46,11 +46,11 @@ for seed in (13, 34, 20):
 #
 # ## Questions first
 #
-# **First.** A list of three names that the model has never seen, and then "Again:". Of a hundred such lists, how many does
-# our small base read back right?
+# **First.** A list of three names that the model has never seen, then "Again:" and the first of them. For how many of a hundred such
+# lists does our small base give the second name right?
 #
-# **Second.** Later you will train a tiny GPT on nothing but lists that are read back. After how many steps can it copy? And how
-# well will its twin copy, that was trained as long on lists in which no name comes back?
+# **Second.** Later you will train a tiny GPT on nothing but lists that are read back, for 600 steps. After how many does it copy half of
+# the names? And what share will its twin copy, trained as long on lists in which no name comes back?
 
 # %%
 guess_lists = 30  # of 100: put your own numbers here before you go on
@@ -211,11 +211,12 @@ assert live < 0.6 * known["5-gram"]
 
 # %% [markdown]
 # Counting cannot look back further than four tokens; a GPT can, and that is most of the difference. Now ask it directly. The *probes* of
-# `data/card.py` are prompts with one right continuation; the names are held out.
+# `data/card.py` are prompts with one right continuation; the names are held out, but for the first row.
 
 # %%
-for title, (_, ask) in card.PROBES.items():
-    prompt, wanted = ask(text.Writer(Random(3), text.VALUES | card.HELD_OUT))
+for title, (held_out, probe) in card.PROBES.items():
+    values = text.VALUES | card.HELD_OUT if held_out else text.VALUES
+    prompt, wanted = probe(text.Writer(Random(3), values))
     print(f"[{title}]\n{prompt} ->{wanted}")
 
 # %%
@@ -248,8 +249,7 @@ for n, (name, color, hatch) in enumerate(
 axis.plot([-0.4, 0.4], [guess_lists / 100] * 2, "k:", label="your guess")
 axis.plot([2.6, 3.4], [1 / 3] * 2, "k-", label="chance: one of three people")
 axis.set_xticks(range(len(rows)), titles)
-axis.set(ylabel="right continuations, of 200", ylim=(0, 1.05))
-axis.set_ylabel("share of prompts continued rightly")
+axis.set(ylabel="share of 200 prompts continued rightly", ylim=(0, 1.05))
 figure.legend(loc="outside lower center", ncols=5, frameon=False)
 plt.show()
 
@@ -403,14 +403,15 @@ def passed(points, level):
     return next((step for step, share in points if share >= level), None)
 
 
-first, most = passed(points, 0.1), passed(points, 0.6)
+first, half, most = (passed(points, level) for level in (0.1, 0.5, 0.6))
+print(f"two layers: a tenth copied after {first} steps, half after {half}, six tenths after {most}")
+print(f"(expect 150 to 350); you guessed {guess_step}")
+print(f"at the end {points[-1][1]:.2f}, one layer {flat_points[-1][1]:.2f} (expect above 0.6)")
 print(
-    f"two layers: a tenth copied after {first} steps, six tenths after {most} (expect 150 to 300)"
+    f"names never return: {twin_points[-1][1]:.2f}, you guessed {guess_twin}; by chance {1 / PARTS:.2f}"
 )
-print(f"at the end {points[-1][1]:.2f}, one layer {flat_points[-1][1]:.2f} (expect above 0.7)")
-print(f"names never return: {twin_points[-1][1]:.2f}; a name by chance: {1 / PARTS:.2f}")
 assert most - first <= 125
-assert points[-1][1] > 0.7
+assert points[-1][1] > 0.6
 assert flat_points[-1][1] > 0.6
 assert max(share for _, share in twin_points) < 0.15
 
@@ -468,6 +469,15 @@ assert pushed["one layer"][1] < 0.5
 # %% tags=["exercise"]
 nothing, a_name = None, None  # two numbers, or expressions
 
+# %% tags=["wrong"]
+nothing, a_name = math.log2(2048), math.log2(24)
+
+# %% tags=["wrong"]
+nothing, a_name = 1 / 2048, 1 / 24
+
+# %% tags=["wrong"]
+nothing, a_name = math.log(2048), math.log(2048) - math.log(24)
+
 # %% tags=["solution"]
 nothing, a_name = math.log(2048), math.log(24)
 
@@ -475,12 +485,14 @@ nothing, a_name = math.log(2048), math.log(24)
 if nothing is None or a_name is None:
     print("not done yet")
 else:
-    assert not math.isclose(nothing, 11), "that is in bits: nats use the natural logarithm"
-    assert not math.isclose(nothing, 1 / 2048), (
-        "that is the chance; the loss is minus its logarithm"
+    assert nothing >= 0 and a_name >= 0, "a loss is MINUS a logarithm: never negative"  # noqa: PT018
+    assert not math.isclose(nothing, 11, abs_tol=0.01), "in bits: nats use the natural logarithm"
+    assert nothing > 1 / 2048, "that is the chance; the loss is minus its logarithm"
+    assert math.isclose(nothing, math.log(2048), abs_tol=0.01), "minus the logarithm of 1/2048"
+    assert not math.isclose(a_name, math.log(2048 / 24), abs_tol=0.01), (
+        "that is what the knowledge gains; the loss that is left is minus the logarithm of 1/24"
     )
-    assert math.isclose(nothing, math.log(2048), abs_tol=0.01)
-    assert math.isclose(a_name, math.log(24), abs_tol=0.01), "minus the logarithm of 1/24"
+    assert math.isclose(a_name, math.log(24), abs_tol=0.01), "minus the logarithm of 1/24, in nats"
     print(f"right: {nothing:.2f} and {a_name:.2f}")
 
 # %% [markdown]
@@ -491,6 +503,21 @@ else:
 
 # %% tags=["exercise"]
 def looks_back(weights): ...  # (h,)
+
+
+# %% tags=["wrong"]
+def looks_back(weights):
+    return weights.diagonal(dim1=1, dim2=2).mean(-1)
+
+
+# %% tags=["wrong"]
+def looks_back(weights):
+    return weights.diagonal(1, dim1=1, dim2=2).mean(-1)
+
+
+# %% tags=["wrong"]
+def looks_back(weights):
+    return weights.diagonal(-1, dim1=1, dim2=2).sum(-1) / weights.shape[1]
 
 
 # %% tags=["solution"]
@@ -506,23 +533,24 @@ answer = looks_back(toy)
 if answer is None:
     print("not done yet")
 else:
+    answer = torch.as_tensor(answer).float()  # a list will do as well
     assert answer.shape == (2,), (
         f"one number a head: the shape must be (2,), not {tuple(answer.shape)}"
     )
-    assert not torch.equal(answer, torch.tensor([1.0, 0.25])), (
-        "that is the weight on ITSELF: one place further left"
-    )
-    assert not torch.equal(answer, torch.tensor([0.0, 0.75])), (
-        "the first position has none before it: divide by t - 1"
-    )
-    assert torch.equal(answer, torch.tensor([0.0, 1.0])), "weights[:, j, j - 1], for j from 1"
-    found = {
-        name: [round(looks_back(w).max().item(), 2) for w in all_weights(of, ids)]
-        for name, of in (("base", model), ("two layers", tiny))
-    }
-    alike = looks_back(torch.ones(1, 20, 20).tril() / torch.arange(1, 21)[:, None]).item()
-    print(f"right. The best head of each layer: {found}; looking everywhere alike {alike:.2f}.")
-    print("So here no single head does it: it must be spread over several, or done otherwise.")
+    for said, value in {
+        "that is the weight on ITSELF: one place further left": [1, 0.25],
+        "that is the weight on the place AHEAD: the row is who looks, the column at whom": [0, 0],
+        "the first position has none before it: divide by t - 1": [0, 0.75],
+        "the mean over the positions, not the sum": [0, 3],
+    }.items():
+        assert not torch.allclose(answer, torch.tensor(value).float()), said
+    assert torch.allclose(answer, torch.tensor([0.0, 1])), "weights[:, j, j - 1], for j from 1"
+    best = [max(map(float, looks_back(w))) for w in all_weights(model, ids)]
+    alike = float(looks_back(torch.ones(1, 20, 20).tril() / torch.arange(1, 21)[:, None])[0])
+    assert max(best) < 0.6  # the copying head above is surer than that
+    print(f"right. The base's best head in each layer: {[round(b, 2) for b in best]};")
+    print(f"looking everywhere alike would give {alike:.2f}. No single head does it for sure:")
+    print("it must be spread over several heads, or done otherwise.")
 
 # %% [markdown]
 # **3 · Hard: a copier without learning.** Write the rule itself. `follow(tokens)` takes a list of token ids and says which comes next:
@@ -532,6 +560,32 @@ else:
 
 # %% tags=["exercise"]
 def follow(tokens): ...  # a token, or None; the stub returns None
+
+
+# %% tags=["wrong"]
+def follow(tokens):
+    for start in range(len(tokens) - 2, -1, -1):
+        if tokens[start] == tokens[-1]:
+            return tokens[start + 1]
+    return None
+
+
+# %% tags=["wrong"]
+def follow(tokens):
+    for length in range(len(tokens) - 1, 0, -1):
+        for start in range(len(tokens) - length):
+            if tokens[start : start + length] == tokens[-length:]:
+                return tokens[start + length]
+    return None
+
+
+# %% tags=["wrong"]
+def follow(tokens):
+    for length in range(len(tokens), 0, -1):
+        for start in range(len(tokens) - length, -1, -1):
+            if tokens[start : start + length] == tokens[-length:]:
+                return tokens[start + length]
+    return None
 
 
 # %% tags=["solution"]
@@ -545,13 +599,24 @@ def follow(tokens):
 
 
 # %% tags=["check"]
-if follow([1, 2, 3, 1]) is None:
+def ask(*tokens):
+    try:
+        return follow(list(tokens))
+    except IndexError:
+        return "an index beyond the list: has the end found itself?"
+
+
+if ask(1, 2, 3, 1) is None and ask(1, 2, 1, 3, 1) is None:
     print("not done yet")
 else:
-    assert follow([1, 2, 3, 1]) == 2, "1 stood there before, and 2 followed"
-    assert follow([1, 2, 3]) is None, "3 is new: the end itself does not count as an earlier place"
-    assert follow([1, 2, 5, 3, 2, 6, 1, 2]) == 5, "the LONGEST run: 1, 2 was followed by 5"
-    assert follow([1, 2, 1, 3, 1]) == 3, "the latest place, where several are as long"
+    said = ask(1, 2, 3, 1)
+    assert said == 2, f"after 1, 2, 3, 1: 1 stood there before, and 2 followed; you say {said}"
+    said = ask(1, 2, 3)
+    assert said is None, f"3 is new: the end is no EARLIER place; you say {said}, not None"
+    said = ask(1, 2, 5, 3, 2, 6, 1, 2)
+    assert said == 5, f"the LONGEST run: 1, 2 was followed by 5; you say {said}"
+    said = ask(1, 2, 1, 3, 1)
+    assert said == 3, f"the LATEST place, where several are as long, not the first: you say {said}"
     hits = [
         follow(row[:j]) == row[j]
         for row, marks in zip(test[:40].tolist(), names_again(test[:40]).tolist(), strict=True)

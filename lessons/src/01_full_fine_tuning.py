@@ -431,7 +431,7 @@ axes[0].set(
     xlabel="step (upright: lowest loss)", ylabel="validation loss (nats a token)", ylim=(0, 2)
 )
 axes[1].set(xlabel="step", ylabel="slot accuracy", ylim=(-0.03, 1.03))
-axes[0].legend(frameon=False)
+axes[0].legend(frameon=False, loc="upper center")
 plt.show()
 for n in (50, 16):
     lowest = min((p for p in little[n] if "score" in p), key=lambda p: p["loss"])
@@ -459,6 +459,12 @@ assert full[-1]["score"] > little[16][-1]["score"] + 0.1
 # %% tags=["exercise"]
 gigabytes = None  # your number
 
+# %% tags=["wrong"]
+gigabytes = 4
+
+# %% tags=["wrong"]
+gigabytes = 4 + 4 + 4
+
 # %% tags=["solution"]
 gigabytes = 4 + 4 + 8  # weights, gradients, two averages
 
@@ -466,6 +472,7 @@ gigabytes = 4 + 4 + 8  # weights, gradients, two averages
 if gigabytes is None:
     print("not done yet")
 else:
+    assert gigabytes < 1e6, "in gigabytes, not bytes"
     assert gigabytes != 4, "those are the weights alone"
     assert gigabytes != 8, "weights and gradients; and what does AdamW remember?"
     assert gigabytes != 12, (
@@ -483,6 +490,24 @@ else:
 def pick(points): ...  # return the rate, or None
 
 
+# %% tags=["wrong"]
+def pick(points):
+    return min(points, key=lambda p: p["slot_loss"])["learning_rate"]
+
+
+# %% tags=["wrong"]
+def pick(points):
+    best = min(points, key=lambda p: p["slot_loss"])
+    return None if best in (points[0], points[-1]) else best["learning_rate"]
+
+
+# %% tags=["wrong"]
+def pick(points):
+    rates = [p["learning_rate"] for p in points]
+    best = max(points, key=lambda p: p["score"])["learning_rate"]
+    return None if best in (min(rates), max(rates)) else best
+
+
 # %% tags=["solution"]
 def pick(points):
     rates = [p["learning_rate"] for p in points]
@@ -492,10 +517,12 @@ def pick(points):
 
 # %% tags=["check"]
 grid = swept["full"]["points"]
-if pick(grid) is None:
+mixed = [grid[i] for i in (2, 0, 4, 1, 3)]  # the best one comes first
+if all(pick(points) is None for points in (grid, grid[2:], grid[:3], mixed)):
     print("not done yet")
 else:
-    mixed = [grid[i] for i in (2, 0, 4, 1, 3)]  # the best one comes first
+    assert pick(grid) is not None, "the best rate lies inside this grid: return it"
+    assert not isinstance(pick(grid), dict), "the rate, not the whole point"
     assert pick(grid) == 0.001, "the lowest slot loss, not the highest score or the lowest loss"
     assert pick(grid[2:]) is None, "here the best rate is the smallest that was tried: an edge"
     assert pick(grid[:3]) is None, "here the best rate is the largest that was tried: an edge"
@@ -513,6 +540,47 @@ else:
 
 
 def chance(a, b): ...  # itertools.combinations helps
+
+
+# %% tags=["wrong"]
+
+
+def chance(a, b):
+    pool, seen = [*a, *b], statistics.mean(b) - statistics.mean(a)
+    splits = list(itertools.combinations(range(len(pool)), len(a)))
+    count = 0
+    for chosen in splits:
+        left = statistics.mean(pool[i] for i in chosen)
+        right = statistics.mean(pool[i] for i in range(len(pool)) if i not in chosen)
+        count += right - left >= seen - 1e-9
+    return count / len(splits)
+
+
+# %% tags=["wrong"]
+
+
+def chance(a, b):
+    pool, seen = [*a, *b], abs(statistics.mean(a) - statistics.mean(b))
+    splits = list(itertools.combinations(pool, len(a)))
+    count = 0
+    for left in splits:
+        right = [value for value in pool if value not in left]
+        count += abs(statistics.mean(left) - statistics.mean(right)) >= seen - 1e-9
+    return count / len(splits)
+
+
+# %% tags=["wrong"]
+
+
+def chance(a, b):
+    pool, seen = [*a, *b], abs(statistics.mean(a) - statistics.mean(b))
+    splits = list(itertools.combinations(range(len(pool)), len(pool) // 2))
+    count = 0
+    for chosen in splits:
+        left = statistics.mean(pool[i] for i in chosen)
+        right = statistics.mean(pool[i] for i in range(len(pool)) if i not in chosen)
+        count += abs(left - right) >= seen - 1e-9
+    return count / len(splits)
 
 
 # %% tags=["solution"]
@@ -541,12 +609,22 @@ if answer is None:
 else:
     assert answer != 0, "the split that was seen counts too: at least as much"
     assert answer != 1 / 70, "to either side: take the absolute difference"
+    assert answer <= 1, "the share of the ways, not their number"
     assert math.isclose(answer, 2 / 70), "70 ways to choose four of eight, and two are as extreme"
+    assert math.isclose(chance([1], [2, 3, 4]), 2 / 4), (
+        "one score against three: keep the sizes of the groups, and compare means"
+    )
+    assert math.isclose(chance([1, 1], [2, 3]), 2 / 6), (
+        "equal scores are still different runs: split the places, not the values"
+    )
     assert math.isclose(chance([1, 1, 1], [1, 1, 1]), 1.0), (
         "no difference at all: every split is as far apart"
     )
     found = {name: round(chance(scores["full"], row), 3) for name, row in scores.items()}
-    print(f"right. Full against each: {found}; below 2/70, four seeds cannot show anything")
+    print(f"right. Full against each: {found}")
+    print(
+        f"with four seeds each it can never be below 2/70 = {2 / 70:.3f}, however far they lie apart"
+    )
 
 # %% [markdown]
 # ## Summary, at this size

@@ -497,8 +497,8 @@ plt.show()
 # learning rate alone: no point on LoRA's path has forgotten as little as AdaLoRA. And it is the *lengths* more than the angles.
 #
 # The size of the change suggests how. With the columns of P and the rows of Q held at length one, only Λ can grow, and Adam moves a
-# number by about a learning rate a step. In LoRA, and without the penalty, both factors grow, and so does their product. That reading fits
-# all six runs; it is no proof. AdaLoRA's variants all ran at its one learning rate, swept with the whole penalty. LoRA with another rein
+# number by about a learning rate a step. In LoRA, and without the penalty, both factors grow, and so does their product. In all
+# six runs a small change goes with little forgetting; that is no proof. AdaLoRA's variants all ran at its one learning rate, swept with the whole penalty. LoRA with another rein
 # (weight decay, more and smaller steps) might forget as little: we have not tried.
 #
 # The last lines of the first print show why Λ should be called *singular values* with care: it holds them only as far as the penalty
@@ -540,6 +540,12 @@ assert "step 984" in said[1]
 # %% tags=["exercise"]
 count = None  # your number, or an expression
 
+# %% tags=["wrong"]
+count = 12 * 8 * (768 + 3 * 768 + 1)
+
+# %% tags=["wrong"]
+count = 12 * 12 * (768 + 3 * 768)
+
 # %% tags=["solution"]
 count = 12 * 12 * (768 + 3 * 768 + 1)
 
@@ -558,11 +564,19 @@ else:
 
 # %% [markdown]
 # **2 · Who moves first?** At the start Λ is zero, P and Q are not. In the first backward pass of the *task's* loss, which of the three
-# get a gradient that is not zero? And with the penalty added? (E is Λ, A is Q, B is P.)
+# get a gradient that is not zero? And of the task's loss *plus* the penalty? (E is Λ, A is Q, B is P.)
 
 # %% tags=["exercise"]
 task_alone = None  # {"A": True or False, "E": True or False, "B": True or False}
 with_penalty = None  # the same form
+
+# %% tags=["wrong"]
+task_alone = {"A": True, "E": True, "B": True}
+with_penalty = {"A": True, "E": True, "B": True}
+
+# %% tags=["wrong"]
+task_alone = {"A": False, "E": True, "B": False}
+with_penalty = {"A": True, "E": False, "B": True}
 
 # %% tags=["solution"]
 task_alone = {"A": False, "E": True, "B": False}  # the gradients of A and B have the factor E
@@ -585,7 +599,9 @@ else:
     assert task_alone == moved(0.0), (
         "y = W x + s B (E ∘ A) x: each gradient has the other two as factors"
     )
-    assert with_penalty == moved(0.5), "the penalty knows nothing of E, and pulls at A and B"
+    assert with_penalty == moved(0.5), (
+        "the sum of both: E keeps the gradient of the task, and the penalty pulls at A and B"
+    )
     print("right: only Λ feels the task at first, and the penalty stretches P and Q meanwhile")
 
 # %% [markdown]
@@ -597,6 +613,24 @@ else:
 def triplet_scores(smooth, jumps): ...  # return a tensor (r,)
 
 
+# %% tags=["wrong"]
+def triplet_scores(smooth, jumps):
+    a, e, b = (smooth[k] * jumps[k] for k in "AEB")
+    return e[:, 0] + a.sum(1) + b.sum(0)
+
+
+# %% tags=["wrong"]
+def triplet_scores(smooth, jumps):
+    a, e, b = (smooth[k] * jumps[k] for k in "AEB")
+    return e[:, 0] + a.mean(1) + b.mean(1)
+
+
+# %% tags=["wrong"]
+def triplet_scores(smooth, jumps):
+    a, e, b = (smooth[k] * jumps[k] for k in "AEB")
+    return e + a.mean(1) + b.mean(0)
+
+
 # %% tags=["solution"]
 def triplet_scores(smooth, jumps):
     a, e, b = (smooth[k] * jumps[k] for k in "AEB")
@@ -605,7 +639,7 @@ def triplet_scores(smooth, jumps):
 
 # %% tags=["check"]
 torch.manual_seed(0)
-shapes = {"A": (3, 5), "E": (3, 1), "B": (7, 3)}
+shapes = {"A": (3, 3), "E": (3, 1), "B": (3, 3)}  # square: no shape gives a mistake away
 smooth, jumps = ({k: torch.rand(shape) for k, shape in shapes.items()} for _ in range(2))
 answer = triplet_scores(smooth, jumps)
 if answer is None:
@@ -615,13 +649,16 @@ else:
     judge.importance = {("toy", k): v for k, v in smooth.items()}
     judge.fluctuation = {("toy", k): v for k, v in jumps.items()}
     a, e, b = (smooth[k] * jumps[k] for k in "AEB")
+    first = sum(smooth[k].mean(d) * jumps[k].mean(d) for k, d in (("A", 1), ("E", 1), ("B", 0)))
     assert answer.shape == (3,), f"one score a triplet: (3,), yours is {tuple(answer.shape)}"
-    assert not torch.allclose(answer, e[:, 0] + a.sum(1) + b.sum(0)), (
-        "means, not sums: a triplet of a wide matrix would win by its width"
-    )
-    assert not torch.allclose(answer, sum(smooth[k].mean(d) * jumps[k].mean(d) for k, d in (("A", 1), ("E", 1), ("B", 0)))), (
-        "multiply Ī and Ū number by number, then take the mean"
-    )  # fmt: skip
+    for said, value in {
+        "means, not sums: a triplet of a wide matrix would win by its width": a.sum(1) + b.sum(0),
+        "a triplet is a ROW of A, and a COLUMN of B": a.mean(1) + b.mean(1),
+        "a triplet is a ROW of A, and a COLUMN of B: both the other way": a.mean(0) + b.mean(1),
+        "that is E alone: A's row and B's column count too": 0 * a.mean(1),
+        "multiply Ī and Ū number by number, then take the mean": first - e[:, 0],
+    }.items():
+        assert not torch.allclose(answer, e[:, 0] + value), said
     assert torch.allclose(answer, judge.scores()["toy"]), (
         "Ī Ū of E, and the means over A's row and B's column"
     )
@@ -634,6 +671,33 @@ else:
 
 # %% tags=["exercise"]
 def angles(layers): ...  # return a scalar tensor that gradients can flow through
+
+
+# %% tags=["wrong"]
+def angles(layers):
+    total, matrices = 0.0, [m for s in layers.values() for m in (s.lora_A, s.lora_B)]
+    for m in matrices:
+        square = m @ m.T
+        total = total + (square - torch.diag(square.diagonal())).norm()
+    return total / len(matrices)
+
+
+# %% tags=["wrong"]
+def angles(layers):
+    total, matrices = 0.0, [m for s in layers.values() for m in (s.lora_A, s.lora_B.T)]
+    for m in matrices:
+        total = total + (m @ m.T - torch.eye(len(m))).norm()
+    return total / len(matrices)
+
+
+# %% tags=["wrong"]
+def angles(layers):
+    total = 0.0
+    for s in layers.values():
+        for m in (s.lora_A, s.lora_B.T):
+            square = m @ m.T
+            total = total + (square - torch.diag(square.diagonal())).norm()
+    return total / len(layers)
 
 
 # %% tags=["solution"]
@@ -654,6 +718,7 @@ answer = angles({"toy": layer})
 if answer is None:
     print("not done yet")
 else:
+    assert torch.is_tensor(answer), "a tensor, or no gradient can flow"
     assert answer.dim() == 0, "one number: the mean over all matrices"
     assert answer.requires_grad, "no detach: the penalty must pull"
     assert answer < 1e-6, (
@@ -663,6 +728,7 @@ else:
     want = (2 * 9**2) ** 0.5 / 2  # A's norm, B's is zero, the mean of the two
     answer = angles({"toy": layer}).item()
     assert abs(answer - 2 * want) > 1e-4, "the mean over the matrices, not the sum"
+    assert abs(answer - want / 2**0.5) > 1e-4, "each pair counts twice, as in Q Qᵀ"
     assert abs(answer - want) < 1e-4, "the norm of all products of two different vectors"
     print("right: a penalty without lengths")
 
@@ -672,6 +738,7 @@ else:
 #     adapters.orthogonality = angles
 #     record = finetune.finetune(base, task, "adalora", 100)
 #     print(record["score"], forgot(record))
+#     adapters.orthogonality = orthogonality  # put the real one back
 #
 # ## Summary, at this size
 #
