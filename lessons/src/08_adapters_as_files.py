@@ -168,7 +168,6 @@ for key in [key for key in tensors if "lora_A" in key]:
     )
     layer.weight.data += scale * B @ A
 
-# %%
 for key in list(tensors)[:2]:
     print(key, tuple(tensors[key].shape))
 ids = torch.tensor([base.tokenizer.encode(ten["owner"].test[0].prompt).ids])
@@ -217,7 +216,6 @@ formula = sum(8 * sum(bare.get_submodule(name).weight.shape) for name in names)
 assert fresh.get_nb_trainable_parameters()[0] == formula == sum(t.numel() for t in tensors.values())
 print(f"numbers in an adapter: {formula:,}; in the file: {4 * formula:,} bytes, names besides")
 
-# %%
 model = PeftModel(base.model()).eval()
 for name in ten:
     model.load_adapter(OUT / name, name)
@@ -310,6 +308,9 @@ compare.picture([frozen, full, thin], describe)
 # %% [markdown]
 # One often reads that a merged LoRA "equals" a fully fine-tuned model. It equals *its own adapter*: merging adds (α/r) B A to a
 # copy of W and changes nothing else. We measure how far the three models' predictions lie apart, on pretraining text.
+#
+# What can the merged model no longer do? It is a plain GPT, with no names and no switch. Taking the change off again does not give
+# the base either: floats round. (`merge_adapter` keeps W beside W', so that `unmerge_adapter` is exact.)
 
 # %%
 model.set_adapter("describe")
@@ -335,15 +336,11 @@ lost = {r["method"]: r["forgetting"]["on"] - r["forgetting"]["base"] for r in (f
 print("forgotten, nats a token:", {name: f"{value:.2f}" for name, value in lost.items()})
 assert apart("adapter", "merged") < 1e-3 < 0.1 < apart("adapter", "full")
 
-# %% [markdown]
-# What can the merged model no longer do? It is a plain GPT, with no names and no switch. Taking the change off again does not give
-# the base either: floats round. (`merge_adapter` keeps W beside W', so that `unmerge_adapter` is exact.)
-
 # %%
 assert not hasattr(merged, "set_adapter")
 W, delta = (
     bare.get_submodule(names[0]).weight.detach(),
-    model.get_submodule(names[0]).delta().detach(),
+    model.base_model.get_submodule(names[0]).delta().detach(),
 )
 off = (W + delta) - delta
 print(f"weights that do not come back by subtraction: {(off != W).float().mean():.0%}")
@@ -362,7 +359,8 @@ print("after merge_adapter and unmerge_adapter: the base's checksum")
 #
 # $$ (B_1 + B_2)(A_1 + A_2) = B_1 A_1 + B_2 A_2 + \underbrace{B_1 A_2 + B_2 A_1}_{\text{cross terms}} $$
 #
-# Weights w go in as √w on both sides. Both ways by hand, on the first layer of our two skills:
+# Weights w go in as √w on both sides. Both ways by hand, on the first layer of our two skills, and then measured.
+# After that we take α away: no tensor's shape tells it, so we read the *owner* adapter with another α in its config, and no error can come.
 
 # %%
 a, b = (model.adapters[name].layers[names[0]] for name in ("describe", "sentiment"))
@@ -406,9 +404,6 @@ for parts in (["owner", "cook"], [task.name for task in six]):
 assert (
     sum(sums["cat", name][3] for name in both) > sum(sums["linear", name][3] for name in both) + 0.3
 )
-
-# %% [markdown]
-# The other thing that can be missing is α. No tensor's shape tells it. Read the *owner* adapter with another α in its config, and no error can come.
 
 # %%
 alphas, by_alpha = (2, 4, 8, 16, 32, 64), []
