@@ -242,10 +242,10 @@ with model.disable_adapter():
 
 # %%
 def cell(model, task, n=24):
-    """A model's score on a task; the last prompt is long, so all may write four sentences."""
-    examples = task.test[:n]
-    texts = finetune.complete(model, base, [*examples, describe.test[0]])
-    return task.score(examples, texts[:-1])["score"]
+    """A model's score on a task. A long example beside gives all room for four sentences."""
+    examples, long = task.test[:n], describe.test[:1] if task.fact else []
+    texts = finetune.complete(model, base, examples + long)[:n]
+    return task.score(examples, texts)["score"]
 
 
 grid = {}
