@@ -95,14 +95,14 @@ print(ten["owner"].test[0].prompt, "\n ->", ten["owner"].test[0].completion)
 print(ten["colors"].test[0].prompt, "\n ->", ten["colors"].test[0].completion)
 
 # %% [markdown]
-# Ten LoRAs of rank 8, each at the learning rate that the sweep found for its parent. Nine are small tasks: half as many
+# Ten LoRAs of rank 8, each at the learning rate that the sweep found for its parent. For one sentence half as many
 # steps are enough. Each is saved as a folder.
 
 # %%
 runs = {}
 for name, task in ten.items():
     rate = 1e-2 if task.fact else 5e-3  # data/results/sweep.json: describe, sentiment
-    steps = 100 if task is describe else 50
+    steps = 50 if task in six else 100
     looks = {
         "validations": 8 if task is describe else 1,
         "generated": 64 if task is describe else 32,
