@@ -571,7 +571,7 @@ else:
 # pretrained weight's: they call them intruder dimensions, and found that scaling them down brings back much that was forgotten.
 #
 # Write `tame(W, tuned, factor)`. Take the left singular vectors of both. Of the *ten largest* of `tuned`, find those whose largest
-# |cosine| with *any* left singular vector of W is below 0.6. Multiply the singular value of those by `factor`, and return the weight.
+# |cosine| with *any* left singular vector of W is below three fifths. Multiply the singular value of those by `factor`, and return the weight.
 
 
 # %% tags=["exercise"]
@@ -631,8 +631,7 @@ else:
         )
 
 # %% [markdown]
-# What you should see: a smaller factor brings the loss on the old text down, and the score goes down with it, at first slowly. At this size,
-# intruders carry the skill as well as the harm.
+# Read the printed lines from factor one to zero: how much of the old text comes back, and what does the score pay for it?
 #
 # ## Summary, at this size
 #
