@@ -163,8 +163,6 @@ for axis, pairs, guess in [
 axes[0].set_yticks(rows, list(costs))
 axes[0].invert_yaxis()
 plt.show()
-
-# %%
 full, thin = costs["full"], costs["lora"]
 share = {key: thin[key] / full[key] for key in full}
 print(f"LoRA trains {share['trained']:.0%} of the parameters and does {share['work']:.0%}")
@@ -185,18 +183,9 @@ assert all(cost["work"] > 0.6 * full["work"] for cost in costs.values())
 # (Prefix tuning goes a little below: the first layer's input needs no gradient.)
 #
 # **"LoRA shrinks activations": no.** A's gradient needs the layer's input, just as W's did. Methods that need no such input, look at the
-# figure, do keep less. What helps everybody is checkpointing, which has nothing to do with adapters. Its price is seconds:
-
-# %% tags=["timing"]
-for name in ("full", "lora"):
-    model = finetune.build_model(base, name, seed=0, steps=100).train()
-    found = finetune.checkpoint_gradients(model, batch)
-    print(
-        f"{name}: checkpointing saves {found['bytes_saved'] / 1e6:.1f} MB of activations and costs "
-        f"{1000 * found['seconds_lost']:+.0f} ms a step (expect 10 to 40 ms on an idle core)"
-    )
-
-# %% [markdown]
+# figure, do keep less: BitFit's biases, for one. What helps everybody is checkpointing, which has nothing to do with adapters. Its price is a second
+# forward pass through the blocks; the seconds come below.
+#
 # ## All methods, both tasks, two sizes of the base
 #
 # These were run by `python -m minipeft compare --full --output data/results` (and `--task sentiment`) on the 3M base, three seeds; and on the
@@ -215,23 +204,19 @@ display(Markdown("`sentiment`, 3M base\n\n" + compare.table(records["3m", "senti
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
 for axis, name in zip(axes, ("describe", "sentiment"), strict=True):
+    ticks = [n for n in compare.rows(records["3m", name]) if n != "frozen"]
     for shift, size, alpha, hatch in [(-0.2, "1m", 0.45, ""), (0.2, "3m", 1, "//")]:
-        grouped = compare.rows(records[size, name])
-        del grouped["frozen"]
-        scores = [compare.mean(row, "score") for row in grouped.values()]
-        errors = [statistics.stdev(r["score"] for r in row) for row in grouped.values()]
-        axis.bar(
-            [place + shift for place in range(len(grouped))], scores, 0.38, yerr=errors, alpha=alpha,
-            hatch=hatch, edgecolor="white", color=[compare.color_of(n) for n in grouped], label=f"{size} base",
-        )  # fmt: skip
-    axis.set(title=name, ylim=(0, 1.05))
-    axis.set_xticks(range(len(grouped)), list(grouped), rotation=40, ha="right")
+        for n, row in compare.rows(records[size, name]).items():
+            scores = [record["score"] for record in row]
+            if n in ticks:
+                axis.bar(
+                    ticks.index(n) + shift, statistics.mean(scores), 0.38, alpha=alpha, hatch=hatch,
+                    yerr=statistics.pstdev(scores), edgecolor="white", color=compare.color_of(n),
+                )  # fmt: skip
+    axis.set(title=f"{name} (left bars: 1M base; hatched: 3M base)", ylim=(0, 1.05))
+    axis.set_xticks(range(len(ticks)), ticks, rotation=40, ha="right")
 axes[0].set_ylabel("score (slot accuracy; exact match)")
-for handle in (legend := axes[1].legend(loc="lower right")).legend_handles:
-    handle.set_facecolor("#555555")
 plt.show()
-
-# %%
 shares = {
     key: {name: compare.share_of_gap(kept, row) for name, row in compare.rows(kept).items()}
     for key, kept in records.items()
@@ -265,6 +250,13 @@ for name in ("full", "lora"):
 # %% tags=["timing"]
 frozen = compare.rows(records["1m", "describe"])["frozen"]
 display(Markdown(compare.table([*frozen, *live.values()], task)))
+for name in ("full", "lora"):
+    model = finetune.build_model(base, name, seed=0, steps=100).train()
+    found = finetune.checkpoint_gradients(model, batch)
+    print(
+        f"{name}: checkpointing saves {found['bytes_saved'] / 1e6:.1f} MB of activations and costs "
+        f"{1000 * found['seconds_lost']:+.0f} ms a step (expect 5 to 60 ms)"
+    )
 
 # %% [markdown]
 # ## What breaks it: take away the search
@@ -276,8 +268,6 @@ display(Markdown(compare.table([*frozen, *live.values()], task)))
 grid = [0.0005, 0.002, 0.008, 0.032]
 quick = {"full": sweep.sweep(base, task, "full", grid, [], steps=33, generated=48)[0]}
 print("full: slot loss", [f"{p['slot_loss']:.2f}" for p in quick["full"]["points"]])
-
-# %%
 quick["lora"] = sweep.sweep(base, task, "lora", grid, [8], steps=33, generated=48)[0]
 print("LoRA: slot loss", [f"{p['slot_loss']:.2f}" for p in quick["lora"]["points"]])
 
@@ -295,8 +285,6 @@ axes[1].set(ylabel="slot accuracy", ylim=(0, 1.02))
 axes[2].set(ylabel="nats a token")
 axes[0].legend(frameon=False)
 plt.show()
-
-# %%
 at = {name: {p["learning_rate"]: p for p in entry["points"]} for name, entry in quick.items()}
 for rate in grid:
     a, b = at["full"][rate], at["lora"][rate]
@@ -306,6 +294,9 @@ for rate in grid:
     )
 best = {name: entry["best"] for name, entry in quick.items()}
 print("best rates:", best)
+a, b = (at[name][best[name]]["forgetting"] for name in quick)
+print(f"at these, LoRA forgets {b / a:.1f} times as much (expect 0.8 to 1.3)")
+assert 0.6 < b / a < 1.6
 assert best["full"] < best["lora"]
 assert at["full"][0.002]["slot_loss"] < at["lora"][0.002]["slot_loss"] / 3
 assert at["full"][0.008]["slot_loss"] > at["lora"][0.008]["slot_loss"]
@@ -351,6 +342,9 @@ for axis, name in zip(axes, ("describe", "sentiment"), strict=True):
             x = max(chosen["forgetting"], 0.002)
             axis.plot(x, chosen["score"], "o", ms=13, mfc="none", mec=COLORS[method])
     axis.set(xscale="log", xlabel="forgetting (nats a token, log scale)", title=name)
+    ticks = (0.1, 0.3, 1, 3, 10) if name == "describe" else (0.01, 0.1, 1, 10)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
 forgot = {n: r["forgetting"]["on"] - r["forgetting"]["base"] for n, r in live.items()}
 for name, record in live.items():
     axes[0].plot(forgot[name], record["score"], "*", color="black", ms=9, zorder=4)
@@ -359,8 +353,6 @@ axes[0].text(guess_forgets * forgot["full"], 0.3, " your guess\n for LoRA", ha="
 axes[0].set_ylabel("score on validation examples")
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)  # fmt: skip
 plt.show()
-
-# %%
 print(
     f"at its best rate LoRA forgets {forgot['lora'] / forgot['full']:.1f} times as much as full"
     f" fine-tuning; you guessed {guess_forgets} (expect 2 to 3)"
@@ -368,13 +360,13 @@ print(
 assert forgot["lora"] > 1.5 * forgot["full"]
 print("the least forgetting among the rates that reach a score:")
 for size, bar in (("1m", 0.9), ("3m", 0.95)):
+    least = {}
     for method, entry in swept(size, "describe").items():
         points = [p for p in entry["points"] if p.get("score", 0) >= bar and "forgetting" in p]
         if points:
-            p = min(points, key=lambda p: p["forgetting"])
-            print(
-                f"  {size} base, score {bar} or more: {method:14} {p['forgetting']:+.2f} (at {p['learning_rate']:g})"
-            )
+            least[method] = min(p["forgetting"] for p in points)
+    print(f"  {size} base, score {bar}:", {m: f"{value:+.2f}" for m, value in least.items()})
+    assert least["adalora"] < least["full"] < least["lora"]
 path = [p for p in swept("1m", "describe")["full"]["points"] if p["score"] > 0.9]
 times = path[-1]["forgetting"] / path[0]["forgetting"]
 print(f"full fine-tuning alone, rates with a score above 0.9: from one to {times:.0f} times")
@@ -387,13 +379,14 @@ assert times > 4
 # | compared | who forgets less |
 # |---|---|
 # | at the same learning rate | LoRA, at every rate |
-# | each at its best rate | full fine-tuning |
-# | at equal score | full fine-tuning, with a smaller rate than its best |
+# | each at its best rate, 33 steps | about level, and LoRA has learned less |
+# | each at its best rate, a hundred steps | full fine-tuning |
+# | at equal score | full fine-tuning |
 # | switched off | LoRA: it is the base again, to the bit |
 #
-# All four were measured on the same model. Biderman et al. found that LoRA learns less *and* forgets less: a trade, on models a thousand times larger, on other
+# All of it was measured on the same models, the first two lines above, live. Biderman et al. found that LoRA learns less *and* forgets less: a trade, on a model thousands of times larger, on other
 # tasks. Here the trade is there, along each path, but the paths lie the other way round. So never believe
-# "forgets less" without the rates; plot the path. AdaLoRA's path hardly moves to the right at all; that is the work of its penalty (lesson 03).
+# "forgets less" without the rates; plot the path. AdaLoRA's path stays on the left until its largest rate; that is the work of its penalty (lesson 03).
 #
 # ## The loss is not the score
 #
@@ -430,7 +423,11 @@ assert b[1]["score"] - a[1]["score"] > 0.1
 #
 # ## Is a higher rank better? And where should it go?
 #
-# The committed sweeps of LoRA on the 3M base, slot loss by rank and learning rate (`–` or a huge loss: it broke).
+# First the committed sweeps of LoRA on the 3M base, slot loss by rank and learning rate (α is twice the rank; a huge loss means that it broke).
+#
+# Then *where*. `--targets` puts the adapters on attention alone, on the MLP alone, or on all linear layers, each at the rank that gives it
+# about the same number of parameters. The paper adapts mainly the query and value projections; our fused layer makes queries, keys and values
+# at once, so this is not its set-up.
 
 # %%
 ranks = [
@@ -443,35 +440,42 @@ for entry in ranks:
     p = next(p for p in entry["points"] if p["learning_rate"] == entry["best"])
     print(f"rank {entry['size']:2} at {entry['best']:g}: score {p['score']:.2f}")
 same = {e["size"]: next(p for p in e["points"] if p["learning_rate"] == 0.02) for e in ranks}
+own = [min(sweep.judge(p) for p in e["points"]) for e in ranks]
+assert own == sorted(own, reverse=True)
 print("all at 0.02:", {r: f"{p['score']:.2f}" for r, p in same.items()})
 assert same[32]["score"] < 0.1 < 0.8 < same[2]["score"]
-
-# %% [markdown]
-# **"A higher rank is better": only if you search again.** At one fixed rate the highest rank is the one that breaks. With a rate of its own each rank does
-# at least about as well as the one before, and each doubling brings less. (α is twice the rank in all of them.)
-#
-# The other choice is *where*. `--targets` puts the adapters on attention alone, on the MLP alone, or on all linear layers, each at the rank that gives it
-# the same number of parameters. The paper adapts mainly the query and value projections; our fused layer makes all three, so this is not its set-up.
-
-# %%
-placed = {"all-linear": live["lora"]}
-for where in ("attention", "mlp"):
-    placed[where] = finetune.finetune(base, task, "lora", 100, targets=where)
-for where, record in placed.items():
-    forgets = record["forgetting"]["on"] - record["forgetting"]["base"]
+file = RESULTS / "placement" / "compare.json"
+if file.is_file():
+    placed = {n: row for n, row in compare.rows(compare.load(file)).items() if n.startswith("lora")}
+else:  # one seed here, on the 1M base
+    placed = {"lora, all-linear": [live["lora"]]}
+    for where in ("attention", "mlp"):
+        row = [finetune.finetune(base, task, "lora", 100, targets=where)]
+        placed[f"lora, {where}"] = row
+for where, row in placed.items():
+    forgets = statistics.mean(r["forgetting"]["on"] - r["forgetting"]["base"] for r in row)
     print(
-        f"{where:11} {record['trainable']:,} parameters, score {record['score']:.2f}, "
-        f"slot loss {record['test_slot_loss']:.3f}, forgets {forgets:+.2f}"
+        f"{where:17} {row[0]['trainable']:,} parameters, score {compare.spread(row, 'score')}, "
+        f"slot loss {compare.mean(row, 'test_slot_loss'):.3f}, forgets {forgets:+.2f} ({len(row)} seeds)"
     )
-counts = [record["trainable"] for record in placed.values()]
+seeds = [r["score"] for r in compare.rows(records["1m", "describe"])["lora"]]
+print(
+    f"LoRA on all layers of the 1M base, four seeds: scores from {min(seeds):.2f} to {max(seeds):.2f}"
+)
+counts = [row[0]["trainable"] for row in placed.values()]
 assert max(counts) < 1.05 * min(counts)  # ranks are whole numbers
 
 # %% [markdown]
+# **"A higher rank is better": only if you search again.** At one fixed rate the highest rank is the one that breaks. With a rate of its own each rank
+# does better than the one before, and each doubling brings less.
+#
+# As to the place: all three learn the task. Before you call one of them the best, compare their distance with the distance of LoRA's own seeds, in the last line.
+#
 # ## A decision table, from the measurements
 #
 # Nobody typed the table below. For each problem a cell takes the methods that pass a bar, sorts them by what the problem asks for, and says whether
-# each of the three seeds alone would have chosen the same. All figures are of the 3M base. Two questions it asks of the code itself, live: can the method be
-# merged into a plain model, and what does the forward pass cost if not?
+# each of the three seeds alone would have chosen the same. All figures are of the 3M base. First two questions to the code itself, live: can the method be
+# merged into a plain model, and what does it add to a forward pass if it is not?
 
 # %%
 plain, merges, extra = base.model().eval(), {"full": True}, {"full": 0.0}
@@ -499,7 +503,7 @@ def facts(seed=None):
     """What was measured of each method on the 3M base; of one seed alone, if it is given."""
     found = {}
     for name in ("describe", "sentiment"):
-        some = [r for r in records["3m", name] if seed is None or r["seed"] in (seed, None) or r["method"] == "frozen"]  # fmt: skip
+        some = [r for r in records["3m", name] if seed in (None, r["seed"]) or r["method"] == "frozen"]  # fmt: skip
         for method, row in compare.rows(some).items():
             if method in ("frozen", compare.RANDOM):
                 continue
@@ -508,32 +512,34 @@ def facts(seed=None):
             one[f"{name} share"] = compare.share_of_gap(some, row)
             on = [r["forgetting"]["on"] - r["forgetting"]["base"] for r in row]
             one[f"{name} forgets"] = statistics.mean(on)
-            one["disk"] = r["disk_bytes"]
+            one[f"{name} disk"] = compare.mean(row, "disk_bytes")
             one["held"] = r["weight_bytes"] + r["gradient_bytes"] + r["optimizer_bytes"]
             one["undone"] = all(r["forgetting"].get("off") == r["forgetting"]["base"] for r in row)
             if name == "describe":
-                curve = zip(*(r["validation"] for r in row), strict=True)
-                low = (
-                    p[0]["step"] for p in curve if statistics.mean(q["slot_loss"] for q in p) < 0.1
-                )
-                one["steps"] = next(low, math.inf)
-    return found
+                for points in zip(*(r["validation"] for r in row), strict=True):
+                    if statistics.mean(p["slot_loss"] for p in points) < 0.1:
+                        one.setdefault("steps", points[0]["step"])
+    return {method: one for method, one in found.items() if "sentiment score" in one and "describe score" in one}  # fmt: skip
 
 
 def skilled(one, bar=0.9):
     return one["describe share"] >= bar
 
 
-PROBLEMS = [  # the problem, who passes, what is then least, how it is shown
-    ("a new skill, as well as can be", skilled, lambda o: -o["describe score"], "score {0:.3f}"),
-    ("a new skill, little memory", skilled, lambda o: o["held"], "{0:.2e} bytes held"),
-    ("many tasks on one base", skilled, lambda o: o["disk"], "{0:.2e} bytes a task"),
-    ("few steps", skilled, lambda o: o["steps"], "slot loss below 0.1 at step {0}"),
-    ("must not forget while it answers", skilled, lambda o: o["describe forgets"], "forgets {0:+.2f}"),
-    ("must be undone to the bit", lambda o: skilled(o) and o["undone"], lambda o: -o["describe score"], "score {0:.3f}"),
-    ("only to be steered, smallest file", lambda o: o["sentiment share"] >= 0.95, lambda o: o["disk"], "{0:.2e} bytes a task"),
-    ("steered, and must not forget", lambda o: o["sentiment share"] >= 0.95, lambda o: o["sentiment forgets"], "forgets {0:+.3f}"),
-    ("must cost nothing once trained", lambda o: skilled(o) and merges[o["method"]], lambda o: -o["describe score"], "score {0:.3f}"),
+def steered(one, bar=0.95):
+    return one["sentiment share"] >= bar
+
+
+PROBLEMS = [  # the problem, who passes, what of them is then least, how it is shown
+    ("a new skill, as well as can be", skilled, lambda o: -o["describe score"], "score {:.3f}"),
+    ("a new skill, little memory", skilled, lambda o: o["held"] / 1e3, "{:,.0f} kB held"),
+    ("many tasks on one base", skilled, lambda o: o["describe disk"] / 1e3, "{:,.0f} kB a task"),
+    ("few steps", skilled, lambda o: o.get("steps", math.inf), "good by step {}"),
+    ("must not forget while it answers", skilled, lambda o: o["describe forgets"], "forgets {:.2f}"),
+    ("must be undone to the bit", lambda o: skilled(o) and o["undone"], lambda o: -o["describe score"], "score {:.3f}"),
+    ("must cost nothing extra in use", lambda o: skilled(o) and merges[o["method"]], lambda o: -o["describe score"], "score {:.3f}"),
+    ("only to be steered, smallest file", steered, lambda o: o["sentiment disk"] / 1e3, "{:,.0f} kB a task"),
+    ("only to be steered, must not forget", steered, lambda o: o["sentiment forgets"], "forgets {:.3f}"),
 ]  # fmt: skip
 
 
@@ -544,26 +550,28 @@ def ranking(found, passes, cost):
     return sorted(fit, key=lambda one: (cost(one), -one["describe score"]))
 
 
-lines = ["| your problem | pass | take | because | next | its figure | seeds that agree |", "|" + "---|" * 7]  # fmt: skip
 picks, alone = {}, [facts(seed) for seed in range(3)]
+lines = ["| your problem | pass | take | its figure | next | its figure | seeds that agree |"]
+lines.append("|" + "---|" * 7)
 for problem, passes, cost, form in PROBLEMS:
-    first, second = ranking(facts(), passes, cost)[:2]
-    agree = sum(ranking(f, passes, cost)[0]["method"] == first["method"] for f in alone)
-    picks[problem] = first
-    shown = [
-        form.format(abs(cost(o)) if "forgets" not in form else cost(o)) for o in (first, second)
-    ]
-    fit = len(ranking(facts(), passes, cost))
-    lines.append(f"| {problem} | {fit} | **{first['method']}** | {shown[0]} | {second['method']} | {shown[1]} | {agree} of 3 |")  # fmt: skip
+    order = ranking(facts(), passes, cost)
+    picks[problem], name = order[0], order[0]["method"]
+    cells = [problem, len(order)]
+    for one in order[:2]:
+        cells += [one["method"], form.format(abs(cost(one)))]
+    agree = sum(ranking(found, passes, cost)[0]["method"] == name for found in alone)
+    lines.append("| " + " | ".join(str(c) for c in [*cells, f"{agree} of 3"]) + " |")
 display(Markdown("\n".join(lines)))
 
 # %% [markdown]
-# Read the last column first: where it is below three, the first two are level, and you may take whichever is simpler. Read *pass* next: for a new skill
-# the prompt methods are not on the list at all. And remember what stands in `facts`: *held* leaves the activations out, since
-# checkpointing takes them away from everybody.
+# How to read it. *Pass* is how many methods reach the bar: for a new skill nine tenths of full fine-tuning's gain, for steering 95 hundredths. A new skill
+# leaves no prompt method on the list. *Seeds that agree* is how many of the three would have chosen the same: where it is below three, the first two are
+# level, so take whichever is simpler. *Held* is weights, gradients and optimizer state; activations are left out, since checkpointing takes them away from everybody.
 #
-# The row about few steps comes from runs that were planned for a hundred. A fairer question is a run planned for 33, at its own rates; and
-# few examples are another question again. For these two we have full fine-tuning and LoRA alone (`python data/study.py`):
+# If the adapter may be switched off for old text, the rows about forgetting do not matter: every adapter then forgets nothing.
+#
+# *Few steps* (slot loss below a tenth of a nat) comes from runs that were planned for a hundred. It is fairer to plan a short run, at its own rates; and few
+# examples are one more question. For these there are full fine-tuning and LoRA alone (`python data/study.py`, 3M base, three seeds):
 
 # %%
 study = json.loads((RESULTS / "study.json").read_text())
@@ -576,8 +584,11 @@ for steps, examples in ((33, 400), (100, 50), (300, 400)):
 full = facts()["full"]
 assert picks["must not forget while it answers"]["describe forgets"] < full["describe forgets"] / 2
 assert picks["a new skill, little memory"]["held"] < full["held"] / 4
-assert picks["many tasks on one base"]["disk"] < full["disk"] / 10
-assert picks["only to be steered, smallest file"]["disk"] < picks["many tasks on one base"]["disk"]
+assert picks["many tasks on one base"]["describe disk"] < full["describe disk"] / 10
+assert (
+    picks["only to be steered, smallest file"]["sentiment disk"]
+    < picks["many tasks on one base"]["describe disk"]
+)
 
 # %% [markdown]
 # ## Exercises
@@ -698,7 +709,8 @@ else:
 # %% [markdown]
 # **3 · LoRA+.** Hayou et al. 2024 (arXiv 2402.12354) argue that B should learn faster than A, the more so the wider the model, and suggest a
 # ratio of about sixteen. Write `groups(model, rate, ratio)`: two parameter groups for an optimizer, first all `lora_A` at `rate`, then all `lora_B` at `ratio` times `rate`.
-# Then `train` below measures it. **Guess:** at the same rate for A, and at a rate searched for each ratio, does the larger ratio win?
+# Then `train` in the check measures it, in short runs. **Guess:** does LoRA+ win at the same rate for A? And when each has a rate of its own?
+# (The paper's argument grows with the width; ours is 128.)
 
 
 # %% tags=["exercise"]
@@ -779,9 +791,14 @@ else:
     assert math.isclose(two[1]["lr"], 0.16), "B learns at ratio · rate"
     print("right; now measured:")
     plain, plus = ({rate: train(rate, ratio) for rate in rates} for ratio, rates in ((1, (0.0025, 0.01)), (16, (0.00125, 0.0025))))  # fmt: skip
-    print(f"at the same rate for A, LoRA+ has {plus[0.0025] / plain[0.0025]:.1f} times LoRA's loss")
-    print(f"each at its better rate, {min(plus.values()) / min(plain.values()):.1f} times")
-    assert plus[0.0025] < 0.6 * plain[0.0025]
+    print(
+        f"at the same rate for A, LoRA+ has {plus[0.0025] / plain[0.0025]:.1f} times LoRA's loss (expect 0.1 to 0.5)"
+    )
+    print(
+        f"each at its better rate, {min(plus.values()) / min(plain.values()):.1f} times (expect 1.0 to 1.5)"
+    )
+    assert plus[0.0025] < 0.7 * plain[0.0025]
+    assert min(plus.values()) > 0.8 * min(plain.values())
 
 # %% [markdown]
 # **4 · DoRA.** Liu et al. 2024 (arXiv 2402.09353) split a weight into magnitude and direction, and let LoRA turn the direction alone:
