@@ -141,7 +141,7 @@ for name in methods:
     )
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.7), sharey=True, layout="constrained")
 rows = range(len(costs))
 for axis, pairs, guess in [
     (axes[0], [("trained", "parameters trained", "#b9b9b9", ""), ("work", "arithmetic of a step", "#1b4f8f", "")], guess_work),
@@ -202,18 +202,18 @@ display(Markdown("`describe`, 3M base\n\n" + compare.table(records["3m", "descri
 display(Markdown("`sentiment`, 3M base\n\n" + compare.table(records["3m", "sentiment"], other)))
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.5), sharey=True, layout="constrained")
 for axis, name in zip(axes, ("describe", "sentiment"), strict=True):
     ticks = [n for n in compare.rows(records["3m", name]) if n != "frozen"]
-    for shift, size, alpha, hatch in [(-0.2, "1m", 0.45, ""), (0.2, "3m", 1, "//")]:
+    for shift, size, alpha in [(-0.2, "1m", 0.45), (0.2, "3m", 1)]:
         for n, row in compare.rows(records[size, name]).items():
             scores = [record["score"] for record in row]
             if n in ticks:
                 axis.bar(
-                    ticks.index(n) + shift, statistics.mean(scores), 0.38, alpha=alpha, hatch=hatch,
-                    yerr=statistics.pstdev(scores), edgecolor="white", color=compare.color_of(n),
+                    ticks.index(n) + shift, statistics.mean(scores), 0.38, alpha=alpha,
+                    yerr=statistics.pstdev(scores), color=compare.color_of(n),
                 )  # fmt: skip
-    axis.set(title=f"{name} (left bars: 1M base; hatched: 3M base)", ylim=(0, 1.05))
+    axis.set(title=f"{name} (pale: 1M base, full: 3M base)", ylim=(0, 1.05))
     axis.set_xticks(range(len(ticks)), ticks, rotation=40, ha="right")
 axes[0].set_ylabel("score (slot accuracy; exact match)")
 plt.show()
@@ -272,7 +272,7 @@ quick["lora"] = sweep.sweep(base, task, "lora", grid, [8], steps=33, generated=4
 print("LoRA: slot loss", [f"{p['slot_loss']:.2f}" for p in quick["lora"]["points"]])
 
 # %%
-figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
 for axis, key in zip(axes, ("slot_loss", "score", "forgetting"), strict=True):
     for (name, entry), style in zip(quick.items(), ("o-", "s--"), strict=True):
         values = [p[key] for p in entry["points"]]
@@ -330,7 +330,7 @@ def swept(size, name, steps=100, examples=400):
     return {e["method"]: e for e in found if e["size"] == finetune.METHODS[e["method"]].get("size")}
 
 
-figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.1), sharey=True, layout="constrained")
 markers = dict(zip(methods, "osDv^<>P*X", strict=False))
 for axis, name in zip(axes, ("describe", "sentiment"), strict=True):
     for method, entry in swept("1m", name).items():
@@ -456,12 +456,8 @@ for where, row in placed.items():
     forgets = statistics.mean(r["forgetting"]["on"] - r["forgetting"]["base"] for r in row)
     print(
         f"{where:17} {row[0]['trainable']:,} parameters, score {compare.spread(row, 'score')}, "
-        f"slot loss {compare.mean(row, 'test_slot_loss'):.3f}, forgets {forgets:+.2f} ({len(row)} seeds)"
+        f"slot loss {compare.mean(row, 'test_slot_loss'):.3f}, forgets {forgets:+.2f} (seeds: {len(row)})"
     )
-seeds = [r["score"] for r in compare.rows(records["1m", "describe"])["lora"]]
-print(
-    f"LoRA on all layers of the 1M base, four seeds: scores from {min(seeds):.2f} to {max(seeds):.2f}"
-)
 counts = [row[0]["trainable"] for row in placed.values()]
 assert max(counts) < 1.05 * min(counts)  # ranks are whole numbers
 
@@ -469,7 +465,7 @@ assert max(counts) < 1.05 * min(counts)  # ranks are whole numbers
 # **"A higher rank is better": only if you search again.** At one fixed rate the highest rank is the one that breaks. With a rate of its own each rank
 # does better than the one before, and each doubling brings less.
 #
-# As to the place: all three learn the task. Before you call one of them the best, compare their distance with the distance of LoRA's own seeds, in the last line.
+# As to the place: all three learn the task. Before you call one of them the best, compare their distance with the distance of LoRA's own seeds (the live run, above).
 #
 # ## A decision table, from the measurements
 #
@@ -913,8 +909,8 @@ else:
 # - Freezing saves parameters, gradients and optimizer state, a third of the arithmetic at most, and with LoRA none of the activations: checkpointing does that.
 # - A method is compared with its own learning rate or not at all: at one rate for both, the rate decides who wins.
 # - "LoRA forgets less" is true at the same rate and false at the same score; off, an adapter forgets nothing.
-# - For a new skill the weight methods come close to full fine-tuning and the prompt methods do not; to steer, almost anything will do, so take the smallest.
+# - For a new skill LoRA and its kin come close to full fine-tuning and the prompt methods do not; to steer, almost anything will do, so take the smallest.
 # - Loss and score mostly agree and part where it is close; a higher rank needs a new search.
 #
-# **To read:** Biderman et al. 2024, arXiv 2405.09673, sections 3 and 4; Hayou et al. 2024, arXiv 2402.12354; Liu et al. 2024, arXiv
-# 2402.09353; He et al. 2021, *Towards a Unified View of Parameter-Efficient Transfer Learning*, arXiv 2110.04366.
+# **To read:** Biderman et al. 2024, arXiv 2405.09673, sections 3 and 4; Hayou et al. 2024, arXiv 2402.12354; Liu et al. 2024,
+# arXiv 2402.09353; He et al. 2021, *Towards a Unified View of Parameter-Efficient Transfer Learning*, arXiv 2110.04366.
