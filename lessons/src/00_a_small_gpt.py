@@ -349,11 +349,11 @@ def learn(returning, layers=2, steps=600, seed=0):
     )  # fmt: skip
     model, points = GPT(config), []
 
-    def look(step):
-        if step % 25 == 0:
-            points.append((step, copied(model)))
+    def look(row):
+        if row["step"] % 25 == 0:
+            points.append((row["step"], copied(model)))
 
-    look(0)
+    look({"step": 0})
     order = tasks.shuffled(list(range(len(rows))), 16, seed)
     batches = ([{"input_ids": rows[i], "labels": rows[i]}] for i in order)
     title = f"{layers} layers, names {'return' if returning else 'never return'}"
