@@ -11,7 +11,7 @@
 # **Papers.** Chen et al. 2016, *Training Deep Nets with Sublinear Memory Cost* (gradient checkpointing), arXiv 1604.06174;
 # Dettmers et al. 2023, *QLoRA*, arXiv 2305.14314.
 #
-# **Time.** Thirty minutes to read, two and a half to run, sixty for the exercises.
+# **Time.** Thirty minutes to read, two and a half to run, fifty for the exercises.
 
 # %%
 import inspect
@@ -97,7 +97,6 @@ def by_hand(layers, d, f, keys, heads, vocabulary, method, tokens, checkpointing
     return weights, gradients, optimizer, tokens * (2 * kept + 4 * vocabulary)
 
 
-# %%
 LARGE = {
     "llama-2-7b": (32, 4096, 11008, 4096, 32, 32000),
     "llama-2-13b": (40, 5120, 13824, 5120, 40, 32000),
@@ -120,7 +119,7 @@ print("by hand and minipeft: the same bytes, three shapes, three methods, both w
 display(Markdown(memory.table(found)))
 
 # %%
-figure, axes = plt.subplots(1, 3, figsize=(11, 4.2), layout="constrained")
+figure, axes = plt.subplots(1, 3, figsize=(10, 3.8), layout="constrained")
 shown = ("llama-2-7b", "llama-2-7b, checkpointing", "llama-2-70b, checkpointing")
 for axis, label in zip(axes, shown, strict=True):
     frozen = {"weights": 2 * memory.SHAPES[label.split(",")[0]].parameters}
@@ -132,7 +131,8 @@ for axis, label in zip(axes, shown, strict=True):
             list(bars), heights, 0.65, bottom, color=color, hatch=hatch, ec="white", label=part
         )
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    axis.bar_label(axis.containers[-1], [f"{b:.3g}" for b in bottom], padding=2)
+    over = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    axis.bar_label(axis.containers[-1], [f"{b:.3g}" for b in bottom], padding=3, bbox=over)
     axis.axhline(24, color="black", linewidth=0.7, linestyle="--", label="a card of 24 GB")
     axis.axhline(80, color="black", linewidth=0.7, label="a card of 80 GB")
     axis.set(title=label, ylim=(0, 1.12 * max(*bottom, 85)))
@@ -142,8 +142,6 @@ figure.legend(
     *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False
 )
 plt.show()
-
-# %%
 parts = found["llama-2-7b"]
 for method, each in parts.items():
     total = sum(each.values())
@@ -217,11 +215,12 @@ assert real or abs(loss - math.log(c.vocab_size)) < 1
 # %% [markdown]
 # What could an adapter be put on? `python -m minipeft targets --base FOLDER` prints this list for any model. Each name is an entry for
 # `target_modules`. *Rank 1 adapters* is what rank 1 costs; multiply by your rank.
+#
+# Note `c_attn`: GPT-2 makes queries, keys and values in one matrix, so a LoRA there has one A for all three. The LoRA paper adapts
+# queries and values, each with its own. The model decides what you can choose.
 
 # %%
 display(Markdown(placement.table(placement.list_targets(gpt2))))
-
-# %%
 CAUSAL = {"task_type": "CAUSAL_LM"}
 NAMES = ["c_attn", "c_proj", "c_fc"]
 for title, config in {
@@ -236,14 +235,8 @@ for title, config in {
     if title == "all linear layers":  # Hugging Face's peft prints the same for its GPT-2
         assert counted.get_nb_trainable_parameters() == (1_179_648, 125_619_456)
 
-# %% [markdown]
-# Note `c_attn`: GPT-2 makes queries, keys and values in one matrix, so a LoRA there has one A for all three. The LoRA paper adapts
-# queries and values, each with its own. The model decides what you can choose.
-#
-# The three promises of every lesson, now on the real shape: it starts as the base, only its own tensors get gradients, and the count
-# is the formula's.
-
 # %%
+# the three promises: starts as the base, only its own tensors get gradients, the formula's count
 plain = gpt2(fox).logits
 model = get_peft_model(gpt2, LoraConfig(r=8, target_modules=NAMES, **CAUSAL))
 assert torch.equal(model(fox).logits, plain)
@@ -284,7 +277,7 @@ print("measured, and in brackets what was computed: less than a hundredth apart"
 # So what does help? Three things that touch the grey part itself:
 # - **checkpointing**: keep each block's input alone, and compute the rest again when the backward pass gets there;
 # - **adapters in the top layers alone**: the gradient stops at the lowest one, and nothing below has to be kept;
-# - **the logits**: the loss keeps a float for each token and each word of the vocabulary. Exercise 4 takes them apart.
+# - **the logits**: the loss keeps a float for each token and each word of the vocabulary. Exercise 3 takes them apart.
 #
 # **Guess:** what share of full fine-tuning's activations is left with checkpointing?
 
@@ -324,10 +317,9 @@ assert left["lora,\ntop quarter"] < 0.6 * left["full"]
 assert share < 0.45
 assert logits > left["lora,\ncheckpointing"] / 2 or real
 
-# %%
 records = compare.load(tasks.DATA / "results" / "1m" / "compare.json")
 rows = compare.rows(records)
-figure, (one, two) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+figure, (one, two) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
 colors = [BLUE, ORANGE, PINK, ORANGE, ORANGE]
 one.bar(
     list(left), [(size - logits) / 1e3 for size in left.values()], 0.65, logits / 1e3, color=colors
@@ -338,12 +330,12 @@ one.bar(
 one.axhline(guess_left * left["full"] / 1e3, color="black", linestyle=":", label="your guess")
 one.set(ylabel="kB that a token leaves behind", title="GPT-2, one step, measured")
 one.legend(frameon=False)
+markers = list("o^vDs<>P")
 for name, row in rows.items():
     if name not in ("frozen", compare.RANDOM):
         at = row[0]["trainable"], row[0]["activation_bytes"] / 1e6
-        two.plot(*at, "o", ms=9, color=compare.color_of(name))
-        above = name in ("full", "adalora", "prompt_tuning", "p_tuning")
-        two.annotate(name, at, (0, 9 if above else -18), textcoords="offset points", ha="center")
+        two.plot(*at, markers.pop(), ms=9, color=compare.color_of(name), label=name, alpha=0.8)
+two.legend(frameon=False, loc="lower right", ncols=2)
 two.set(xscale="log", xlabel="trained numbers", ylim=(0, 52), xlim=(1e3, 3e6))
 two.set(ylabel="MB of activations, 16 texts", title="our 1M base, all methods")
 plt.show()
@@ -352,14 +344,14 @@ assert min(spread) > 0.8 * max(spread)
 
 # %% [markdown]
 # The right panel has the methods of this course, from a few thousand trained numbers to a million. The line they make is nearly
-# flat: **few trained numbers do not mean few activations.** (Prefix tuning is a little lower: its gradient enters
-# at keys and values, not at the input.) On the left, checkpointing takes away most of the blocks' part, and then the logits
+# flat: **few trained numbers do not mean few activations.** (Prefix tuning is a little lower: a frozen linear layer need
+# not keep its input, which LoRA's A asks for. Prompt tuning saves the same, and pays with twenty more tokens in each text.) On the left, checkpointing takes away most of the blocks' part, and then the logits
 # are the largest thing left. The guess was not silly: with a small vocabulary and many layers, less is left.
 #
 # ## The real file
 #
 # This is what minipeft computes activations with, then how `gpt.py` uses checkpointing: a block is called through
-# PyTorch's `checkpoint`. In exercise 3 you write that function yourself.
+# PyTorch's `checkpoint`. In exercise 2 you write that function yourself.
 
 # %%
 print(inspect.getsource(memory.activations))
@@ -409,7 +401,7 @@ price = kept_less["gradient_checkpointing"]["seconds_lost"]
 print(f"checkpointing costs {1000 * price:.0f} ms a step here (expect a tenth to a half of one)")
 
 # %%
-figure, (one, two) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+figure, (one, two) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
 styles = {"full": "o-", "lora": "s-", "lora, checkpointing": "x:", "lora, top half": "^--"}
 for name, runs in compare.rows(shown).items():
     color, scores = compare.color_of(name), [run["score"] for run in runs]
@@ -422,19 +414,15 @@ for name, runs in compare.rows(shown).items():
         at, mean(scores), stdev(scores) if len(scores) > 1 else 0, fmt=styles.get(name, "o")[0],
         color=color, ms=9, capsize=4,
     )  # fmt: skip
-    right = at > 30
-    two.annotate(
-        name,
-        (at, mean(scores)),
-        (12, -18),
-        textcoords="offset points",
-        ha="right" if right else "left",
-    )
-two.plot(halved["activation_bytes"] / 1e6, guess_top, "k*", ms=12, label="your guess, top half")
+    offset = {"full": (0, 14), "lora": (0, -24), "lora, top half": (0, -20)}.get(name, (0, 12))
+    two.annotate(name, (at, mean(scores)), offset, textcoords="offset points", ha="center")
+two.plot(halved["activation_bytes"] / 1e6, guess_top, "k*", ms=12)
+two.annotate(
+    "your guess, top half", (halved["activation_bytes"] / 1e6, guess_top - 0.1), ha="center"
+)
 one.set(xlabel="step", ylabel="validation loss of slot tokens (nats)", yscale="log")
-two.set(xlabel="MB of activations, 16 texts", ylabel=task.metric, ylim=(-0.08, 1.08), xlim=(-2, 50))
+two.set(xlabel="MB of activations, 16 texts", ylabel=task.metric, ylim=(-0.08, 1.15), xlim=(-4, 52))
 one.legend(frameon=False)
-two.legend(frameon=False, loc="center right")
 plt.show()
 
 # %% [markdown]
@@ -487,16 +475,12 @@ def train(method, rate, sixteen_bits):
     return points
 
 
-# %%
 runs = {bits: train("full", 1e-4, bits == 16) for bits in (32, 16)}
-
-# %%
 thin = train("lora", plain[0]["learning_rate"], True)
 assert runs[16][-1] > 2 * runs[32][-1]
 assert thin[-1] < 0.25
 
-# %%
-figure, (one, two) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+figure, (one, two) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
 one.plot(rates, moves, color=BLUE, label="weights of the base, in bfloat16")
 one.plot(2e-5, guess_moves, "k*", ms=12, label="your guess")
 one.axvline(2e-5, color="black", linewidth=0.7, linestyle="--")
@@ -571,8 +555,6 @@ def two_processes(method):
 
 small = finetune.load_base(tasks.DATA / "base" / "0.3m")
 together = {method: two_processes(method) for method in ("full", "lora")}
-
-# %%
 for method, record in together.items():
     if record is None:
         continue
@@ -640,8 +622,6 @@ def train_on(folder, **how):
 
 BASE = shlex.quote(os.path.relpath(base.folder))
 train_on(OUT / "mine")
-
-# %%
 prompt = letters(task.test, 1)[0]["prompt"]
 for folder in ("", f" --adapter {OUT}/mine/adapter"):
     command(f'generate --base {BASE}{folder} --max-new-tokens 20 --prompt "{prompt}"')
@@ -724,59 +704,7 @@ else:
     print(f"right: {each / 1e9:.1f} GB on each of {cards} cards")
 
 # %% [markdown]
-# **2 · Fair shares.** Two processes have 30 and 10 labelled tokens. Each computes the *mean* loss of its own tokens; then the gradients of both
-# are averaged. Write `factor(count, everything, world)`: what must each multiply its loss by, so that the result is the gradient of
-# the mean over all 40 tokens? (count: its own tokens; everything: those of all processes; world: how many processes.)
-
-
-# %% tags=["exercise"]
-def factor(count, everything, world): ...  # return a number
-
-
-# %% tags=["wrong"]
-def factor(count, everything, world):
-    return 1.0
-
-
-# %% tags=["wrong"]
-def factor(count, everything, world):
-    return count / everything
-
-
-# %% tags=["solution"]
-def factor(count, everything, world):
-    return count * world / everything
-
-
-# %% tags=["check"]
-draw = torch.Generator().manual_seed(0)
-w, x = torch.zeros(3, requires_grad=True), torch.randn(40, 3, generator=draw)
-y = torch.randn(40, generator=draw)
-
-
-def gradient(rows, times=1.0):
-    return torch.autograd.grad(times * (x[rows] @ w - y[rows]).square().mean(), w)[0]
-
-
-if factor(30, 40, 2) is None:
-    print("not done yet")
-else:
-    goal, mine, others = gradient(slice(0, 40)), slice(0, 30), slice(30, 40)
-    sent = (gradient(mine, factor(30, 40, 2)) + gradient(others, factor(10, 40, 2))) / 2
-    unweighted = (gradient(mine) + gradient(others)) / 2
-    assert not torch.allclose(sent, unweighted), (
-        "a mean of means: ten tokens weigh as much as thirty"
-    )
-    assert not torch.allclose(sent, goal / 2), (
-        "the average divides by the number of processes: undo it"
-    )
-    assert torch.allclose(sent, goal, atol=1e-6), (
-        "count / everything, times the number of processes"
-    )
-    print("right: every token weighs the same, whoever has it")
-
-# %% [markdown]
-# **3 · Checkpointing by hand.** The forward pass below runs a block without keeping anything but its input (inside such a function PyTorch
+# **2 · Checkpointing by hand.** The forward pass below runs a block without keeping anything but its input (inside such a function PyTorch
 # records nothing). Write the backward pass: compute the block again, with recording, and send `grad` through it. The block's own parameters must get
 # their gradients as well.
 
@@ -885,7 +813,7 @@ else:
     print(f"right: the same gradients, {fewer} bytes kept and not {bytes_kept}")
 
 # %% [markdown]
-# **4 · Hard: the logits.** After checkpointing they were the largest part of GPT-2's activations. But the loss is a sum over tokens, so it can be computed in pieces, each
+# **3 · Hard: the logits.** After checkpointing they were the largest part of GPT-2's activations. But the loss is a sum over tokens, so it can be computed in pieces, each
 # piece's logits made again in the backward pass. Write `loss_in_pieces(hidden, head, labels, n)`: the mean loss over all labels that are not −100, from
 # `hidden` (t, d), `head` (v, d) and `labels` (t,), in n pieces of tokens. Call a function of your own through
 # `checkpoint(function, …, use_reentrant=False)`. The pieces need not have equally many labels.
