@@ -113,6 +113,7 @@ def test_a_lesson_keeps_the_house_rules(source):
     code = [cell for cell in lesson if cell["cell_type"] == "code"]
     outputs = [output for cell in code for output in cell["outputs"]]
     assert len(lesson) <= 45
+    assert (LESSONS / f"{source.stem}.ipynb").stat().st_size < 300_000
     assert sum("image/png" in output.get("data", {}) for output in outputs) <= 4
     assert not any("widget" in kind for o in outputs for kind in o.get("data", {}))
     assert not any(output.get("name") == "stderr" for output in outputs)

@@ -141,7 +141,7 @@ for name in methods:
     )
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(9, 3.7), sharey=True, layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(8, 3.7), sharey=True, layout="constrained")
 rows = range(len(costs))
 for axis, pairs, guess in [
     (axes[0], [("trained", "parameters trained", "#b9b9b9", ""), ("work", "arithmetic of a step", "#1b4f8f", "")], guess_work),
@@ -159,7 +159,7 @@ for axis, pairs, guess in [
         guess, list(costs).index("lora"), "k*", markersize=12, label="your guess for LoRA", zorder=3
     )
     axis.set(xlabel="share of full fine-tuning's", xlim=(0, 1.2))
-    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
+    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
 axes[0].set_yticks(rows, list(costs))
 axes[0].invert_yaxis()
 plt.show()
@@ -202,7 +202,7 @@ display(Markdown("`describe`, 3M base\n\n" + compare.table(records["3m", "descri
 display(Markdown("`sentiment`, 3M base\n\n" + compare.table(records["3m", "sentiment"], other)))
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.5), sharey=True, layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
 for axis, name in zip(axes, ("describe", "sentiment"), strict=True):
     ticks = [n for n in compare.rows(records["3m", name]) if n != "frozen"]
     for shift, size, alpha in [(-0.2, "1m", 0.45), (0.2, "3m", 1)]:
@@ -272,7 +272,7 @@ quick["lora"] = sweep.sweep(base, task, "lora", grid, [8], steps=33, generated=4
 print("LoRA: slot loss", [f"{p['slot_loss']:.2f}" for p in quick["lora"]["points"]])
 
 # %%
-figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
+figure, axes = plt.subplots(1, 3, figsize=(8, 2.8), layout="constrained")
 for axis, key in zip(axes, ("slot_loss", "score", "forgetting"), strict=True):
     for (name, entry), style in zip(quick.items(), ("o-", "s--"), strict=True):
         values = [p[key] for p in entry["points"]]
@@ -330,7 +330,7 @@ def swept(size, name, steps=100, examples=400):
     return {e["method"]: e for e in found if e["size"] == finetune.METHODS[e["method"]].get("size")}
 
 
-figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.1), sharey=True, layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.7), sharey=True, layout="constrained")
 markers = dict(zip(methods, "osDv^<>P*X", strict=False))
 for axis, name in zip(axes, ("describe", "sentiment"), strict=True):
     for method, entry in swept("1m", name).items():
