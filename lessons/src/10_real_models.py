@@ -319,7 +319,7 @@ assert logits > left["lora, check-\npointing"] / 2 or real
 
 records = compare.load(tasks.DATA / "results" / "1m" / "compare.json")
 rows = compare.rows(records)
-figure, (one, two) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+figure, (one, two) = plt.subplots(1, 2, figsize=(9.2, 3.5), layout="constrained")
 colors = [BLUE, ORANGE, PINK, ORANGE, ORANGE]
 one.bar(
     list(left), [(size - logits) / 1e3 for size in left.values()], 0.65, logits / 1e3, color=colors
@@ -404,7 +404,7 @@ price = kept_less["gradient_checkpointing"]["seconds_lost"]
 print(f"checkpointing costs {1000 * price:.0f} ms a step here (expect a tenth to a half of one)")
 
 # %%
-figure, (one, two) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+figure, (one, two) = plt.subplots(1, 2, figsize=(9.2, 3.5), layout="constrained")
 styles = {"full": "o-", "lora": "s-", "lora, checkpointing": "x:", "lora, top half": "^--"}
 for name, runs in compare.rows(shown).items():
     color, scores = compare.color_of(name), [run["score"] for run in runs]
@@ -483,7 +483,7 @@ thin = train("lora", plain[0]["learning_rate"], True)
 assert runs[16][-1] > 2 * runs[32][-1]
 assert thin[-1] < 0.25
 
-figure, (one, two) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+figure, (one, two) = plt.subplots(1, 2, figsize=(9.2, 3.2), layout="constrained")
 one.plot(rates, moves, color=BLUE, label="weights of the base, in bfloat16")
 one.plot(2e-5, guess_moves, "k*", ms=12, label="your guess")
 one.axvline(2e-5, color="black", linewidth=0.7, linestyle="--")

@@ -583,11 +583,11 @@ def finetune(
         if n < 1:
             raise ValueError(f"{name} is {n}: give a whole number from 1 up")
     parallel.share([None] * batch_size)
+    if size is not None and METHODS[method].get("size") is None:
+        raise ValueError(f"{method} has no size: {size} was given")
     model = build_model(base, method, seed, steps, random_base, size, targets)
     check_lengths(model, task)
     model = parallel.shard(model, method) if shard else model.to(pick_device(device))
-    if size is not None and METHODS[method].get("size") is None:
-        raise ValueError(f"{method} has no size: {size} was given")
     if learning_rate is None and method != "frozen":
         learning_rate = swept_learning_rate(base, task, method, steps, random_base, size)
     trainable, total = count_parameters(model)
