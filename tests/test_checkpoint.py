@@ -138,8 +138,12 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(job, tmp_path, monkeyp
         return gradients(*args)
 
     monkeypatch.setattr(finetune, "gradients", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 8"):
-        finetune.finetune(*job, "lora", 8, output=tmp_path, **OPTIONS)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's `&`
+    try:
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 8"):
+            finetune.finetune(*job, "lora", 8, output=tmp_path, **OPTIONS)
+    finally:
+        signal.signal(signal.SIGINT, before)
     finetune.finetune(*job, "lora", 8, output=tmp_path, resume=True, **OPTIONS)
     assert len(calls) == 8
 
