@@ -168,12 +168,12 @@ def main() -> None:
             if not args.check:
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(text)
-                print(f"wrote {shown}")
+                print(f"wrote {shown}", flush=True)
             elif sources(path.read_text()) != sources(text):
                 stale.append(str(shown))
             else:
                 same = masked(path.read_text()) == masked(text)
-                print(f"{shown}: ran, outputs {'the same' if same else 'not the same'}")
+                print(f"{shown}: ran, outputs {'the same' if same else 'other'}", flush=True)
     if stale:
         sys.exit(f"error: not what the source makes: {', '.join(stale)}; run lessons/build.py")
 

@@ -242,8 +242,8 @@ plt.show()
 # It sounds so. But no processor here multiplies NF4 codes: a code is a name, not a number. The weight is computed
 # again from its codes, used in full precision, and dropped. In the backward pass too: the gradient of the input
 # needs W, so PyTorch would keep W from the forward pass, in full size, for every layer. To avoid that, a function
-# of our own keeps the codes instead: the first cell counts what is kept. The second looks over the GPT's shoulder, forward
-# and backward: in which type are its matrix products, how many operations do they take, how often is a weight computed?
+# of our own keeps the codes instead: the first cell counts what autograd is given to keep (what a
+# function hangs on `ctx` itself it cannot see: read the lines for that). The second looks over the GPT's shoulder, forward and backward: in which type are its matrix products, how many operations do they take, how often is a weight computed?
 
 
 # %%
@@ -485,7 +485,7 @@ assert more == [(True, True), (False, False)]
 display(Markdown(compare.table([frozen, full, thin, quantized], task)))
 
 # %% [markdown]
-# In slots, QLoRA is where LoRA is. It has the same adapter, and its weights take less than half the bytes (all of its pages fit
+# In slots, QLoRA is where LoRA is (on the 3M base it ends a little below: the README's table). It has the same adapter, and its weights take less than half the bytes (all of its pages fit
 # here, so after the first step none is fetched). In *forgetting, on* it looks worse. Is that the price of four bits? Look at
 # the learning rates above the table. On the 1M base the sweep gave QLoRA the larger rate, and it forgets more than LoRA;
 # on the 3M base it gave it the smaller one, and it forgets less. So suspect the rate, and see below what three bits
@@ -549,13 +549,15 @@ assert three < four
 # the rounding *on this task*. It did not mend the model: of the pretraining text it knew little before, and less afterwards
 # than someone who knows how frequent each token is. With one scale a matrix nothing was left to build on: the frame
 # of the sentences is learned, and no name. **Judge by slots and by forgetting.** By the frame alone all four would have passed.
-# The last line answers the open question: fewer bits at a smaller rate forget less. The rate weighs more than the bits.
+# The last line answers the open question: fewer bits at a smaller rate forget less. In these two runs, one seed each,
+# the rate weighs more than the bits.
 #
 # ## What breaks it: the same rounding, afterwards
 #
 # QLoRA rounds first. Then the adapter is trained *on the rounded weights* and answers for their errors. Turn it round: take the
 # LoRA that was trained on the float base, merge it, and round the merged weights W′ = W + (α/r) B A to the same levels.
 # `lost_by_rounding` tells how much of a change that loses: the rounding error of W′ as a share of what was learned.
+# (Above the whole, rounding moves the weights further than training did.)
 
 
 # %%
@@ -568,6 +570,7 @@ after = {}
 for code in ("NF4", "int3", "int2"):
     merged = PeftModel.from_pretrained(base.model(), OUT / "lora").merge_and_unload()
     after[code] = slots(coarse(code, model=merged))
+print(f"merged, and not rounded: {thin['score']:.2f}")
 for code, score in after.items():
     first = before[code]["score"]
     print(f"{code}: rounded, then trained {first:.2f}; trained, then rounded {score:.2f}")
