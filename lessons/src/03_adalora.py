@@ -434,7 +434,7 @@ def lengths(layers):
 
 
 for name, instead in (("lengths alone", lengths), ("no penalty", lambda layers: torch.zeros(()))):
-    adapters.orthogonality = instead  # it is multiplied by γ and added to the loss
+    adapters.orthogonality = instead  # times γ, orth_reg_weight of the config, in the loss
     runs[name] = finetune.finetune(base, task, "adalora", 100, output=OUT / name, validations=1)
     adapters.orthogonality = orthogonality
 
@@ -494,7 +494,8 @@ plt.show()
 # %% [markdown]
 # Each path runs from small learning rates to large ones; the rate at which LoRA's training broke is left out. It is the penalty. Without it AdaLoRA
 # scores no better and forgets nearly as LoRA does; with it and other ranks it forgets as little as before. Nor is it a matter of LoRA's
-# learning rate alone: no point on LoRA's path has forgotten as little as AdaLoRA. And it is the *lengths* more than the angles.
+# learning rate alone: no point on LoRA's path has forgotten as little as AdaLoRA. Holding the *lengths* alone
+# does most of it (and scores a little less here, on one seed). What do the angles do alone? Exercise 4 asks that.
 #
 # The size of the change suggests how. With the columns of P and the rows of Q held at length one, only Λ can grow, and Adam moves a
 # number by about a learning rate a step. In LoRA, and without the penalty, both factors grow, and so does their product. In all
