@@ -29,19 +29,29 @@ class Stop(Exception):
     pass
 
 
+def in_step(monkeypatch, step: int, act) -> list:
+    """Do something in the middle of a step, counted over all runs; returns the steps so far."""
+    gradients, calls = finetune.gradients, []
+
+    def acting(*args):
+        calls.append(1)
+        if len(calls) == step:
+            act()
+        return gradients(*args)
+
+    monkeypatch.setattr(finetune, "gradients", acting)
+    return calls
+
+
+def stop() -> None:
+    raise Stop
+
+
 @pytest.mark.parametrize("method", ["full", "adalora", "prefix_tuning", "qlora"])
 def test_a_stopped_run_goes_on_to_the_same_bits(job, tmp_path, monkeypatch, method):
     options = OPTIONS | {"checkpoint_every": 2}
     whole = finetune.finetune(*job, method, 8, output=tmp_path / "whole", **options)
-    gradients, calls = finetune.gradients, []
-
-    def stopping(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            raise Stop
-        return gradients(*args)
-
-    monkeypatch.setattr(finetune, "gradients", stopping)
+    calls = in_step(monkeypatch, 6, stop)
     folder = tmp_path / "stopped"
     with pytest.raises(Stop):
         finetune.finetune(*job, method, 8, output=folder, **options)
@@ -102,15 +112,7 @@ def test_a_checkpoint_of_another_run_and_a_damaged_one_change_nothing(gpt, tmp_p
 
 
 def test_resuming_another_run_loses_nothing_of_the_one_that_was_stopped(job, tmp_path, monkeypatch):
-    gradients, calls = finetune.gradients, []
-
-    def stopping(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise Stop
-        return gradients(*args)
-
-    monkeypatch.setattr(finetune, "gradients", stopping)
+    in_step(monkeypatch, 4, stop)
     options = OPTIONS | {"checkpoint_every": 2, "output": tmp_path}
     with pytest.raises(Stop):
         finetune.finetune(*job, "lora", 8, **options)
@@ -129,15 +131,7 @@ def test_resuming_another_run_loses_nothing_of_the_one_that_was_stopped(job, tmp
 
 
 def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(job, tmp_path, monkeypatch):
-    gradients, calls = finetune.gradients, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGINT)
-        return gradients(*args)
-
-    monkeypatch.setattr(finetune, "gradients", interrupted)
+    calls = in_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGINT))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's `&`
     try:
         with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 8"):

@@ -1,5 +1,6 @@
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -296,3 +297,30 @@ def test_what_the_readme_says_of_qlora_is_in_the_committed_results():
         assert four_bits["score"] >= plain["score"]
         assert four_bits["forgetting"] == pytest.approx(plain["forgetting"], abs=0.15)
     assert points["qlora"][0.01]["slot_loss"] < 1.02 * points["qlora"][0.005]["slot_loss"]
+
+
+def test_what_the_readme_says_of_bitfit_and_bottleneck_is_in_the_committed_results():
+    results = tasks.DATA / "results"
+    share = {}
+    for folder in (results, results / "sentiment"):
+        records = compare.load(folder / "compare.json")
+        rows = compare.rows(records)
+        forgot = {
+            name: statistics.mean(r["forgetting"]["on"] for r in rows[name])
+            for name in ("lora", "bitfit", "bottleneck")
+        }
+        assert min(forgot["bitfit"], forgot["bottleneck"]) > forgot["lora"]
+        for name in ("bitfit", "bottleneck"):
+            share[folder.name, name] = compare.share_of_gap(records, rows[name])
+    size = {name: rows[name][0]["trainable"] / rows["lora"][0]["trainable"] for name in forgot}
+    assert size["bitfit"] < 0.1
+    assert size["bottleneck"] == pytest.approx(0.5, abs=0.03)
+    assert share["results", "bitfit"] == pytest.approx(0.5, abs=0.05)
+    assert share["results", "bottleneck"] == pytest.approx(0.9, abs=0.02)
+    assert share["sentiment", "bitfit"] == share["sentiment", "bottleneck"] == 1
+    same = {"method": "bitfit", "base": "3m", "task": "sentiment"}
+    sweeps = json.loads((results / "sweep.json").read_text())
+    (entry,) = [e for e in sweeps if same.items() <= e.items()]
+    perfect = [p for p in entry["points"] if p["score"] == 1]
+    assert max(perfect, key=lambda p: p["forgetting"])["learning_rate"] == entry["best"]
+    assert perfect[0]["forgetting"] == pytest.approx(0.04, abs=0.005)
