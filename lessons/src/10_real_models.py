@@ -483,14 +483,14 @@ thin = train("lora", plain[0]["learning_rate"], True)
 assert runs[16][-1] > 2 * runs[32][-1]
 assert thin[-1] < 0.25
 
-figure, (one, two) = plt.subplots(1, 2, figsize=(9.2, 3.2), layout="constrained")
+figure, (one, two) = plt.subplots(1, 2, figsize=(9.2, 3.5), layout="constrained")
 one.plot(rates, moves, color=BLUE, label="weights of the base, in bfloat16")
 one.plot(2e-5, guess_moves, "k*", ms=12, label="your guess")
 one.axvline(2e-5, color="black", linewidth=0.7, linestyle="--")
 one.set(
     xscale="log", xlabel="size of the step (learning rate)", ylabel="share of weights that move"
 )
-one.legend(frameon=False)
+one.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 for points, color, style, label in (
     (runs[32], BLUE, "o-", "full at 1e-4, weights in float32"),
     (runs[16], BLUE, "s--", "full at 1e-4, weights in bfloat16"),
@@ -498,7 +498,7 @@ for points, color, style, label in (
 ):
     two.plot(range(0, 101, 20), points, style, color=color, label=label)
 two.set(xlabel="step", ylabel="validation loss (nats a token)", ylim=(0, None))
-two.legend(frameon=False)
+two.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
 plt.show()
 
 # %% [markdown]
