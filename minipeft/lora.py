@@ -211,38 +211,30 @@ def find_targets(model: nn.Module, target_modules: list[str] | str | None) -> di
     elif isinstance(target_modules, str):
         hits = {target_modules: [n for n in modules if re.fullmatch(target_modules, n)]}
     else:
-        hits = {
-            t: [n for n in modules if f".{n}".endswith(f".{t}")] for t in target_modules or [""]
-        }
+        ends = target_modules or [""]
+        hits = {end: [n for n in modules if f".{n}".endswith(f".{end}")] for end in ends}
     kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linear}))
     for entry in [t for t, names in hits.items() if not names]:
         raise ValueError(f"target_modules: {entry!r} matches no module; linear ones are: {kinds}")
     users = Counter(id(w) for m in modules.values() for w in m.parameters(recurse=False))
-    for name in (names := [n for n in modules if any(n in found for found in hits.values())]):
+    found = {n: m for n, m in modules.items() if any(n in names for names in hits.values())}
+    for name, layer in found.items():
         inside = [model] + [modules[name[:i]] for i, c in enumerate(name) if c == "."]
-        if not is_linear(modules[name]):
-            raise ValueError(
-                f"target {name} is a {type(modules[name]).__name__}, not a linear layer"
-            )
+        if not is_linear(layer):
+            raise ValueError(f"target {name} is a {type(layer).__name__}, not a linear layer")
         if any(isinstance(m, nn.MultiheadAttention | nn.TransformerEncoderLayer) for m in inside):
-            raise ValueError(
-                f"target {name}: PyTorch reads this weight itself and skips an adapter"
-            )
-        if users[id(modules[name].weight)] > 1:
+            raise ValueError(f"target {name}: PyTorch reads its weight itself and skips an adapter")
+        if users[id(layer.weight)] > 1:
             raise ValueError(f"target {name} shares its weight with another module: untie it first")
-    return {name: modules[name] for name in names}
+    return found
 
 
-# --- end of find_targets
-
-
-# --- matrix: the same lines stand in every weight method
 def matrix(layer: nn.Module) -> Tensor:
     """The weight as (out, in). `Conv1D` stores (in, out): its name tells, its shape cannot."""
     return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
 
 
-# --- end of matrix
+# --- end of find_targets
 
 
 def _check() -> None:

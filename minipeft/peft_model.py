@@ -21,13 +21,12 @@ from minipeft.bottleneck import BottleneckConfig
 from minipeft.files import PeftConfig, TaskType, read_adapter, write_adapter, write_file
 from minipeft.lora import LoraConfig, find_targets
 from minipeft.p_tuning import PromptEncoderConfig
+from minipeft.paged_adamw import PagedAdamW
 from minipeft.prefix_tuning import PrefixTuningConfig
 from minipeft.prompt_tuning import PromptTuningConfig
 from minipeft.qlora import (
-    PagedAdamW,
     QLoraConfig,
     bits_per_weight,
-    dequantize_model,
     quantize_model,
     quantized_layers,
 )
@@ -205,7 +204,8 @@ class PeftModel(nn.Module):
         model = self.base_model if inplace else copy.deepcopy(self.base_model)
         for name in self._active.layers:
             model.set_submodule(name, model.get_submodule(name).merge_into_base())
-        dequantize_model(model)  # where the base is in 4 bits, what was not adapted as well
+        for name, layer in quantized_layers(model).items():  # what was not adapted, of such a base
+            model.set_submodule(name, layer.plain())
         if inplace:
             self.adapters, self.active_adapter, self.in_place = {}, None, False
         return model

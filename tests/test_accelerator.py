@@ -65,14 +65,19 @@ FAULTS = [  # file, what stands there, what is put there, a case that has to see
     ),
     ("bottleneck", "layer.to(w.device, torch", "layer.to(torch", "bottleneck-adapted_there"),
     ("qlora", "PAIRS.to(q.codes.device)", "PAIRS", "qlora-moved"),
-    ("qlora", "DYNAMIC_MAP.to(x.device)", "DYNAMIC_MAP", "qlora-adapted_there"),
+    ("qlora", "/ 2).to(x.device)", "/ 2)", "qlora-adapted_there"),
     (
-        "qlora",
+        "paged_adamw",
         "torch.empty_like(page.home, device=page.device)",
         "torch.empty_like(page.home)",
         "qlora_paged-moved",
     ),
-    ("qlora", "size, dtype=p.dtype, device=", "size, dtype=p.dtype) #", "qlora_paged-made_there"),
+    (
+        "paged_adamw",
+        "size, dtype=p.dtype, device=",
+        "size, dtype=p.dtype) #",
+        "qlora_paged-made_there",
+    ),
     ("peft_model", "module._apply(fn)", "pass", "lora-moved_while_waiting"),
 ]
 

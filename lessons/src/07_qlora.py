@@ -330,8 +330,8 @@ print("(expect the layer in 4 bits to be the slower one)")
 #
 # ## The real file
 #
-# `minipeft/qlora.py` has this function (below), the packing of two codes a byte, double quantization, LoRA on such a
-# layer, and the paged optimizer. It needs torch alone.
+# `minipeft/qlora.py` has this function (below), the packing of two codes a byte, double quantization, and LoRA on such a
+# layer. It needs torch alone, as does `minipeft/paged_adamw.py`, which we come to below.
 #
 # ## On the GPT
 #
@@ -375,7 +375,7 @@ print(
 #
 # AdamW keeps two numbers for each trained weight. A *paged* optimizer keeps them in host memory, cut into pages, and fetches
 # a page to the device when its turn comes. If the device is full, the page used longest ago goes back. The same numbers come out, to the bit.
-# Paging catches a spike of memory; it does not make the total smaller.
+# Paging catches a spike of memory; it does not make the total smaller. (`minipeft/paged_adamw.py`; its `step` walks the pages.)
 #
 # Every step needs every page once. **Guess:** half of the pages fit. How often is a page still there when its turn comes?
 

@@ -4,8 +4,8 @@
 
 One process; both sides take their turns one after the other; ratios of medians, ours by theirs.
 A 4-bit layer of width x width on 4 x 128 tokens, forward and backward; AdamW on four million
-parameters in small and in large matrices, half of whose state fits the budget. Needs the extra
-`conformance`.
+parameters in small and in large matrices, and on those of the 3M base, half of whose state fits the
+budget. Needs the extra `conformance`.
 """
 
 import argparse
@@ -19,7 +19,9 @@ import bitsandbytes.functional as F
 import torch
 from torch import nn
 
-from minipeft.qlora import Linear4bit, PagedAdamW, dequantize_nf4, quantize_nf4
+from minipeft import GPT, GPTConfig
+from minipeft.paged_adamw import PagedAdamW
+from minipeft.qlora import Linear4bit, dequantize_nf4, quantize_nf4
 
 
 def ratio(ours: Callable, theirs: Callable, rounds: int) -> float:
@@ -40,12 +42,17 @@ def linear(layer: nn.Module, x: torch.Tensor) -> Callable:
     return run
 
 
-def stepper(width: int, optimizer_class: Callable, **options) -> Callable:
+def parameters(width: int | None) -> list[nn.Parameter]:
+    """Four million of them in square matrices, or those of a GPT of the 3M base's shape."""
     torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(width, width)) for _ in range(2**22 // width**2)]
-    for p in parameters:
+    if width is None:
+        config = GPTConfig(vocab_size=2048, n_positions=256, n_embd=192, n_layer=6, n_head=6)
+        found = list(GPT(config).parameters())
+    else:
+        found = [nn.Parameter(torch.randn(width, width)) for _ in range(2**22 // width**2)]
+    for p in found:
         p.grad = torch.randn_like(p)
-    return optimizer_class(parameters, lr=1e-3, **options).step
+    return found
 
 
 def main() -> None:
@@ -64,7 +71,7 @@ def main() -> None:
     theirs.compute_dtype, theirs.support_avx512bf16_for_cpu = torch.float32, False
     ours, x = Linear4bit(layer), torch.randn(4, 128, args.width)
     codes, state = F.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
-    q, half = quantize_nf4(w), 2**22 * 8 // 2
+    q = quantize_nf4(w)
     pairs = {
         "quantize": (
             lambda: quantize_nf4(w),
@@ -73,10 +80,11 @@ def main() -> None:
         "dequantize": (lambda: dequantize_nf4(q), lambda: F.dequantize_4bit(codes, state)),
         "4-bit layer, forward and backward": (linear(ours, x), linear(theirs, x)),
     }
-    for n in (256, 1024):
-        pairs[f"PagedAdamW at half its state, by AdamW, matrices of {n} x {n}"] = (
-            stepper(n, PagedAdamW, device_budget_bytes=half),
-            stepper(n, torch.optim.AdamW, foreach=False, fused=False),
+    for n, of in ((256, "256 x 256"), (1024, "1024 x 1024"), (None, "the 3M base")):
+        half = sum(4 * p.numel() for p in parameters(n))
+        pairs[f"PagedAdamW at half its state, by AdamW, matrices of {of}"] = (
+            PagedAdamW(parameters(n), device_budget_bytes=half).step,
+            torch.optim.AdamW(parameters(n), foreach=False, fused=False).step,
         )
     print("| | ours / theirs |\n|---|---|")
     for name, (our_run, their_run) in pairs.items():
