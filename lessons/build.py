@@ -5,6 +5,7 @@ python lessons/build.py 02_lora             # one
 python lessons/build.py --check             # run them, and compare with what lies here
 python lessons/build.py --student class     # copies for a class: no outputs, no solutions
 python lessons/build.py --figures slides    # the figures of the built lessons as PNG files
+python lessons/build.py --seed 3            # run them with other seeds: which claims still hold?
 
 A source is `src/NN_topic.py` in jupytext's percent format. An exercise is a few cells, by their
 tags: `exercise` (the stub), `wrong` (plausible wrong answers), `solution`, and `check`, which runs
@@ -17,6 +18,7 @@ import argparse
 import base64
 import copy
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -71,20 +73,25 @@ def judge(notebook, name: str) -> None:
             raise ValueError(f"{name}: the check says {last} of\n{answer.source}")
 
 
+def run_cells(notebook, **options) -> None:
+    # one thread: how many there are moves the seventh digit, and the bytes should be the same
+    os.environ.pop("MPLBACKEND", None)  # or figures would not reach the notebook
+    os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
+    NotebookClient(
+        notebook,
+        timeout=600,
+        record_timing=False,
+        coalesce_streams=True,  # a busy machine cuts one print into two outputs
+        resources={"metadata": {"path": str(HERE)}},
+        **options,
+    ).execute()
+
+
 def lesson_and_twin(source: Path, run: bool = True) -> dict[Path, str]:
     """The two files that a source makes, as texts by path."""
     notebook = parse(source)
     if run:
-        # one thread: how many there are moves the seventh digit, and the bytes should be the same
-        os.environ.pop("MPLBACKEND", None)  # or figures would not reach the notebook
-        os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
-        NotebookClient(
-            notebook,
-            timeout=600,
-            record_timing=False,
-            coalesce_streams=True,  # a busy machine cuts one print into two outputs
-            resources={"metadata": {"path": str(HERE)}},
-        ).execute()
+        run_cells(notebook)
         judge(notebook, source.stem)
     files = {}
     for path, drop in (
@@ -131,6 +138,29 @@ def write_figures(names: list[str], folder: Path) -> None:
             print(f"wrote {folder / name}_{i}.png")
 
 
+OTHER_SEEDS = """from functools import partial
+from minipeft.lab import finetune
+finetune.finetune = partial(finetune.finetune, seed={n})"""
+
+
+def with_other_seeds(source: Path, n: int) -> list[str]:
+    """Run the solutions with n added to every seed; what each cell that failed has to say."""
+    notebook = parse(source)
+    notebook.cells = [
+        c for c in notebook.cells if c.cell_type == "code" and "wrong" not in tags(c)
+        and tags(c) not in (["exercise"], ["check"])
+    ]  # fmt: skip
+    seeds = re.compile(r"(manual_seed\(|seed=|Random\(|for seed in \()([\d, ]+)")
+    for cell in notebook.cells:
+        cell.source = seeds.sub(
+            lambda m: m[1] + re.sub(r"\d+", lambda d: str(int(d[0]) + n), m[2]), cell.source
+        )
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(OTHER_SEEDS.format(n=n)))
+    run_cells(notebook, allow_errors=True)
+    errors = [(c.source, o) for c in notebook.cells for o in c.outputs if o.output_type == "error"]
+    return [f"{o.ename}: {o.evalue or code.strip().splitlines()[-1]}" for code, o in errors]
+
+
 def masked(text: str) -> str:
     """A notebook as text, without the outputs of its timing cells."""
     notebook = nbformat.reads(text, as_version=4)
@@ -150,6 +180,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     parser.add_argument("--student", metavar="FOLDER", type=Path, help="copies for a class")
     parser.add_argument("--figures", metavar="FOLDER", type=Path, help="figures as files")
+    parser.add_argument("--seed", metavar="N", type=int, help="run with N added to every seed")
     args = parser.parse_args()
     known = {path.stem: path for path in sorted((HERE / "src").glob("*.py"))}
     for name in args.lessons:
@@ -162,6 +193,11 @@ def main() -> None:
         write_figures(names, args.figures)
     if args.student or args.figures:
         return
+    if args.seed:
+        failed = {name: with_other_seeds(known[name], args.seed) for name in names}
+        for name, errors in failed.items():
+            print(f"{name}, seeds moved by {args.seed}:", *(errors or ["all holds"]), sep="\n  ")
+        sys.exit(1 if any(failed.values()) else 0)
     for name in names:
         for path, text in lesson_and_twin(known[name]).items():
             shown = path.relative_to(HERE)
