@@ -185,10 +185,8 @@ class PagedAdamW(torch.optim.Optimizer):
             for p, part, at in page.runs:
                 moments[p][:, part] = memory[:, at]
         for i, state in packed["state"].items():
-            p = parameters[i]
-            packed["state"][i] = state | dict(
-                zip(MOMENTS, moments[p].view(2, *p.shape), strict=True)
-            )
+            both = moments[parameters[i]].view(2, *parameters[i].shape)
+            packed["state"][i] = state | dict(zip(MOMENTS, both, strict=True))
         return packed
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -215,7 +213,7 @@ class PagedAdamW(torch.optim.Optimizer):
 
 
 def update(w: Tensor, grad: Tensor, m: Tensor, v: Tensor, t: float, group: dict) -> None:
-    """Equations (1) and (2) on some elements, in place; the order of operations is AdamW's."""
+    """Equations (1) and (2) on some elements, in place; w last, while m and √v are in cache."""
     lr, (beta1, beta2) = group["lr"], group["betas"]
     m.lerp_(grad, 1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
