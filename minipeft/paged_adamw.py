@@ -15,9 +15,9 @@ section 3, "Paged Optimizers". The step is that of Loshchilov and Hutter 2017, a
 Shapes: a page is (2, elements), the first moments and the second. A large parameter takes several
 pages, small ones share one. State: 2 numbers a trained weight, as AdamW's.
 
-Where we differ. From bitsandbytes, which lets the driver move memory and so hides the idea: here
-are a page table, counters, and the order of the walk as an option, because the obvious one never
-finds a page that stayed. From `torch.optim.AdamW(foreach=False, fused=False)` in no bit.
+Where we differ. bitsandbytes lets the driver move memory, and so hides the idea: here are a page
+table, counters, and the order of the walk as an option, because the obvious one never finds a page
+that stayed. The numbers are those of `torch.optim.AdamW(foreach=False, fused=False)`, to the bit.
 
 >>> optimizer = PagedAdamW(parameters, lr=1e-3, page_bytes=2**21, device_budget_bytes=2**24)
 """
@@ -79,10 +79,10 @@ class PagedAdamW(torch.optim.Optimizer):
         self.counters = dict.fromkeys(("hits", "faults", "evictions", "bytes_in", "bytes_out"), 0)
         self.steps = 0
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults)  # calls add_param_group
 
     def add_param_group(self, group: dict) -> None:
-        """Add parameters, and give each a place in the pages."""
+        """Add parameters, and give each a place in the last page of its kind, or in new ones."""
         super().add_param_group(group)
         for p in self.param_groups[-1]["params"]:
             if not p.is_contiguous():
@@ -130,7 +130,10 @@ class PagedAdamW(torch.optim.Optimizer):
         count["bytes_in"] += page.home.nbytes
 
     def evict(self, index: int) -> Tensor:
-        """Write a page back and drop it from the device; returns its memory for another."""
+        """Write a page back and drop it from the device; returns its memory for another.
+
+        Copies on one stream run in their order, so the memory is read before it is written again.
+        """
         memory = self.resident.pop(index)
         self.pages[index].home.copy_(memory, non_blocking=True)
         self.counters["evictions"] += 1
@@ -152,7 +155,7 @@ class PagedAdamW(torch.optim.Optimizer):
         order = [i for i, page in enumerate(self.pages) if any(r[0] in group_of for r in page.runs)]
         if self.alternate and self.steps % 2:
             order.reverse()
-        ahead = self.budget >= 2 * self.page_bytes
+        ahead = self.budget >= 2 * self.page_bytes  # then the page at work is not the oldest
         for n, index in enumerate(order):
             page = self.pages[index]
             if n == 0 or not ahead:

@@ -9,17 +9,17 @@ codes, used and dropped. (The paper's third part, the paged optimizer, is in pag
 
 Paper: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314.
 
-    levels: Φ⁻¹ at 8 even steps from 0.9677 down to 0.5, -Φ⁻¹ at 7, and 0, all / the largest (1)
-    code_i = nearest level to w_i / absmax,    w_i ≈ absmax · level[code_i]          (2)  section 3
-    absmax ≈ offset + absmax₂ · map[code₈],    in blocks of 256 scales               (3)
+    levels = {Φ⁻¹ at 8 even steps from 0.9677 down to 0.5, -Φ⁻¹ at 7, 0} / the largest        (1)
+    code_i = nearest level to w_i / absmax,    w_i ≈ absmax · level[code_i]        (2)  section 3
+    absmax ≈ offset + absmax₂ · map[code₈],    in blocks of 256 scales             (3)
 
 Shapes: W (out, in), of n = out · in weights; codes (ceil(n / 2),), two a byte, the first in the
 high half; scales (ceil(n / 64),). Trainable parameters: r (in + out) for each adapted layer.
 Bits a parameter: 4 + 8/64 + 32/(64 · 256) = 4.127; without double quantization 4 + 32/64 = 4.5.
 
-Where we differ. From the paper: its eq. 4 has infinite ends; these levels are those of its code,
-bitsandbytes. From that: the same bits, but for a few of a thousand 8-bit codes on a CPU, where it
-misses the nearest value. A merged layer is not rounded to 4 bits again: see `lost_by_rounding`.
+Where we differ. From the paper: its eq. 4 has infinite ends; these levels are its authors' code's,
+bitsandbytes. From bitsandbytes: no bit differs, but for 8-bit codes on a CPU, where it misses the
+nearest a few times in a thousand. A merged layer is not rounded again: see `lost_by_rounding`.
 
 >>> quantize_model(model)  # in place, not reversible: from here on the base is the 4-bit model
 >>> layers = add_qlora(model, QLoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
@@ -62,7 +62,7 @@ def dynamic_map() -> Tensor:
 NF4_CODEBOOK = nf4_levels()
 NF4_MIDPOINTS = ((NF4_CODEBOOK[1:] + NF4_CODEBOOK[:-1]) / 2).tolist()
 DYNAMIC_MAP = dynamic_map()
-# The two levels that a byte stands for, (256, 2), seen as one number of 8 bytes: a faster look-up.
+# The two levels that a byte stands for, (256, 2); two floats seen as one double: a faster look-up.
 PAIRS = torch.cartesian_prod(NF4_CODEBOOK, NF4_CODEBOOK).view(torch.float64)[:, 0]
 
 
@@ -109,7 +109,7 @@ def quantize_nf4(weight: Tensor, blocksize: int = 64, double_quant: bool = True)
     for part in rows.split(blocks_at_once(rows, blocksize)):
         part = part.float()
         absmax = part.abs().amax(dim=1)
-        x = (part * (1 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
+        x = (part * (1 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)  # zeros stay zeros
         code = torch.zeros_like(x, dtype=torch.uint8)
         for midpoint in NF4_MIDPOINTS:  # on a midpoint the lower level wins
             code += x > midpoint
@@ -206,7 +206,7 @@ class Linear4bit(_Quantized):
         self.form = {"shape": q.shape, "dtype": q.dtype, "blocksize": blocksize}
         self.compute_dtype = compute_dtype
 
-    quantized = property(lambda self: NF4(**self._buffers, **self.form))
+    quantized = property(lambda self: NF4(**self._buffers, **self.form))  # named as its fields
     weight = property(lambda self: dequantize_nf4(self.quantized))  # W (out, in), computed anew
 
     def forward(self, x: Tensor) -> Tensor:
