@@ -138,9 +138,9 @@ def write_figures(names: list[str], folder: Path) -> None:
             print(f"wrote {folder / name}_{i}.png")
 
 
-OTHER_SEEDS = """from functools import partial
-from minipeft.lab import finetune
-finetune.finetune = partial(finetune.finetune, seed={n})"""
+OTHER_SEEDS = """from minipeft.lab import finetune
+defaults = finetune.finetune.__defaults__  # the seed is the first
+finetune.finetune.__defaults__ = ({n}, *defaults[1:])"""
 
 
 def with_other_seeds(source: Path, n: int) -> list[str]:

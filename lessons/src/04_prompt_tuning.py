@@ -221,10 +221,10 @@ for start in STARTS:
 
 noise, words = curves["RANDOM"], curves["SAMPLE_VOCAB"]
 assert noise[0][0] > 2 * max(words[0][0], curves["TEXT"][0][0])  # a small rate: words are ahead
-for i in (0, 1):  # and noise at ten times the rate does about what words do
+for i in (0, 1):  # and noise at ten times the rate?
     ratio = noise[i + 1][0] / words[i][0]
     print(f"noise at {RATES[i + 1]:g} against words at {RATES[i]:g}: the loss is {ratio:.1f} times")
-    assert 1 / 4 < ratio < 4
+assert noise[1][0] < 2 * words[0][0]  # it has caught up with words at the small rate
 
 # %%
 for start, style in STARTS.items():
@@ -242,7 +242,7 @@ plt.show()
 
 # %% [markdown]
 # What counts is the step as a share of the vector's length. Words forgive a small rate, noise does not: it hardly moved. At
-# ten times the rate noise does about what words do. Above the dotted line the prompt has not even found that the answer is one of two words.
+# ten times the rate noise is where words were, or ahead. At the best rate of each, words stay ahead (by how much, differs from seed to seed). Above the dotted line the prompt has not even found that the answer is one of two words.
 # So a comparison of two starts at *one* learning rate is no comparison; sweep each.
 #
 # ## Against full fine-tuning
