@@ -206,7 +206,7 @@ def train_prompt(start, rate, p=20, steps=50):
     first = prompt_of(model)
     order = tasks.shuffled(steer.train, 16, 0)
     batches = ([tasks.collate(part, base.end, model.device)] for part in order)
-    finetune.train(model, batches, steps, rate, warmup=5, quiet=True)
+    finetune.train(model, batches, steps, rate, warmup=5, title=f"{start}, rate {rate:g}")
     moved = ((prompt_of(model) - first).norm() / first.norm()).item()
     return finetune.task_loss(model, steer.validation, base.end)["loss"], moved
 

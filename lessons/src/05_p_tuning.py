@@ -222,7 +222,7 @@ def train_kind(kind, rate, seed=0, steps=50):
     order = tasks.shuffled(steer.train, 16, seed)
     batches = ([tasks.collate(part, base.end, model.device)] for part in order)
     try:
-        finetune.train(model, batches, steps, rate, warmup=5, quiet=True)
+        finetune.train(model, batches, steps, rate, warmup=5, title=f"{kind}, rate {rate:g}")
     except FloatingPointError:
         return math.inf, math.inf  # it broke down
     loss = finetune.task_loss(model, steer.validation, base.end)["loss"]

@@ -108,7 +108,7 @@ for name, task in ten.items():
         "generated": 64 if task is describe else 32,
     }
     runs[name] = finetune.finetune(
-        base, task, "lora", steps, learning_rate=rate, output=OUT / name, quiet=True, **looks
+        base, task, "lora", steps, learning_rate=rate, output=OUT / name, **looks
     )
     print(f"{name:10} {len(task.train):3} examples, {task.metric} {runs[name]['score']:.2f}")
 assert all(run["score"] > 0.8 for run in runs.values())
@@ -289,8 +289,8 @@ assert grid["sentiment"][order.index("reversed")] < 0.2
 # `python -m minipeft compare --seeds 4 --output data/results/1m`.
 
 # %%
-full = finetune.finetune(base, describe, "full", 100, output=OUT / "full", quiet=True)
-frozen = finetune.finetune(base, describe, "frozen", 100, quiet=True)
+full = finetune.finetune(base, describe, "full", 100, output=OUT / "full")
+frozen = finetune.finetune(base, describe, "frozen", 100)
 thin = runs["describe"]
 records = compare.load(tasks.DATA / "results" / "1m" / "compare.json")
 for live in (full, thin):
