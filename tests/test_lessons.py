@@ -107,6 +107,25 @@ def test_figures_become_files(build, tmp_path):
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
 
+@pytest.mark.slow
+def test_other_seeds_move_every_seed_and_tell_what_fails(build, tmp_path):
+    source = tmp_path / "toy.py"
+    source.write_text("""# %%
+import inspect, torch
+def draw(seed=1): return seed
+found = [draw(), torch.manual_seed(0).initial_seed(), *(seed for seed in (1, 2))]
+found += [inspect.signature(finetune.finetune).parameters["seed"].default]
+assert found == [4, 3, 4, 5, 3], found
+# %%
+assert draw() < 3, "this claim needs its seed"
+# %% tags=["wrong"]
+raise ValueError("a wrong answer is not run")
+# %% tags=["check"]
+print("right")
+""")
+    assert build.with_other_seeds(source, 3) == ["AssertionError: this claim needs its seed"]
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_a_lesson_keeps_the_house_rules(source):
     lesson = cells(LESSONS / f"{source.stem}.ipynb")
