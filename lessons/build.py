@@ -157,8 +157,10 @@ def with_other_seeds(source: Path, n: int) -> list[str]:
         )
     notebook.cells.insert(0, nbformat.v4.new_code_cell(OTHER_SEEDS.format(n=n)))
     run_cells(notebook, allow_errors=True)
-    errors = [(c.source, o) for c in notebook.cells for o in c.outputs if o.output_type == "error"]
-    return [f"{o.ename}: {o.evalue or code.strip().splitlines()[-1]}" for code, o in errors]
+    errors = [o for cell in notebook.cells for o in cell.outputs if o.output_type == "error"]
+    plain = [re.sub(r"\x1b\[[\d;]*m", "", "\n".join(o.traceback)) for o in errors]
+    lines = [re.findall(r"^-+> \d+ (.*)", text, re.M) for text in plain]  # where it stopped
+    return [f"{o.ename}: {o.evalue or at[0].strip()}" for o, at in zip(errors, lines, strict=True)]
 
 
 def masked(text: str) -> str:

@@ -240,7 +240,7 @@ for kind, rates in RATES.items():
         print(f"{kind:11} rate {rate:<5}: loss {loss:.4f}, a vector went {way:.3g}")
 
 same = {kind: losses[0.01] for kind, losses in curves.items()}
-assert same["MLP"] < same["small start"] < same["plain"]  # one rate for all
+assert 2 * same["MLP"] < min(same["small start"], same["plain"])  # one rate for all
 assert went["MLP"][0.01] > 2 * went["small start"][0.01]  # from the same start
 
 # %%
@@ -263,8 +263,8 @@ right.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Look at one rate first, a hundredth: each step in "plain, small start, MLP" helps, and one would say
-# that the network works. Then take each curve at its *own* best: now plain tuning from a small start comes close. So
+# Look at one rate first, a hundredth: both networks are ahead of both plain ways, the MLP by far, and one would say
+# that the network works. (Of the plain ways the small start is the better one with most seeds, not with all.) Then take each curve at its *own* best: now plain tuning from a small start comes close. So
 # the network did two things that need no network. It started the vectors small, like words and unlike noise
 # (lesson 04). And it multiplied the learning rate: many weights move each vector at once, so it goes further.
 #
