@@ -147,12 +147,14 @@ class PagedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        group_of = {p: g for g in self.param_groups for p in g["params"] if p.grad is not None}
-        for p in group_of:
-            if p not in self.state:
-                self.state[p]["step"] = torch.zeros((), device="cpu")
-            self.state[p]["step"] += 1
-        order = [i for i, page in enumerate(self.pages) if any(r[0] in group_of for r in page.runs)]
+        numbers = {}  # for equations (1) and (2), by parameter that has a gradient
+        for group in self.param_groups:
+            for p in [p for p in group["params"] if p.grad is not None]:
+                if p not in self.state:
+                    self.state[p]["step"] = torch.zeros((), device="cpu")
+                self.state[p]["step"] += 1
+                numbers[p] = scalars(self.state[p]["step"].item(), group)
+        order = [i for i, page in enumerate(self.pages) if any(r[0] in numbers for r in page.runs)]
         if self.alternate and self.steps % 2:
             order.reverse()
         ahead = self.budget >= 2 * self.page_bytes  # then the page at work is not the oldest
@@ -166,9 +168,9 @@ class PagedAdamW(torch.optim.Optimizer):
                 self.fetch(order[n + 1])
             m, v = self.resident[index]
             for p, part, at in page.runs:
-                if p in group_of:
-                    w, grad, t = p.view(-1)[part], p.grad.reshape(-1)[part], self.state[p]["step"]
-                    update(w, grad, m[at], v[at], t.item(), group_of[p])
+                if p in numbers:
+                    w, grad = p.view(-1)[part], p.grad.reshape(-1)[part]
+                    update(w, grad, m[at], v[at], *numbers[p])
         self.steps += 1
         return loss
 
@@ -215,14 +217,21 @@ class PagedAdamW(torch.optim.Optimizer):
                 del state[name]
 
 
-def update(w: Tensor, grad: Tensor, m: Tensor, v: Tensor, t: float, group: dict) -> None:
-    """Equations (1) and (2) on some elements, in place; w last, while m and √v are in cache."""
+def scalars(t: float, group: dict) -> tuple[float, ...]:
+    """1 - β₁, β₂, √(1 - β₂ᵗ), ε, 1 - η λ and η / (1 - β₁ᵗ): what `update` needs besides tensors."""
     lr, (beta1, beta2) = group["lr"], group["betas"]
-    m.lerp_(grad, 1 - beta1)
+    root, rate = math.sqrt(1 - beta2**t), lr / (1 - beta1**t)
+    return 1 - beta1, beta2, root, group["eps"], 1 - lr * group["weight_decay"], rate
+
+
+def update(
+    w: Tensor, grad: Tensor, m: Tensor, v: Tensor, new, beta2, root, eps, kept, rate
+) -> None:
+    """Equations (1) and (2) on some elements, in place; w last, while m and √v are in cache."""
+    m.lerp_(grad, new)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    root = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
-    w.mul_(1 - lr * group["weight_decay"])
-    w.addcdiv_(m, root, value=-lr / (1 - beta1**t))
+    below = v.sqrt().div_(root).add_(eps)
+    w.mul_(kept).addcdiv_(m, below, value=-rate)
 
 
 def _check() -> None:

@@ -114,6 +114,19 @@ def test_state_goes_both_ways_and_groups_can_be_added():
         )
 
 
+def test_a_schedule_sets_the_rate_of_both():
+    models = network(), network()
+    reference = torch.optim.AdamW(models[0].parameters(), lr=1e-2, foreach=False, fused=False)
+    paged = PagedAdamW(models[1].parameters(), lr=1e-2, page_bytes=1024)
+    for model, optimizer in zip(models, (reference, paged), strict=True):
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        for i in range(4):
+            steps(model, optimizer, 1, seed=i)
+            schedule.step()
+    both = (model.parameters() for model in models)
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
 def test_a_budget_below_one_page_and_a_state_of_another_shape_are_refused():
     model = network()
     with pytest.raises(ValueError, match="below one page"):
