@@ -149,11 +149,14 @@ class PagedAdamW(torch.optim.Optimizer):
                 loss = closure()
         numbers = {}  # for equations (1) and (2), by parameter that has a gradient
         for group in self.param_groups:
+            known = {}  # they are the same for most parameters of a group
             for p in [p for p in group["params"] if p.grad is not None]:
-                if p not in self.state:
-                    self.state[p]["step"] = torch.zeros((), device="cpu")
-                self.state[p]["step"] += 1
-                numbers[p] = scalars(self.state[p]["step"].item(), group)
+                state = self.state[p]
+                state["step"] = state.get("step", 0) + 1  # a number: a tensor takes longer to count
+                kind = state["step"], p.dtype
+                if kind not in known:
+                    known[kind] = scalars(*kind, group)
+                numbers[p] = known[kind]
         order = [i for i, page in enumerate(self.pages) if any(r[0] in numbers for r in page.runs)]
         if self.alternate and self.steps % 2:
             order.reverse()
@@ -191,7 +194,8 @@ class PagedAdamW(torch.optim.Optimizer):
                 moments[p][:, part] = memory[:, at]
         for i, state in packed["state"].items():
             both = moments[parameters[i]].view(2, *parameters[i].shape)
-            packed["state"][i] = state | dict(zip(MOMENTS, both, strict=True))
+            step = torch.tensor(float(state["step"]), device="cpu")
+            packed["state"][i] = {"step": step, **dict(zip(MOMENTS, both, strict=True))}
         return packed
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -213,25 +217,31 @@ class PagedAdamW(torch.optim.Optimizer):
                     for row, name in zip(page.home, MOMENTS, strict=True):
                         row[at] = self.state[p][name].reshape(-1)[part]
         for state in self.state.values():
+            state["step"] = int(state["step"])
             for name in MOMENTS:
                 del state[name]
 
 
-def scalars(t: float, group: dict) -> tuple[float, ...]:
-    """1 - β₁, β₂, √(1 - β₂ᵗ), ε, 1 - η λ and η / (1 - β₁ᵗ): what `update` needs besides tensors."""
+def scalars(t: int, dtype: torch.dtype, group: dict) -> tuple:
+    """What `update` needs besides the elements, at step t.
+
+    β₂, √(1 - β₂ᵗ), ε and 1 - η λ as tensors of no dimension: on a small piece torch takes twice as
+    long for a Python number. Then 1 - β₁, 1 - β₂ and -η / (1 - β₁ᵗ), numbers, as torch wants them.
+    """
     lr, (beta1, beta2) = group["lr"], group["betas"]
-    root, rate = math.sqrt(1 - beta2**t), lr / (1 - beta1**t)
-    return 1 - beta1, beta2, root, group["eps"], 1 - lr * group["weight_decay"], rate
+    tensors = beta2, math.sqrt(1 - beta2**t), group["eps"], 1 - lr * group["weight_decay"]
+    wide = torch.promote_types(dtype, torch.float32)
+    tensors = torch.tensor(tensors, dtype=wide, device="cpu").unbind()
+    return *tensors, 1 - beta1, 1 - beta2, -lr / (1 - beta1**t)
 
 
 def update(
-    w: Tensor, grad: Tensor, m: Tensor, v: Tensor, new, beta2, root, eps, kept, rate
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, beta2, root, eps, kept, new1, new2, rate
 ) -> None:
     """Equations (1) and (2) on some elements, in place; w last, while m and √v are in cache."""
-    m.lerp_(grad, new)
-    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    below = v.sqrt().div_(root).add_(eps)
-    w.mul_(kept).addcdiv_(m, below, value=-rate)
+    m.lerp_(g, new1)
+    v.mul_(beta2).addcmul_(g, g, value=new2)
+    w.mul_(kept).addcdiv_(m, v.sqrt().div_(root).add_(eps), value=rate)
 
 
 def _check() -> None:

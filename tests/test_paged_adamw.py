@@ -27,7 +27,7 @@ def steps(model, optimizer, n, seed=0):
 
 @pytest.mark.parametrize("alternate", [True, False])
 @pytest.mark.parametrize(("page", "budget"), [(100, 300), (1024, 4096), (2**20, 2**24)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_paged_adamw_is_adamw_to_the_bit(dtype, page, budget, alternate):
     theirs, ours = network(dtype), network(dtype)
     reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, foreach=False, fused=False)
@@ -125,6 +125,25 @@ def test_a_schedule_sets_the_rate_of_both():
             schedule.step()
     both = (model.parameters() for model in models)
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+def test_parameters_of_one_group_may_differ_in_steps_and_in_dtype():
+    shapes = {torch.float32: (5, 7), torch.float64: (11,), torch.bfloat16: (3, 13)}
+
+    def parameters():
+        torch.manual_seed(0)
+        return [nn.Parameter(torch.randn(s, dtype=d)) for d, s in shapes.items() for _ in range(2)]
+
+    theirs, ours = parameters(), parameters()
+    reference = torch.optim.AdamW(theirs, lr=1e-2, foreach=False, fused=False)
+    paged = PagedAdamW(ours, lr=1e-2, page_bytes=128, device_budget_bytes=512)
+    for n in range(12):
+        for i, (a, b) in enumerate(zip(theirs, ours, strict=True)):
+            a.grad = b.grad = None if n % (i + 2) == 0 else torch.sin(a.detach() + n)
+        reference.step()
+        paged.step()
+    assert len({state["step"] for state in paged.state.values()}) > 3
+    assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
 
 
 def test_a_budget_below_one_page_and_a_state_of_another_shape_are_refused():
