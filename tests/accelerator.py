@@ -181,7 +181,8 @@ def tensors(model: nn.Module, out, optimizer: torch.optim.Optimizer):
         if p.requires_grad:
             yield f"the gradient of {name}", p.grad
     for i, state in enumerate(optimizer.state.values()):
-        yield from ((f"the {key} of parameter {i}", value) for key, value in state.items())
+        held = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        yield from ((f"the {key} of parameter {i}", value) for key, value in held.items())
     for i, page in getattr(optimizer, "resident", {}).items():
         yield f"page {i}", page
     for i, page in enumerate(getattr(optimizer, "pages", [])):

@@ -99,10 +99,12 @@ def main() -> None:
         "4-bit layer, forward and backward": (linear(ours, x), linear(theirs, x)),
     }
     for name, shapes in TRAINED.items():
-        size = 8 * sum(math.prod(shape) for shape in shapes)
-        page = min(2**21, size // 8)  # where the state is small, eight pages of it
+        elements = sum(math.prod(shape) for shape in shapes)
+        pages = max(8, elements // 2**19 * 2)  # an even number, of 2 MiB or a little more
+        page = 8 * math.ceil(elements / pages)
+        budget = pages // 2 * page
         pairs[f"PagedAdamW at half its state, by AdamW: {name}"] = (
-            PagedAdamW(parameters(shapes), page_bytes=page, device_budget_bytes=size // 2).step,
+            PagedAdamW(parameters(shapes), page_bytes=page, device_budget_bytes=budget).step,
             torch.optim.AdamW(parameters(shapes), foreach=False, fused=False).step,
         )
     print("| | ours / theirs |\n|---|---|")
