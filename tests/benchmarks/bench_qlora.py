@@ -2,10 +2,10 @@
 
     python tests/benchmarks/bench_qlora.py [--width 4096] [--rounds 9] [--threads 1]
 
-One process; both sides take their turns one after the other; ratios of medians, ours by theirs.
-A 4-bit layer of width x width on 4 x 128 tokens, forward and backward; AdamW on what QLoRA trains,
-on four million parameters in small and in large matrices, and on a whole base, with half of the
-state in the budget. Needs the extra `conformance`.
+One process; both sides take their turns one after the other; ratios of medians, ours by theirs,
+and what we allow. A 4-bit layer of width x width on 4 x 128 tokens, forward and backward; AdamW on
+what LoRA trains, on four million parameters in small and in large matrices, and on a whole base,
+with half of the state in the budget. Needs the extra `conformance`.
 """
 
 import argparse
@@ -54,6 +54,8 @@ def base() -> list[torch.Size]:
     config = GPTConfig(vocab_size=2048, n_positions=256, n_embd=192, n_layer=6, n_head=6)
     return [p.shape for p in GPT(config).parameters()]
 
+
+LIMITS = {"quantize": 0.5, "dequantize": 1.4, "4-bit layer, forward and backward": 1.15}
 
 TRAINED = {
     "LoRA on the 3M base, r = 8": lora(192, 6, 8),
@@ -107,9 +109,10 @@ def main() -> None:
             PagedAdamW(parameters(shapes), page_bytes=page, device_budget_bytes=budget).step,
             torch.optim.AdamW(parameters(shapes), foreach=False, fused=False).step,
         )
-    print("| | ours / theirs |\n|---|---|")
+    print("| | ours / theirs | at most |\n|---|---|---|")
     for name, (our_run, their_run) in pairs.items():
-        print(f"| {name} | {ratio(our_run, their_run, args.rounds):.2f} |", flush=True)
+        taken, limit = ratio(our_run, their_run, args.rounds), LIMITS.get(name, 1.3)
+        print(f"| {name} | {taken:.2f} | {limit} |", flush=True)
 
 
 if __name__ == "__main__":
