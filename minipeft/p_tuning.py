@@ -100,7 +100,8 @@ class PromptEncoder(nn.Module):
         """P, (p, d)."""
         h = self.embedding.weight[None]  # (1, p, d)
         if self.lstm_head is not None:
-            h = self.lstm_head(h)[0]  # (1, p, 2 w)
+            with torch.autocast("cpu", enabled=False):  # not every CPU has a bfloat16 LSTM
+                h = self.lstm_head(h)[0]  # (1, p, 2 w)
         return (h if self.mlp_head is None else self.mlp_head(h))[0]
 
     @torch.no_grad()
