@@ -1,6 +1,6 @@
 """The quantizer, the 4-bit layer and the paged optimizer against bitsandbytes and torch.
 
-    python tests/benchmarks/bench_qlora.py [--width 4096] [--rounds 9] [--threads 1]
+    python tests/benchmarks/bench_qlora.py [--width 4096] [--rounds 15] [--threads 1]
 
 One process; both sides take their turns one after the other; ratios of medians, ours by theirs,
 and what we allow. A 4-bit layer of width x width on 4 x 128 tokens, forward and backward; AdamW on
@@ -78,7 +78,7 @@ def parameters(shapes: list) -> list[nn.Parameter]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
