@@ -1,8 +1,8 @@
 """Make everything under data/ from nothing: the tokenizer, the base models, the tasks.
 
-python data/build.py             # about an hour on two cores
-python data/build.py --bases 1m  # the tasks and one base
-python data/build.py --bases     # the tasks alone, in a second
+python -m data.build             # about an hour on two cores
+python -m data.build --bases 1m  # the tasks and one base
+python -m data.build --bases     # the tasks alone, in a second
 """
 
 import argparse
@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 from random import Random
 
-from text import Writer, a, document, up
-from words import (
+from .text import Writer, a, document, up
+from .words import (
     BAD_THINGS,
     GOOD_THINGS,
     NEW_PEOPLE,
@@ -120,31 +120,27 @@ def build_tasks(folder: Path) -> None:
 
 def build_bases(folder: Path, names: list[str]) -> None:
     from minipeft.gpt import GPTConfig
-    from minipeft.lab import finetune, tasks
+    from minipeft.lab.base import END
+    from minipeft.lab.pretrain import SETTINGS, pretrain, pretraining_run, train_tokenizer
 
     rng, held_out = Random(0), Random(1)
     documents = [document(rng) for _ in range(DOCUMENTS)]
-    text = f"\n{tasks.END}\n".join(document(held_out) for _ in range(300))
+    text = f"\n{END}\n".join(document(held_out) for _ in range(300))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "held_out.txt").write_text(text + "\n")
-    tokenizer = tasks.train_tokenizer(documents[:20_000], 2048)
+    tokenizer = train_tokenizer(documents[:20_000], 2048)
     for name in names:
         width, layers, heads, deviation, learning_rate = BASES[name]
-        config = GPTConfig(
-            vocab_size=2048, n_positions=256, n_embd=width, n_layer=layers, n_head=heads,
-            initializer_range=deviation, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
-            bos_token_id=0, eos_token_id=0,
-        )  # fmt: skip
-        model, record = finetune.pretrain(
-            documents, config, tokenizer, STEPS, learning_rate=learning_rate
-        )
+        size = {"n_embd": width, "n_layer": layers, "n_head": heads}
+        settings = SETTINGS | {"initializer_range": deviation}
+        config = GPTConfig(vocab_size=2048, n_positions=256, **size, **settings)
+        run = pretraining_run(STEPS, learning_rate)
+        model, training, held_out_loss = pretrain(documents, config, tokenizer, run)
         shutil.rmtree(folder / name, ignore_errors=True)
         model.save_pretrained(folder / name)
         tokenizer.save(str(folder / name / "tokenizer.json"), pretty=False)
-        losses = record["losses"][-100:]
-        print(
-            f"{name}: training loss {sum(losses) / 100:.3f}, held out {record['held_out_loss']:.3f}"
-        )
+        loss = sum(training.losses[-100:]) / 100
+        print(f"{name}: training loss {loss:.3f}, held-out loss {held_out_loss:.3f}")
 
 
 if __name__ == "__main__":

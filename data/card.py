@@ -1,7 +1,7 @@
 """The figures of the data card: what the bases learned from the text, and what they can do.
 
-python data/card.py            # all three bases: results/bases.json and the tables, ten minutes
-python data/card.py --samples  # ten documents, in a second
+python -m data.card            # all three bases: results/bases.json and the tables, ten minutes
+python -m data.card --samples  # ten documents, in a second
 """
 
 import argparse
@@ -10,9 +10,10 @@ from collections.abc import Callable
 from random import Random
 
 import numpy as np
-from build import BASES, DOCUMENTS, HERE
-from text import VALUES, Writer, document, up
-from words import NEW_DISHES, NEW_PEOPLE, NEW_PLACES, NEW_THINGS
+
+from .build import BASES, DOCUMENTS, HERE
+from .text import VALUES, Writer, document, up
+from .words import NEW_DISHES, NEW_PEOPLE, NEW_PLACES, NEW_THINGS
 
 RESULTS = HERE / "results" / "bases.json"
 SAMPLES = [6, 54, 24, 13, 46, 27, 41, 38, 20, 34]  # seeds of the documents that the card shows
@@ -29,7 +30,7 @@ class NGram:
     P(w | c) = max(N(c w) - d, 0) / N(c) + d T(c) / N(c) · P(w | c without its first token)
 
     T(c) is the number of different tokens seen after c; d = n₁ / (n₁ + 2 n₂) for each order, from
-    the number of n-grams seen once and twice. Below the unigrams stands 1 / vocabulary.
+    the number of n-grams seen once and twice. Unigrams back off to 1 / vocabulary.
     """
 
     def __init__(self, stream: np.ndarray, vocabulary: int, order: int):
@@ -58,7 +59,7 @@ class NGram:
         )
 
     def probabilities(self, rows: np.ndarray) -> np.ndarray:
-        """P (b, t - 1) of every token of windows (b, t) but each one's first, given its past."""
+        """P (b, t - 1) of every token of windows (b, t) except the first, given its past."""
         p = np.full((len(rows), rows.shape[1] - 1), 1 / self.vocabulary)
         for n, table in enumerate(self.tables, 1):
             runs = self.keys(rows, n)[:, 1 if n == 1 else 0 :]
@@ -71,7 +72,7 @@ class NGram:
         return p
 
     def loss(self, rows: np.ndarray) -> float:
-        """Mean loss in nats a token on windows (b, t)."""
+        """Mean loss in nats per token on windows (b, t)."""
         return float(-np.log(self.probabilities(rows)).mean())
 
 
@@ -133,12 +134,12 @@ PROBES = {  # the row of the card: whether names are held out, the prompt
 
 def probe(model, tokenizer, ask: Callable, values: dict, n: int = 200) -> float:
     """The share of n prompts that the model continues, greedily, as it must."""
-    from minipeft.lab import finetune, tasks
+    from minipeft.lab import evaluate, tasks
 
     writer = Writer(Random(5), values)
     prompts, wanted = zip(*(ask(writer) for _ in range(n)), strict=True)
     ids, mask = tasks.pad_left([tokenizer.encode(prompt).ids for prompt in prompts], 0, "cpu")
-    with finetune.evaluating(model):
+    with evaluate.evaluating(model):
         out = model.generate(ids, mask, max_new_tokens=12)[:, ids.shape[1] :].tolist()
     told = [tokenizer.decode(row) for row in out]
     return sum(t.startswith(w) for t, w in zip(told, wanted, strict=True)) / n
@@ -149,9 +150,12 @@ def probe(model, tokenizer, ask: Callable, values: dict, n: int = 200) -> float:
 
 def measure(names: list[str]) -> dict:
     """Figures of the bases, and of counting on the same text."""
-    from minipeft.lab import compare, finetune, tasks
+    from minipeft.lab import compare, tasks
+    from minipeft.lab.base import load_base
+    from minipeft.lab.evaluate import text_loss
+    from minipeft.lab.recipes import RECIPES, RunConfig
 
-    base = finetune.load_base(HERE / "base" / names[0])
+    base = load_base(HERE / "base" / names[0])
     rng = Random(0)
     documents = [document(rng) for _ in range(DOCUMENTS)]
     stream = [i for e in base.tokenizer.encode_batch(documents) for i in [*e.ids, base.end]]
@@ -159,41 +163,40 @@ def measure(names: list[str]) -> dict:
     counting = {n: NGram(stream, 2048, n).loss(rows) for n in (1, 5)}
     result = {"tokens": len(stream), "unigram": counting[1], "5-gram": counting[5], "bases": {}}
     for name in names:
-        base = finetune.load_base(HERE / "base" / name)
+        base = load_base(HERE / "base" / name)
         model, known = base.model().eval(), {True: VALUES | HELD_OUT, False: VALUES}
         row = {"parameters": sum(p.numel() for p in model.parameters())}
-        row["loss"] = finetune.text_loss(model, base.held_out)
+        row["loss"] = text_loss(model, base.held_out)
         row["probes"] = {
             title: probe(model, base.tokenizer, ask, known[held_out])
             for title, (held_out, ask) in PROBES.items()
         }
         row["tasks"] = {}
         for task_name in TASKS:
-            task = tasks.load_task(base.tokenizer, base.end, 256, task_name)
-            runs = compare.compare(base, task, ["frozen", "full"], 100, 1, generated=200)
-            scores = {title: found[0]["score"] for title, found in compare.rows(runs).items()}
+            recipes = [RECIPES["frozen"], RECIPES["full"]]
+            task, run = tasks.load_task(base, task_name), RunConfig(n_generate=200)
+            runs = compare.compare(base, task, recipes, run, 1)
+            scores = {title: found[0].score for title, found in compare.rows(runs).items()}
             row["tasks"][task_name] = scores
         result["bases"][name] = row
     return result
 
 
 def tables(result: dict) -> str:
-    """The card's table of the figures, in Markdown."""
+    """The card's table of figures, in Markdown."""
+    from minipeft.lab.report import markdown_table
+
     bases = result["bases"]
-    lines = ["| | " + " | ".join(bases) + " |", "|---|" + "---|" * len(bases)]
-
-    def line(title: str, values: list[str]) -> None:
-        lines.append("| " + " | ".join([title, *values]) + " |")
-
-    line("parameters", [f"{row['parameters']:,}" for row in bases.values()])
-    line("loss on held-out text, nats a token", [f"{row['loss']:.3f}" for row in bases.values()])
+    lines = [["parameters", *(f"{row['parameters']:,}" for row in bases.values())]]
+    loss = [f"{row['loss']:.3f}" for row in bases.values()]
+    lines.append(["loss on held-out text, nats per token", *loss])
     for title in PROBES:
-        line(title, [f"{row['probes'][title]:.3f}" for row in bases.values()])
+        lines.append([title, *(f"{row['probes'][title]:.3f}" for row in bases.values())])
     for task in TASKS:
         for title in ("frozen", "full", "full, random base"):
             scores = [f"{row['tasks'][task][title]:.3f}" for row in bases.values()]
-            line(f"`{task}`: {title}", scores)
-    return "\n".join(lines)
+            lines.append([f"`{task}`: {title}", *scores])
+    return markdown_table(["", *bases], lines)
 
 
 def counted(result: dict) -> str:

@@ -9,7 +9,7 @@ again, stories in which a lost thing returns, lists read back, talk, reviews, re
 from random import Random
 from typing import NamedTuple
 
-from words import (
+from .words import (
     ANIMALS,
     BAD_THINGS,
     COLORS,

@@ -1,8 +1,8 @@
-"""Make the notebooks from their sources: run each once, write the lesson and its solved twin.
+"""Build the notebooks from their sources: run each once, write the lesson and its solved twin.
 
 python lessons/build.py                     # all lessons
 python lessons/build.py 02_lora             # one
-python lessons/build.py --check             # run them, and compare with what lies here
+python lessons/build.py --check             # run them, and compare with the files that are here
 python lessons/build.py --student class     # copies for a class: no outputs, no solutions
 python lessons/build.py --figures slides    # the figures of the built lessons as PNG files
 python lessons/build.py --seed 3            # run them with other seeds: which claims still hold?
@@ -15,6 +15,7 @@ A cell tagged `timing` prints seconds, so `--check` does not compare its output.
 """
 
 import argparse
+import ast
 import base64
 import copy
 import os
@@ -138,16 +139,25 @@ def write_figures(names: list[str], folder: Path) -> None:
             print(f"wrote {folder / name}_{i}.png")
 
 
-OTHER_SEEDS = """from minipeft.lab import finetune
-defaults = finetune.finetune.__defaults__  # the seed is the first
-finetune.finetune.__defaults__ = ({n}, *defaults[1:])"""
+class DefaultSeed(ast.NodeTransformer):
+    """Gives every `RunConfig(…)` without a seed this one."""
+
+    def __init__(self, seed: int):
+        self.seed = ast.keyword("seed", ast.Constant(seed))
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+        if name == "RunConfig" and all(keyword.arg != "seed" for keyword in node.keywords):
+            node.keywords.append(self.seed)
+        return node
 
 
 def with_other_seeds(source: Path, n: int) -> list[str]:
-    """Run the solutions with n added to the seeds; what each cell that failed has to say.
+    """Run the solutions with n added to the seeds; returns the message of each cell that failed.
 
-    Moved are `finetune`'s default and what stands behind the words of `seeds` below. A seed that a
-    lesson hands on by position, as to `tasks.shuffled`, stays.
+    Moved are the numbers after the words of `seeds` below, and the seed of every RunConfig that
+    names none. A seed given by position, as in `shuffled(…, 0)`, stays.
     """
     notebook = parse(source)
     notebook.cells = [
@@ -156,10 +166,10 @@ def with_other_seeds(source: Path, n: int) -> list[str]:
     ]  # fmt: skip
     seeds = re.compile(r"(manual_seed\(|seed=|Random\(|for seed in \()([\d, ]+)")
     for cell in notebook.cells:
-        cell.source = seeds.sub(
+        moved = seeds.sub(
             lambda m: m[1] + re.sub(r"\d+", lambda d: str(int(d[0]) + n), m[2]), cell.source
         )
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(OTHER_SEEDS.format(n=n)))
+        cell.source = ast.unparse(DefaultSeed(n).visit(ast.parse(moved)))
     run_cells(notebook, allow_errors=True)
     errors = [o for cell in notebook.cells for o in cell.outputs if o.output_type == "error"]
     plain = [re.sub(r"\x1b\[[\d;]*m", "", "\n".join(o.traceback)) for o in errors]

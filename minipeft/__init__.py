@@ -1,40 +1,43 @@
-"""Parameter-efficient fine-tuning from scratch, one readable file a method."""
+"""Parameter-efficient fine-tuning from scratch, one readable file per method.
 
-from minipeft import qlora
-from minipeft.adalora import AdaLoraConfig
-from minipeft.bitfit import BitFitConfig
-from minipeft.bottleneck import BottleneckConfig
-from minipeft.gpt import GPT, GPTConfig
-from minipeft.lora import LoraConfig
-from minipeft.p_tuning import PromptEncoderConfig
-from minipeft.paged_adamw import PagedAdamW
-from minipeft.peft_model import PeftConfig, PeftModel, TaskType, get_peft_model
-from minipeft.prefix_tuning import PrefixTuningConfig
-from minipeft.prompt_tuning import PromptTuningConfig
-from minipeft.qlora import (
-    QLoraConfig,
-    prepare_model_for_kbit_training,
-    quantize_model,
-)
+Names are loaded when they are first used, because importing torch takes seconds.
+"""
 
-__all__ = [
-    "GPT",
-    "AdaLoraConfig",
-    "BitFitConfig",
-    "BottleneckConfig",
-    "GPTConfig",
-    "LoraConfig",
-    "PagedAdamW",
-    "PeftConfig",
-    "PeftModel",
-    "PrefixTuningConfig",
-    "PromptEncoderConfig",
-    "PromptTuningConfig",
-    "QLoraConfig",
-    "TaskType",
-    "get_peft_model",
-    "prepare_model_for_kbit_training",
-    "quantize_model",
-]
+from importlib import import_module
 
-qlora.PagedAdamW = PagedAdamW  # where it stood until it had a file of its own
+__version__ = "0.2.0"
+
+_METHOD_FILES = (
+    "lora", "adalora", "qlora", "paged_adamw", "prompt_tuning", "p_tuning", "prefix_tuning",
+    "bitfit", "bottleneck",
+)  # fmt: skip
+_NAMES = {
+    "gpt": ("GPT", "GPTConfig"),
+    "peft_model": ("PeftModel", "get_peft_model", "prepare_model_for_kbit_training"),
+    "saving": ("PeftConfig", "TaskType"),
+    "methods.lora": ("LoraConfig", "LoraLinear", "add_lora"),
+    "methods.adalora": ("AdaLoraConfig", "RankAllocator", "SVDLinear", "add_adalora"),
+    "methods.qlora": (
+        "Linear4bit", "QLoraLinear", "add_qlora", "quantize_model", "quantize_nf4", "dequantize_nf4"
+    ),
+    "methods.paged_adamw": ("PagedAdamW",),
+    "methods.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig"),
+    "methods.p_tuning": ("PromptEncoder", "PromptEncoderConfig"),
+    "methods.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
+    "methods.bitfit": ("BitFitConfig", "BitFitLayer", "add_bitfit"),
+    "methods.bottleneck": ("BottleneckConfig", "BottleneckLayer", "add_bottleneck"),
+}  # fmt: skip
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = [*_HOME, *_METHOD_FILES]
+
+
+def __getattr__(name: str):
+    if name in _METHOD_FILES:
+        return import_module(f"minipeft.methods.{name}")
+    if name in _HOME:
+        return getattr(import_module(f"minipeft.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'minipeft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,22 +1,21 @@
 r"""A small GPT: GPT-2's architecture and module names, in plain PyTorch.
 
-A token's embedding and its position's are added; `n_layer` blocks follow, each an attention and an
-MLP behind a layer norm and a residual sum; a last norm and the transposed embedding give the
-logits:
+The model embeds each token and its position, passes the sum through `n_layer` blocks, and projects
+the result back onto the vocabulary with the embedding matrix itself. A block is self-attention
+followed by an MLP, each with a layer norm before it and a residual connection around it.
 
-    x_0 = wte[token] + wpe[position]                                (1)
-    x  <- x + Attention(LN(x)),   x <- x + MLP(LN(x))               (2)
-    logits = LN(x) wte^T,   loss = mean over t of -log p(label_{t+1} | tokens up to t)   (3)
-    Attention: softmax(q k^T / sqrt(k_width) + mask) v, one fused call for all heads     (4)
+    x₀ = wte[token] + wpe[position]                                                   (1)
+    Attention(x) = softmax(q kᵀ / √k_width + mask) v W_oᵀ,   q, k, v = x W_qkvᵀ       (2)
+    x ← x + Attention(LN(x)),   x ← x + MLP(LN(x))                                    (3)
+    logits = LN(x) wteᵀ,   loss = -mean over t of log p(label_{t+1} | tokens ≤ t)     (4)
 
-Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; names and
-numbers as in Hugging Face transformers, whose GPT-2 folders are read and written.
-Where we differ: layers are `nn.Linear` with weight (out, in), not `Conv1D` with (in, out), so
-weights are transposed on the way in and out.
-Parameters: v d + n_positions d + n_layer (12 d^2 + 13 d) + 2 d, with the default MLP width 4 d.
+Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Module names,
+defaults and files follow Hugging Face transformers: GPT-2 folders can be read and written.
+Difference: layers are `nn.Linear` with weight (out, in) instead of `Conv1D` with (in, out), so
+weights are transposed when they are read and written.
+Parameters: v d + n_positions d + n_layer (12 d² + 13 d) + 2 d, with the default MLP width 4 d.
 
-Shapes: b batch, t new tokens, p tokens in the cache (or virtual ones), d width, h heads,
-k head width, v vocabulary.
+Shapes: b batch, t new tokens, p tokens in the cache, d width, h heads, k head width, v vocabulary.
 """
 
 import json
@@ -33,69 +32,64 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# What GPT-2's config can say and this file cannot do: only these values are accepted.
-ONLY = {
-    "activation_function": "gelu_new",
-    "add_cross_attention": False,
-    "reorder_and_upcast_attn": False,
-    "scale_attn_by_inverse_layer_idx": False,
-    "scale_attn_weights": True,
-    "tie_word_embeddings": True,
-}
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out) on disk
-KeyValues = tuple[tuple[Tensor, Tensor], ...]  # a layer each: keys and values, (b, h, p, k)
+SUPPORTED = {  # settings in GPT-2's config.json, with the one value that this file implements
+    "model_type": "gpt2", "activation_function": "gelu_new", "add_cross_attention": False,
+    "reorder_and_upcast_attn": False, "scale_attn_by_inverse_layer_idx": False,
+    "scale_attn_weights": True, "tie_word_embeddings": True,
+}  # fmt: skip
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out)
+KeyValue = tuple[Tensor, Tensor]  # the cached keys and values of one layer, each (b, h, p, k)
+KeyValues = tuple[KeyValue, ...]  # the cache: one pair per layer
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT. Fields and defaults are those of transformers' `GPT2Config`."""
+    """Size and settings of a GPT. Fields and defaults are those of transformers' `GPT2Config`."""
 
-    vocab_size: int = 50257
-    n_positions: int = 1024  # the context: most tokens that one forward pass can see
+    vocab_size: int = 50257  # v
+    n_positions: int = 1024  # the context: the most tokens that the model can process at once
     n_embd: int = 768  # d, the width
-    n_layer: int = 12
-    n_head: int = 12
-    n_inner: int | None = None  # width of the MLP; None is 4 d
-    embd_pdrop: float = 0.1  # dropout after the embeddings,
-    attn_pdrop: float = 0.1  # on the attention weights,
-    resid_pdrop: float = 0.1  # and before each residual sum
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
-    bos_token_id: int | None = 50256
-    eos_token_id: int | None = 50256
+    n_layer: int = 12  # number of blocks
+    n_head: int = 12  # h, attention heads per block; must divide n_embd
+    n_inner: int | None = None  # hidden width of the MLP; None means 4 d
+    embd_pdrop: float = 0.1  # dropout probability after the embeddings
+    attn_pdrop: float = 0.1  # dropout probability on the attention weights
+    resid_pdrop: float = 0.1  # dropout probability before each residual sum
+    layer_norm_epsilon: float = 1e-5  # added to the variance in every layer norm
+    initializer_range: float = 0.02  # standard deviation of the initial weights
+    bos_token_id: int | None = 50256  # starts a text; stored, but not used here
+    eos_token_id: int | None = 50256  # ends a text; `generate` stops there
 
     def __post_init__(self):
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}: give a whole number from 1 up"
-                )
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+            raise ValueError(f"n_head must divide n_embd, got {self.n_head} and {self.n_embd}")
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: give a number in [0, 1)")
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
 
 
 class Output(NamedTuple):
-    """What `GPT.forward` returns; `past_key_values` is None unless `use_cache` was asked for."""
+    """The result of `GPT.forward`."""
 
-    loss: Tensor | None
+    loss: Tensor | None  # None without labels
     logits: Tensor  # (b, t, v)
-    past_key_values: KeyValues | None
+    past_key_values: KeyValues | None  # None unless use_cache=True
 
 
 class Attention(nn.Module):
-    """Causal self-attention with all heads in one fused call, equation (4)."""
+    """Causal self-attention, equation (2), with one fused call for all heads."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.attn_pdrop = config.n_head, config.attn_pdrop
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v side by side
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one matrix
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, mask: Tensor | None, past: tuple[Tensor, Tensor] | None):
+    def forward(self, x: Tensor, mask: Tensor | None, past: KeyValue | None):
         b, t, d = x.shape
         qkv = self.c_attn(x).view(b, t, 3, self.n_head, d // self.n_head)  # (b, t, 3, h, k)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, h, t, k)
@@ -103,13 +97,13 @@ class Attention(nn.Module):
             k = torch.cat((past[0].to(k.dtype), k), dim=2)  # (b, h, p + t, k)
             v = torch.cat((past[1].to(v.dtype), v), dim=2)  # (b, h, p + t, k)
         dropout = self.attn_pdrop if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # (2)
         y = y.transpose(1, 2).reshape(b, t, d)  # (b, h, t, k) -> (b, t, d)
         return self.resid_dropout(self.c_proj(y)), (k, v)
 
 
 class MLP(nn.Module):
-    """Two linear layers with GPT-2's tanh form of GELU between them."""
+    """Two linear layers with the tanh approximation of GELU between them."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -119,11 +113,11 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))  # (b, t, d)
 
 
 class Block(nn.Module):
-    """One layer, equation (2). Returns its keys and values too, for the cache."""
+    """One layer of the network, equation (3). Also returns its keys and values for the cache."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -132,22 +126,20 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, past: tuple[Tensor, Tensor] | None):
+    def forward(self, x: Tensor, mask: Tensor | None, past: KeyValue | None):
         y, present = self.attn(self.ln_1(x), mask, past)
-        x = x + y
-        return x + self.mlp(self.ln_2(x)), present
+        x = x + y  # (3), first half
+        return x + self.mlp(self.ln_2(x)), present  # (3), second half
 
 
 class GPT(nn.Module):
-    """A GPT with a language-model head that shares the embedding's weight.
-
-    >>> model = GPT(GPTConfig(vocab_size=2048, n_positions=256, n_embd=128, n_layer=4, n_head=4))
-    >>> loss, logits, _ = model(input_ids, labels=input_ids)
-    """
+    """A GPT. Its language-model head shares the weight of the token embedding."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.name_or_path = None  # the folder or Hub name, set by from_pretrained
+        self.gradient_checkpointing = False
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -158,53 +150,47 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.gradient_checkpointing = False
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif "ln_" not in name:  # residual sums grow with depth, so what feeds them shrinks
-                shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(p, std=config.initializer_range / shrink)
+            elif "ln_" not in name:  # each block adds to x twice: scale down to keep x's variance
+                scale = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(p, std=config.initializer_range / scale)
         self.lm_head.weight = self.transformer.wte.weight
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: KeyValues | None = None,
-        position_ids: Tensor | None = None,
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        labels: Tensor | None = None, inputs_embeds: Tensor | None = None,
+        past_key_values: KeyValues | None = None, position_ids: Tensor | None = None,
         use_cache: bool = False,
-    ) -> Output:
-        """Logits of every token, and the loss where there are labels.
+    ) -> Output:  # fmt: skip
+        """Compute the logits of every token, and the mean loss if labels are given.
 
-        input_ids (b, t) or inputs_embeds (b, t, d); attention_mask (b, p + t), 1 for a real token
-        and 0 for padding on either side; labels (b, t), shifted inside, -100 ignored;
-        past_key_values: (keys, values) a layer, each (b, h, p, k); position_ids (b, t) or (1, t),
-        by default p, p + 1, …, whatever the mask. Returns `Output(loss, logits, past_key_values)`.
-        Raises ValueError for both inputs or none, a mask of another length, too long a text.
+        Pass input_ids (b, t) or inputs_embeds (b, t, d). attention_mask (b, p + t) is 1 for real
+        tokens, 0 for padding on either side. labels (b, t) are shifted inside; -100 is ignored.
+        position_ids (b, t) or (1, t) default to p, …, p + t - 1 and do not depend on the mask.
+        Raises ValueError for both inputs or neither, a mask of the wrong shape, or too many tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give input_ids or inputs_embeds, and not both")
+            raise ValueError("pass either input_ids or inputs_embeds, and not both")
         x = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
         b, t, _ = x.shape
-        p = past_key_values[0][0].shape[2] if past_key_values is not None else 0
+        p = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+        pasts = past_key_values or (None,) * len(self.transformer.h)
         if p + t > self.config.n_positions:
-            raise ValueError(f"{p + t} tokens, but the context holds {self.config.n_positions}")
+            raise ValueError(f"got {p + t} tokens, but the context holds {self.config.n_positions}")
         if position_ids is None:
             position_ids = torch.arange(p, p + t, device=x.device)[None]  # (1, t)
-        x = self.transformer.drop(x + self.transformer.wpe(position_ids))  # (b, t, d), eq. (1)
+        x = self.transformer.drop(x + self.transformer.wpe(position_ids))  # (b, t, d)   (1)
         mask = self._mask(attention_mask, b, t, p, x.device)
         presents = []
-        for i, block in enumerate(self.transformer.h):
-            past = past_key_values[i] if past_key_values is not None else None
+        for block, past in zip(self.transformer.h, pasts, strict=True):
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x, present = checkpoint(block, x, mask, past, use_reentrant=False)
             else:
-                x, present = block(x, mask, past)
+                x, present = block(x, mask, past)  # (b, t, d)   (3)
             presents.append(present)
-        logits = self.lm_head(self.transformer.ln_f(x))  # (b, t, v), eq. (3)
+        logits = self.lm_head(self.transformer.ln_f(x))  # (b, t, v)   (4)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
@@ -212,75 +198,63 @@ class GPT(nn.Module):
 
     @staticmethod
     def _mask(attention_mask: Tensor | None, b: int, t: int, p: int, device) -> Tensor | None:
-        """True where token i may look at key j: j <= p + i, and j is no padding.
+        """True where query i may attend to key j: j <= p + i, and j is not padding.
 
-        Returns (b, 1, t, p + t), or (1, 1, t, p + t) without a mask, or None.
-        None stands for the plain causal mask; with p > 0 that would be wrong, since it lets token 0
-        see key 0 alone and not the p keys before it. A padding token sees itself, so that no row is
-        empty (the softmax of nothing is NaN).
+        Returns (b or 1, 1, t, p + t), or None for plain causal attention. With a cache, the fused
+        call's own causal mask would be wrong: it shows query 0 only key 0, not the p cached keys.
         """
         if attention_mask is None and p == 0:
             return None
-        mask = torch.ones(t, p + t, dtype=torch.bool, device=device).tril(p)[None, None]
+        causal = torch.ones(t, p + t, dtype=torch.bool, device=device).tril(p)[None, None]
         if attention_mask is None:
-            return mask
+            return causal
         if attention_mask.shape != (b, p + t):
-            raise ValueError(
-                f"attention_mask has the shape {tuple(attention_mask.shape)}, but {p} past and "
-                f"{t} new tokens in a batch of {b} need {(b, p + t)}"
-            )
-        own = torch.eye(t, p + t, dtype=torch.bool, device=device).roll(p, dims=1)  # (t, p + t)
-        return mask & attention_mask.bool()[:, None, None] | own  # (b, 1, t, p + t)
+            shape = tuple(attention_mask.shape)
+            raise ValueError(f"attention_mask must have shape {(b, p + t)}, got {shape}")
+        # Padding attends to itself: the softmax of a row without any key would be NaN.
+        itself = torch.eye(t, p + t, dtype=torch.bool, device=device).roll(p, dims=1)  # (t, p + t)
+        return causal & attention_mask.bool()[:, None, None] | itself  # (b, 1, t, p + t)
 
     @torch.no_grad()
     def generate(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        max_new_tokens: int = 20,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        eos_token_id: int | None = None,
-        generator: torch.Generator | None = None,
-        inputs_embeds: Tensor | None = None,
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        max_new_tokens: int = 20, do_sample: bool = False, temperature: float = 1.0,
+        top_k: int | None = None, eos_token_id: int | None = None,
+        generator: torch.Generator | None = None, inputs_embeds: Tensor | None = None,
         past_key_values: KeyValues | None = None,
-    ) -> Tensor:
-        """Continue prompts (b, t), greedily or by sampling: (b, t + up to max_new_tokens).
+    ) -> Tensor:  # fmt: skip
+        """Continue prompts (b, t) greedily or by sampling: (b, t + up to max_new_tokens).
 
-        Prompts of unequal length are padded on the LEFT, with 0 in attention_mask (b, p + t). A row
-        ends at `eos_token_id` (by default the config's) and is filled with it until all rows have
-        ended. `past_key_values` hold p tokens that stand before. Given inputs_embeds (b, t, d), the
-        new tokens alone are returned. Raises ValueError for right padding, a temperature not above
-        0, text beyond the context.
+        Pad prompts of unequal length on the LEFT, with 0 in attention_mask (b, p + t). A row that
+        reaches `eos_token_id` (default: the config's) is filled with it until all rows are done.
+        With inputs_embeds (b, t, d), only the new tokens are returned. Raises ValueError for an
+        empty or right-padded prompt, more tokens than the context holds, or bad sampling settings.
         """
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        b, t = given.shape[:2]
-        p = past_key_values[0][0].shape[2] if past_key_values is not None else 0
-        eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
+        new = input_ids if inputs_embeds is None else inputs_embeds
+        b, t = new.shape[:2]
+        p = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+        if t == 0:
+            raise ValueError("the prompt is empty: pass at least one token")
         if p + t + max_new_tokens > self.config.n_positions:
             raise ValueError(
-                f"a prompt of {p + t} and {max_new_tokens} new tokens exceed the context of "
+                f"a prompt of {p + t} tokens and {max_new_tokens} new tokens exceed the context of "
                 f"{self.config.n_positions}: shorten the prompt or lower max_new_tokens"
             )
-        if do_sample and not temperature > 0:
-            raise ValueError(
-                f"temperature is {temperature}: give a number above 0, or do not sample"
-            )
+        if do_sample and not (temperature > 0 and (top_k is None or top_k > 0)):
+            raise ValueError(f"temperature and top_k must be positive, got {temperature}, {top_k}")
         if attention_mask is None:
-            attention_mask = torch.ones(b, p + t, dtype=torch.long, device=given.device)
+            attention_mask = torch.ones(b, p + t, dtype=torch.long, device=new.device)
         if not attention_mask[:, -1].all():
-            raise ValueError("a prompt ends in padding: pad prompts on the left to generate")
-        if inputs_embeds is not None:
-            input_ids = given.new_empty(b, 0, dtype=torch.long)
-        was_training, past, new = self.training, past_key_values, given
-        done = torch.zeros(b, dtype=torch.bool, device=input_ids.device)
+            raise ValueError("a prompt ends with padding: pad prompts on the left to generate")
+        tokens = input_ids if inputs_embeds is None else new.new_empty(b, 0, dtype=torch.long)
+        eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
+        done = torch.zeros(b, dtype=torch.bool, device=new.device)
+        was_training, past = self.training, past_key_values
         self.eval()
         try:
             for _ in range(max_new_tokens):
-                positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[
-                    :, -new.shape[1] :
-                ]  # (b, t)
+                positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (b, p + t)
+                positions = positions[:, -new.shape[1] :]  # (b, t)
                 ids, embeds = (None, new) if new.dim() == 3 else (new, None)
                 out = self(ids, attention_mask, None, embeds, past, positions, use_cache=True)
                 past, logits = out.past_key_values, out.logits[:, -1].float()  # (b, v)
@@ -288,24 +262,27 @@ class GPT(nn.Module):
                     new = logits.argmax(-1, keepdim=True)  # (b, 1)
                 else:
                     if top_k is not None:
-                        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (b, 1)
-                        logits = logits.masked_fill(logits < least, -torch.inf)
-                    probabilities = (logits / temperature).softmax(-1)  # (b, v)
-                    new = torch.multinomial(probabilities, 1, generator=generator)  # (b, 1)
+                        smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                        logits = logits.masked_fill(logits < smallest, -torch.inf)
+                    p_next = (logits / temperature).softmax(-1)  # (b, v)
+                    new = torch.multinomial(p_next, 1, generator=generator)  # (b, 1)
                 if eos is not None:
                     new = new.masked_fill(done[:, None], eos)
                     done |= new[:, 0] == eos
-                input_ids = torch.cat((input_ids, new), dim=1)
+                tokens = torch.cat((tokens, new), dim=1)
                 attention_mask = torch.cat((attention_mask, torch.ones_like(new)), dim=1)
                 if done.all():
                     break
         finally:
             self.train(was_training)
-        return input_ids
+        return tokens
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Keep only each block's input and compute the rest again in the backward pass."""
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None) -> None:
+        """Recompute each block in the backward pass; `gradient_checkpointing_kwargs` is ignored."""
         self.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.gradient_checkpointing = False
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.transformer.wte
@@ -318,156 +295,129 @@ class GPT(nn.Module):
         return self.transformer.wte.weight.device
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` as transformers writes them for GPT-2."""
-        save_file = _import("safetensors.torch").save_file
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            name: (w.t() if name.endswith(TRANSPOSED) else w).contiguous()
-            for name, w in self.state_dict().items()
-            if name != "lm_head.weight"  # it is wte's
-        }
-        config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"} | asdict(self.config)
-        config = json.dumps(config | ONLY, indent=2, sort_keys=True) + "\n"
-        write_file(
-            folder / "model.safetensors", lambda f: save_file(tensors, f, metadata={"format": "pt"})
-        )
-        write_file(folder / "config.json", lambda f: Path(f).write_text(config))
+        """Write `config.json` and `model.safetensors` in transformers' format for GPT-2.
+
+        Raises ValueError, before anything is written, for quantized or adapted layers.
+        """
+        from safetensors.torch import save_file
+
+        with torch.device("meta"):
+            plain = GPT(self.config).state_dict()
+        tensors = self.state_dict()
+        if {k: w.shape for k, w in tensors.items()} != {k: w.shape for k, w in plain.items()}:
+            raise ValueError(
+                "this model has quantized or adapted layers; call merge_and_unload() first, or "
+                "save the adapter with PeftModel.save_pretrained"
+            )
+        del tensors["lm_head.weight"]  # the same tensor as wte.weight
+        for name, w in tensors.items():
+            tensors[name] = (w.t() if name.endswith(TRANSPOSED) else w).contiguous()
+        config = {"architectures": ["GPT2LMHeadModel"]} | asdict(self.config) | SUPPORTED
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        file = Path(path) / "model.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, lambda f: save_file(tensors, f, metadata={"format": "pt"}))
+        write_file(file.with_name("config.json"), lambda f: Path(f).write_text(text))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "GPT":
-        """Read a GPT-2 folder (ours, transformers' or OpenAI's), or fetch one from the hub by name.
+        """Load a GPT-2 folder (ours, transformers' or OpenAI's), or download one from the Hub.
 
-        The model comes in float32 and in eval mode. Raises ValueError with the file's name for what
-        is damaged, missing, surplus, of another shape, or of an architecture that is not GPT-2's.
+        The model is in float32 and in eval mode. Raises ValueError, naming the file, if something
+        is damaged, missing or unexpected, or if the architecture is not GPT-2.
         """
         folder = Path(path)
         if not folder.is_dir():
-            if folder.is_absolute() or str(path).count("/") > 1:
-                raise ValueError(f"there is no folder {path}")
             files = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
-            fetch = _import("huggingface_hub").snapshot_download
             try:
-                folder = Path(fetch(str(path), allow_patterns=files))
+                from huggingface_hub import snapshot_download
+
+                folder = Path(snapshot_download(str(path), allow_patterns=files))
             except Exception as error:
                 raise ValueError(
-                    f"{path} is no folder here, and the hub did not give it: {error}"
+                    f"{path} is neither a local folder nor a model on the Hugging Face Hub: {error}"
                 ) from error
-        config = _read_config(folder / "config.json")
-        tensors = _read_tensors(folder)
-        with torch.device("meta"):
-            model = cls(config)
-        shapes = {name: w.shape for name, w in model.state_dict().items()}
-        tensors.setdefault("lm_head.weight", tensors.get("transformer.wte.weight"))
-        wrong = [f"{name} is missing" for name in shapes if tensors.get(name) is None]
-        wrong += [f"{name} is not part of a GPT-2" for name in tensors if name not in shapes]
-        wrong += [
-            f"{name} has the shape {tuple(w.shape)} and not {tuple(shapes[name])}"
-            for name, w in tensors.items()
-            if w is not None and name in shapes and w.shape != shapes[name]
-        ]
-        if not wrong and not torch.equal(
-            tensors["lm_head.weight"], tensors["transformer.wte.weight"]
-        ):
-            wrong = ["lm_head.weight differs from wte.weight: an untied head is not supported"]
-        if wrong:
-            raise ValueError(f"{folder} does not fit: {'; '.join(wrong[:5])} ({len(wrong)} in all)")
-        model.load_state_dict({k: w.float() for k, w in tensors.items()}, assign=True)
-        model.requires_grad_(True)
+        config, tensors = _read_config(folder / "config.json"), _read_tensors(folder)
+        try:
+            if config.n_layer > len(tensors):  # building them all could take forever
+                raise RuntimeError(f"{config.n_layer} layers, but only {len(tensors)} tensors")
+            with torch.device("meta"):
+                model = cls(config)
+            model.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: weights and config.json do not match: {error}") from error
+        if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
+            raise ValueError(f"{folder}: an lm_head that differs from wte is not supported")
         model.lm_head.weight = model.transformer.wte.weight
+        model.name_or_path = str(path)
         return model.eval()
 
 
 def _read_config(file: Path) -> GPTConfig:
     try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if not isinstance(found, dict) or found.get("model_type", "gpt2") != "gpt2":
-        raise ValueError(f"{file} does not describe a GPT-2 (model_type 'gpt2')")
-    for name, value in ONLY.items():
-        if found.get(name, value) != value:
-            raise ValueError(f"{file}: {name} is {found[name]!r}, and only {value!r} is supported")
-    names = {field.name for field in fields(GPTConfig)}
-    try:
-        return GPTConfig(**{name: value for name, value in found.items() if name in names})
-    except (TypeError, ValueError) as error:
+        settings = dict(json.loads(file.read_text()))
+        for name, value in SUPPORTED.items():
+            if settings.get(name, value) != value:
+                raise ValueError(f"{name} must be {value!r}, got {settings[name]!r}")
+        names = {field.name for field in fields(GPTConfig)}
+        return GPTConfig(**{name: value for name, value in settings.items() if name in names})
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from error
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All weights of a folder under our names and in our layout."""
-    load_file = _import("safetensors.torch").load_file
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    tensors = {}
+    """All weights of a folder, in float32, with our names and our (out, in) layout."""
+    from safetensors.torch import load_file
+
+    file = index = folder / "model.safetensors.index.json"
+    names, tensors = ["model.safetensors"], {}
     try:
-        if index.exists():  # a large model lies in several files
+        if index.exists():  # a large model is split into several files
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         for name in names:
-            tensors |= load_file(folder / name)
-    except Exception as error:  # safetensors raises a class of its own for damaged files
-        raise ValueError(
-            f"{folder / name} cannot be read (only safetensors are): {error}"
-        ) from error
+            file = folder / Path(name).name  # never outside the folder
+            tensors |= load_file(file)
+    except Exception as error:  # safetensors has its own exception class
+        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
     found = {}
     for name, w in tensors.items():
         if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # OpenAI's mask buffers
-        if not name.startswith(("transformer.", "lm_head.")):
-            name = f"transformer.{name}"
-        found[name] = w.t().contiguous() if name.endswith(TRANSPOSED) else w
+            continue  # mask buffers in OpenAI's files
+        if not w.is_floating_point():
+            raise ValueError(f"{folder}: {name} has dtype {w.dtype}, expected floating point")
+        own = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        w = w.to(torch.float32, copy=True)  # a copy, since safetensors maps the file into memory
+        found[own] = w.t().contiguous() if name.endswith(TRANSPOSED) else w
+    if "transformer.wte.weight" in found:
+        found.setdefault("lm_head.weight", found["transformer.wte.weight"])
     return found
 
 
-def _import(module: str):
-    """A package that only reading and writing files needs, imported when they are."""
-    try:
-        return __import__(module, fromlist=["_"])
-    except ImportError as error:
-        package = module.split(".")[0]
-        raise ImportError(
-            f"reading and writing models needs {package}: pip install {package}"
-        ) from error
-
-
-# --- write_file: the same lines stand in gpt.py and files.py (tests/test_copy_alone.py)
 def write_file(path: Path, write: Callable[[str], object]) -> None:
-    """Have `write` fill a file beside `path`, then rename it: a crash leaves the old or the new."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Call `write` with a temporary file next to `path`, then rename it: never half a file."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        write(beside)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
     except BaseException:
-        os.unlink(beside)
+        os.unlink(temporary)
         raise
 
 
-# --- end of write_file
-
-
-def _check() -> None:
+if __name__ == "__main__":  # memorize a sentence, then recite it from its first five letters
     torch.manual_seed(0)
-    config = GPTConfig(vocab_size=97, n_positions=32, n_embd=48, n_layer=3, n_head=4)
-    model = GPT(config).double().eval()
-    d, n = config.n_embd, sum(p.numel() for p in model.parameters())
-    assert n == 97 * d + 32 * d + 3 * (12 * d * d + 13 * d) + 2 * d
-    ids = torch.randint(97, (2, 12))
-    loss, logits, _ = model(ids, labels=ids)
-    assert logits.shape == (2, 12, 97)
-    assert abs(loss.item() - math.log(97)) < 0.5
-    first = model(ids[:, :5], use_cache=True)
-    rest = model(ids[:, 5:], past_key_values=first.past_key_values).logits
-    assert torch.allclose(rest, logits[:, 5:], atol=1e-12)
-    padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), ids), dim=1)
-    mask = (torch.arange(15) >= 3).long().expand(2, 15)
-    assert torch.equal(model.generate(padded, mask, 9)[:, 3:], model.generate(ids, None, 9))
-    print(
-        f"gpt.py: {n:,} parameters as the formula says; the cache and left padding change nothing"
-    )
-
-
-if __name__ == "__main__":
-    _check()
+    text = "To be, or not to be, that is the question:"
+    letters = sorted(set(text))
+    ids = torch.tensor([[letters.index(letter) for letter in text]])  # (1, t)
+    size = {"vocab_size": len(letters), "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    model = GPT(GPTConfig(**size, eos_token_id=None))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    recited = "".join(letters[i] for i in model.generate(ids[:, :5], max_new_tokens=37)[0])
+    assert recited == text
+    print(f"gpt.py: given {text[:5]!r}, the GPT recites: {recited}")

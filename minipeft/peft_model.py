@@ -1,12 +1,14 @@
-"""One interface for all methods: put an adapter on a model, train it, switch it, save it, merge it.
+"""One interface for all methods: add an adapter to a model, train it, switch, save and merge it.
 
-An adapter is what a method adds to a model (adapters.py has the table of methods): layers around
-the model's own, or virtual tokens that it is fed. One at a time is in place; switching takes it out
-and puts another in, and with none in place the model is the base, to the bit. Adapters are saved
-and read in Hugging Face peft's format (files.py), and LoRAs can be added up (weighted.py).
+An adapter is what a method adds to a model (adapters.py). At most one is attached at a time;
+switching detaches it and attaches another. With none attached, the model computes exactly what the
+base computes. Adapters are saved in Hugging Face peft's format (saving.py), and LoRAs can be added
+up (combine.py).
 """
 
 import copy
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,130 +16,110 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minipeft.adalora import AdaLoraConfig, RankAllocator
-from minipeft.adapters import Adapter, make_adapter
-from minipeft.bitfit import BitFitConfig
-from minipeft.bottleneck import BottleneckConfig
-from minipeft.files import PeftConfig, TaskType, read_adapter, write_adapter, write_file
-from minipeft.lora import LoraConfig, find_targets
-from minipeft.p_tuning import PromptEncoderConfig
-from minipeft.paged_adamw import PagedAdamW
-from minipeft.prefix_tuning import PrefixTuningConfig
-from minipeft.prompt_tuning import PromptTuningConfig
-from minipeft.qlora import (
-    QLoraConfig,
-    bits_per_weight,
-    quantize_model,
-    quantized_layers,
-)
-from minipeft.weighted import weighted_adapter
+from minipeft.adapters import NO_ADAPTER, Adapter, copy_strictly, make_adapter
+from minipeft.combine import weighted_adapter
+from minipeft.methods.adalora import RankAllocator
+from minipeft.methods.qlora import quantized_layers
+from minipeft.saving import PeftConfig, read_adapter, write_adapter
 
-__all__ = [  # what the lab takes from here, besides what is defined below
-    "AdaLoraConfig", "BitFitConfig", "BottleneckConfig", "LoraConfig", "PagedAdamW", "PeftConfig",
-    "PrefixTuningConfig", "PromptEncoderConfig", "PromptTuningConfig", "QLoraConfig", "TaskType",
-    "bits_per_weight", "find_targets", "quantize_model", "write_file",
-]  # fmt: skip
 
-BARE = Adapter()  # what is at work while none is in place
+class _Forward:
+    """`PeftModel.forward`, with the signature of the base model's.
+
+    transformers' Trainer reads the signature to choose columns; on the class, it looks for labels.
+    """
+
+    def __get__(self, model: "PeftModel | None", owner: type) -> Callable:
+        if model is None:
+            return owner._forward
+        run = functools.partial(owner._forward, model)
+        run.__signature__ = inspect.signature(model.base_model.forward)
+        return run
 
 
 class PeftModel(nn.Module):
-    """A model with adapters, one of them in place. Make it with `get_peft_model`.
+    """A frozen base model with adapters. Create one with `get_peft_model`.
 
-    The base's weights are never written to, except by `merge_and_unload(inplace=True)`.
+    Attributes and methods that are not defined here are the base model's. Nothing writes into the
+    base's weights except `merge_and_unload(inplace=True)`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        peft_config: PeftConfig | None = None,
-        adapter_name: str = "default",
-    ):
+    def __init__(self, model: nn.Module, peft_config=None, adapter_name: str = "default"):
         super().__init__()
         if isinstance(model, PeftModel):
-            raise ValueError("this model is a PeftModel already: use its add_adapter")
+            raise ValueError("this model is already a PeftModel: use its add_adapter")
         self.base_model = model
-        self.prompt_encoder: nn.Module | None = None  # a prompt method's, while it is in place
-        self.task_loss: Tensor | None = None  # of the last forward, without any penalty
-        self.adapters: dict[str, Adapter] = {}  # a plain dict: sets not in place are not submodules
+        self.prompt_encoder: nn.Module | None = None  # the attached prompt method's
+        self.adapters: dict[str, Adapter] = {}  # not submodules: only the attached one is
         self.active_adapter: str | None = None
-        self.in_place = False
+        self._attached: Adapter = NO_ADAPTER
+        self._disabled = 0  # how many `with disable_adapter()` are open
         self.train(model.training)
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
 
     # --- running ---
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values=None,
-        position_ids: Tensor | None = None,
-        use_cache: bool | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-    ):
-        """What the base returns, with the active adapter at work. None is not handed on.
+    def _forward(self, *args, labels: Tensor | None = None, **kwargs):
+        """The base model's `forward`, with the attached adapter.
 
-        A prompt method returns (loss, logits), the logits those of the real tokens. In training
-        mode AdaLoRA's penalty is added to the loss; `task_loss` keeps the loss without it.
+        Prompt methods return (loss, logits), the logits of the real tokens. In training mode,
+        AdaLoRA's penalty is added to the loss.
         """
-        named = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            "inputs_embeds": inputs_embeds,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,
-            "use_cache": use_cache,
-            "decoder_input_ids": decoder_input_ids,
-            "decoder_attention_mask": decoder_attention_mask,
-        }
-        out = self._current.run(self.base_model, {k: v for k, v in named.items() if v is not None})
         if labels is not None:
-            self.task_loss = out[0].detach()
-            if self.training:
-                out = self._current.penalized(out)
+            kwargs["labels"] = labels
+        out = self._attached.run(self.base_model, *args, **kwargs)
+        penalty = self._attached.penalty() if self.training else None
+        if penalty is None or getattr(out, "loss", None) is None:
+            return out
+        if hasattr(out, "_replace"):  # a named tuple
+            return out._replace(loss=out.loss + penalty)
+        out["loss"] = out.loss + penalty  # transformers' ModelOutput
         return out
 
-    def generate(self, *args, **options) -> Tensor:
-        """The base's own `generate`, with the active adapter at work."""
-        return self._current.generate(self.base_model, *args, **options)
+    forward = _Forward()
+
+    def generate(self, *args, **kwargs) -> Tensor:
+        """The base's own `generate`, with the attached adapter."""
+        return self._attached.generate(self.base_model, *args, **kwargs)
+
+    def penalty(self) -> Tensor | float:
+        """What training mode adds to the loss: AdaLoRA's penalty, or 0."""
+        penalty = self._attached.penalty()
+        return 0.0 if penalty is None else penalty
 
     @property
     def allocator(self) -> RankAllocator | None:
-        """What moves AdaLoRA's ranks; None for every other method, and for ranks from a file."""
-        return self._active.allocator
+        """What moves AdaLoRA's ranks; None for other methods and for ranks read from a file."""
+        return getattr(self._active, "allocator", None)
 
     def update_and_allocate(self, step: int) -> None:
-        """AdaLoRA's work after the optimizer's step `step` and before the gradients are cleared.
-
-        For every other method, and for ranks that were read from a file, there is nothing to do.
-        """
-        if self.allocator is not None:
-            self.allocator.update_and_allocate(step)
+        """AdaLoRA: move ranks, after optimizer step `step` and before the gradients are cleared."""
+        self._active.update_and_allocate(step)
 
     def ranks(self) -> dict[str, int]:
-        """The rank that AdaLoRA has left to each layer; empty for every other method."""
+        """The rank that AdaLoRA has left each layer; empty for other methods."""
         return self._active.ranks()
 
-    # --- adapters ---
+    # --- adding and switching ---
 
-    def add_adapter(self, adapter_name: str, config: PeftConfig) -> None:
-        """Make a new adapter. The first is put in place, a later one waits for `set_adapter`."""
-        own = copy.copy(config)  # training writes into it: AdaLoRA the ranks it kept
-        self._register(adapter_name, make_adapter, own)
+    def add_adapter(self, adapter_name: str, peft_config) -> None:
+        """Create an adapter. The first one becomes active; later ones wait for `set_adapter`."""
+        self._check_new(adapter_name)
+        with self.disable_adapter():
+            adapter = make_adapter(self.base_model, copy.copy(peft_config))
+        self._add(adapter_name, adapter)
 
-    def load_adapter(self, path: str | Path, adapter_name: str, is_trainable: bool = False) -> None:
-        """Read an adapter's folder, ours or peft's; frozen unless `is_trainable`.
+    def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False):
+        """Load an adapter's folder, ours or peft's; frozen unless `is_trainable`.
 
-        Raises ValueError, before anything is changed, for a damaged file, an adapter of another
-        model, tensors that are missing, surplus or of another shape.
+        Raises ValueError, before anything changes, for a damaged file or an adapter of another
+        model.
         """
-        self._register(adapter_name, read_adapter, Path(path), is_trainable)
+        self._check_new(adapter_name)
+        with self.disable_adapter():
+            adapter = read_adapter(self.base_model, Path(model_id), is_trainable)
+        self._add(adapter_name, adapter)
 
     def add_weighted_adapter(
         self,
@@ -147,26 +129,27 @@ class PeftModel(nn.Module):
         combination_type: str = "svd",
         svd_rank: int | None = None,
     ) -> None:
-        """Make a new, frozen LoRA out of several: Σ w ΔW by "svd", "linear" or "cat".
+        """Create a frozen LoRA from several: Σ w ΔW, by "svd", "linear" or "cat" (combine.py).
 
-        `weighted.py` says what these are. As in peft, the rank is `svd_rank` or the largest one,
-        all ranks' sum for "cat", and one adapter alone is always combined by "linear", which is
-        then exact.
+        As in peft, its rank is `svd_rank` or the largest one ("cat": the sum of all), and a single
+        adapter is always combined by "linear", which is then exact.
         """
-        for name in adapters:
-            self._check_name(name)
-        found = [self.adapters[name] for name in adapters]
-        self._register(adapter_name, weighted_adapter, found, weights, combination_type, svd_rank)
+        self._check_new(adapter_name)
+        found = [self._named(name) for name in adapters]
+        with self.disable_adapter():
+            summed = weighted_adapter(self.base_model, found, weights, combination_type, svd_rank)
+        self._add(adapter_name, summed)
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Put an adapter in the place of the one that is there; where there is none, it waits."""
-        self._check_name(adapter_name)
-        with self.disable_adapter():
-            self.active_adapter = adapter_name
+        """Make an adapter active. Inside `disable_adapter()` it stays detached until the end."""
+        adapter = self._named(adapter_name)
+        self.active_adapter = adapter_name
+        if not self._disabled:
+            self._switch_to(adapter)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter. Deleting the active one activates the first that is left."""
-        self._check_name(adapter_name)
+        """Delete an adapter. If it was active, the first remaining one becomes active."""
+        self._named(adapter_name)
         if len(self.adapters) == 1:
             raise ValueError(f"{adapter_name!r} is the only adapter: use unload() to get the base")
         if adapter_name == self.active_adapter:
@@ -175,51 +158,54 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within `with model.disable_adapter():` the model is the base, to the bit."""
-        was_in_place = self.in_place
-        self._place(False)
+        """`with model.disable_adapter():` the model computes exactly what the base computes."""
+        self._disabled += 1
+        self._switch_to(NO_ADAPTER)
         try:
             yield
         finally:
-            if was_in_place and self.active_adapter is not None:
-                self._place(True)
+            self._disabled -= 1
+            if not self._disabled and self.active_adapter is not None:
+                self._switch_to(self._active)
+
+    # --- merging ---
 
     def merge_adapter(self) -> None:
-        """Let the active adapter's layers compute with W' = W + ΔW. Nothing of the base changes."""
-        for layer in self._to_merge():
+        """Let the active adapter's layers compute with W' = W + ΔW. The base does not change."""
+        for layer in self._layers_to_merge().values():
             layer.merge()
 
     def unmerge_adapter(self) -> None:
-        """Undo `merge_adapter`, to the bit."""
-        for layer in self._to_merge():
+        """Undo `merge_adapter` exactly."""
+        for layer in self._layers_to_merge().values():
             layer.unmerge()
 
     def merge_and_unload(self, inplace: bool = False) -> nn.Module:
         """A plain model of the base's class whose layers hold W'.
 
-        It is a copy, and this model stays as it is. `inplace` saves the copy: the base's weights
-        are overwritten, and the adapters, made for the old ones, are gone.
+        It is a copy, and this model stays as it is. With `inplace` the base's weights are
+        overwritten, which saves the copy; the adapters are deleted.
         """
-        self._to_merge()
+        names = list(self._layers_to_merge())
         model = self.base_model if inplace else copy.deepcopy(self.base_model)
-        for name in self._active.layers:
+        for name in names:
             model.set_submodule(name, model.get_submodule(name).merge_into_base())
-        for name, layer in quantized_layers(model).items():  # what was not adapted, of such a base
+        for name, layer in quantized_layers(model).items():  # those without an adapter
             model.set_submodule(name, layer.plain())
         if inplace:
-            self.adapters, self.active_adapter, self.in_place = {}, None, False
+            self.adapters, self.active_adapter, self._attached = {}, None, NO_ADAPTER
         return model
 
     def unload(self) -> nn.Module:
-        """The base, without any adapter."""
-        self._place(False)
+        """The base model, without any adapter."""
+        self._switch_to(NO_ADAPTER)
         self.adapters, self.active_adapter = {}, None
         return self.base_model
 
-    # --- counting, saving ---
+    # --- counting and saving ---
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters, the base's and the active adapter's; a shared one once."""
+        """(trainable, all) parameters, of the base and the attached adapter; shared ones once."""
         return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
@@ -230,44 +216,80 @@ class PeftModel(nn.Module):
             f"trainable%: {100 * trainable / total:.4f}"
         )
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write every adapter as peft does: the first into the folder, others into subfolders.
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write every adapter as peft does: "default" into the folder, others into subfolders.
 
-        Raises RuntimeError for an AdaLoRA in the middle of its schedule: a file holds the triplets
-        that were kept, and the others could not come back. Keep its `state_dict()` instead.
+        Raises RuntimeError for an AdaLoRA in the middle of its schedule: a file holds only the
+        triplets that are kept. Keep its `state_dict()` instead.
         """
+        base = getattr(self.base_model, "name_or_path", None)
         found = {name: adapter.tensors() for name, adapter in self.adapters.items()}
-        for i, (name, tensors) in enumerate(found.items()):
-            folder = Path(path) / name if i else Path(path)
-            write_adapter(folder, self.adapters[name].config, tensors)
+        for name, tensors in found.items():
+            folder = Path(save_directory) / ("" if name == "default" else name)
+            write_adapter(folder, self.adapters[name], tensors, base)
 
     @classmethod
     def from_pretrained(
         cls,
         model: nn.Module,
-        path: str | Path,
+        model_id: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
     ) -> "PeftModel":
-        """Put an adapter from a folder on a model; see `load_adapter`."""
+        """A model with the adapter from a folder; see `load_adapter`."""
         peft_model = cls(model)
-        peft_model.load_adapter(path, adapter_name, is_trainable)
+        peft_model.load_adapter(model_id, adapter_name, is_trainable)
         return peft_model
 
-    # --- what a trainer asks of a model ---
+    def state_dict(self, *, destination=None, prefix: str = "", keep_vars: bool = False) -> dict:
+        """The tensors of all adapters and nothing of the base, for checkpoints of training."""
+        found = {} if destination is None else destination
+        for name, adapter in self.adapters.items():
+            for key, tensor in adapter.state().items():
+                found[f"{prefix}{name}.{key}"] = tensor if keep_vars else tensor.detach()
+        return found
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """Load what `state_dict` returned; merged layers are unmerged.
+
+        Raises ValueError, before anything changes, for missing, surplus or misshapen tensors.
+        """
+        statistics = {}  # of AdaLoRA's allocators, by the start of their keys
+        for name in [n for n, adapter in self.adapters.items() if hasattr(adapter, "allocator")]:
+            start = f"{name}.allocator."
+            found = {k[len(start) :]: t for k, t in state_dict.items() if k.startswith(start)}
+            self.adapters[name].check_allocator(found)
+            statistics[start] = found
+        found, wanted = (
+            {k: t for k, t in state.items() if not k.startswith(tuple(statistics))}
+            for state in (state_dict, self.state_dict())
+        )
+        copy_strictly(found, wanted)
+        for name, adapter in self.adapters.items():
+            if hasattr(adapter, "allocator"):
+                adapter.load_allocator(statistics[f"{name}.allocator."])
+            for layer in adapter.layers.values():
+                if hasattr(layer, "unmerge"):
+                    layer.unmerge()  # W' was made from the old tensors
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    # --- what else a trainer asks of a model ---
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":  # while it is being copied
+                raise
+            return getattr(self.base_model, name)
 
     def get_base_model(self) -> nn.Module:
         return self.base_model
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base_model.get_input_embeddings()
-
-    def gradient_checkpointing_enable(self) -> None:
-        self.base_model.gradient_checkpointing_enable()
-
     @property
-    def config(self):
-        return self.base_model.config
+    def is_active(self) -> bool:
+        """Whether an adapter is attached."""
+        return type(self._attached) is not Adapter  # a copied model has its own null adapter
 
     @property
     def device(self) -> torch.device:
@@ -277,7 +299,7 @@ class PeftModel(nn.Module):
     def peft_config(self) -> dict[str, PeftConfig]:
         return {name: adapter.config for name, adapter in self.adapters.items()}
 
-    # --- the machinery ---
+    # --- internals ---
 
     @property
     def _active(self) -> Adapter:
@@ -285,43 +307,40 @@ class PeftModel(nn.Module):
             raise RuntimeError("there is no adapter any more: it was merged or unloaded")
         return self.adapters[self.active_adapter]
 
-    def _check_name(self, adapter_name: str) -> None:
+    def _named(self, adapter_name: str) -> Adapter:
         if adapter_name not in self.adapters:
-            raise ValueError(f"no adapter {adapter_name!r}; there are: {', '.join(self.adapters)}")
+            known = ", ".join(self.adapters)
+            raise ValueError(f"there is no adapter {adapter_name!r}; known adapters: {known}")
+        return self.adapters[adapter_name]
 
-    @property
-    def _current(self) -> Adapter:
-        """The active adapter, or, with none in place, one that does nothing."""
-        return self._active if self.in_place else BARE
+    def _check_new(self, adapter_name: str) -> None:
+        if adapter_name in self.adapters:
+            raise ValueError(f"there already is an adapter {adapter_name!r}")
 
-    def _to_merge(self) -> list[nn.Module]:
-        self._active.check_mergeable()
-        if not self.in_place:
-            raise RuntimeError("the adapter is disabled: merge it outside disable_adapter")
-        return self._active.modules()
-
-    def _place(self, in_place: bool) -> None:
-        """Put the active adapter in, or take it out."""
-        if in_place != self.in_place:
-            move = self._active.put_in if in_place else self._active.take_out
-            move(self)
-            self.in_place = in_place
-
-    def _register(self, name: str, make: Callable[..., Adapter], *what) -> None:
-        """Let `make(base, *what)` make an adapter; put it in place if it is the first."""
-        if name in self.adapters:
-            raise ValueError(f"there is an adapter {name!r} already")
-        with self.disable_adapter():
-            self.adapters[name] = make(self.base_model, *what)
+    def _add(self, adapter_name: str, adapter: Adapter) -> None:
+        self.adapters[adapter_name] = adapter
         if self.active_adapter is None:
             self.base_model.requires_grad_(False)
-            self.active_adapter = name
-            self._place(True)
+            self.set_adapter(adapter_name)
+
+    def _switch_to(self, adapter: Adapter) -> None:
+        """Detach the attached adapter and attach another, or NO_ADAPTER."""
+        self._attached.detach(self.base_model)
+        adapter.attach(self.base_model)
+        self._attached, self.prompt_encoder = adapter, adapter.encoder
+        for module in adapter.modules():
+            module.train(self.training)
+
+    def _layers_to_merge(self) -> dict[str, nn.Module]:
+        self._active.check_mergeable()
+        if not self.is_active:
+            raise RuntimeError("the adapter is disabled: merge it outside disable_adapter()")
+        return self._active.layers
 
     def _apply(self, fn: Callable, recurse: bool = True):
-        """`.to()`, `.half()`, … reach the adapters that are not in place as well."""
-        for name, adapter in self.adapters.items():
-            if recurse and not (self.in_place and name == self.active_adapter):
+        """`.to()`, `.half()` and so on also reach the adapters that are not attached."""
+        for adapter in self.adapters.values():
+            if recurse and adapter is not self._attached:
                 for module in adapter.modules():
                     module._apply(fn)
         return super()._apply(fn, recurse)
@@ -330,7 +349,7 @@ class PeftModel(nn.Module):
 def get_peft_model(
     model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default"
 ) -> PeftModel:
-    """Freeze a model, put a new adapter on it, and return the two as one.
+    """Freeze a model and add a new adapter to it.
 
     >>> config = LoraConfig(target_modules=["c_attn"])
     >>> model = get_peft_model(GPT.from_pretrained("data/base/1m"), config)
@@ -338,8 +357,27 @@ def get_peft_model(
     return PeftModel(model, peft_config, adapter_name)
 
 
+def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing: bool = True):
+    """Prepare a quantized model for training, in place, as peft's function of this name does.
+
+    Freezes it; casts what is not quantized to float32, because half precision is too coarse for
+    norms and the loss; turns on gradient checkpointing, for which the first block's input must
+    require a gradient.
+    """
+    for p in model.requires_grad_(False).parameters():
+        p.data = p.data.float() if p.is_floating_point() else p.data
+    if use_gradient_checkpointing:
+        model.get_input_embeddings().register_forward_hook(_require_gradient)
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def _require_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    return output.requires_grad_()
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; a shared one counts once, a quantized weight in full."""
+    """(trainable, all) parameters; shared ones count once, a quantized weight in full."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     quantized = sum(q.in_features * q.out_features for q in quantized_layers(model).values())
-    return sum(n for n, free in sizes if free), sum(n for n, _ in sizes) + quantized
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes) + quantized

@@ -1,12 +1,12 @@
-r"""Trainable token rows: beside an adapter, some tokens' own embeddings are trained as well.
+r"""Trainable token rows: next to a LoRA, train the embeddings of a few tokens.
 
-A token that pretraining never saw has a row of noise in the embedding, and no adapter in the layers
-can give it another. Here the rows of a few tokens are replaced by trained ones, E, and others stay:
+A token that pretraining never saw has an untrained row in the embedding, and no adapter in the
+layers can change that row. Here the rows of the chosen tokens are replaced by trained ones, E:
 
-    W' = W, but W'_i = E_i for the chosen tokens i;    embedding: W'_x,    tied head: h W'^T
+    W' = W except W'_i = E_i for the chosen tokens i;    embedding: W'_x,    tied head: h W'ᵀ
 
-Shapes: W, W' (v, d), E (chosen tokens, d), x (b, t), h (b, t, d). At first E is what it replaces.
-Trainable parameters: chosen tokens times d. Where embedding and head share W, they share E.
+Shapes: W, W' (v, d), E (chosen tokens, d), x (b, t), h (b, t, d). E starts as the rows it replaces.
+Trainable parameters: chosen tokens times d. A tied embedding and head share E.
 In peft, and in its files, this is `trainable_token_indices` of a LoraConfig.
 """
 
@@ -16,23 +16,24 @@ from torch import Tensor, nn
 
 
 class TokenRows(nn.Module):
-    """An embedding (b, t) -> (b, t, d) with trained rows, or the head (b, t, d) -> (b, t, v) tied
-    to one: that takes the rows from its `source`, and has none of its own."""
+    """An embedding with trained rows, (b, t) -> (b, t, d); or the head tied to one, whose rows come
+    from `source`, (b, t, d) -> (b, t, v)."""
 
     def __init__(self, base_layer: nn.Module, ids: Tensor, source: "TokenRows | None" = None):
         super().__init__()
         self.base_layer = base_layer
-        self.source = [source or self]  # in a list: it is no part of this layer
+        self.__dict__["source"] = source or self  # not a submodule: the rows are counted once
         self.register_buffer("ids", ids, persistent=False)
         if source is None:
             rows = base_layer.weight.detach()[ids]
-            self.token_adapter = nn.ParameterDict({"trainable_tokens_delta": rows})
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            self.token_adapter = nn.ParameterDict({"trainable_tokens_delta": rows})  # peft's names
 
     @property
     def weight(self) -> Tensor:
-        """W', made anew."""
-        rows = self.source[0].token_adapter["trainable_tokens_delta"]
-        return self.base_layer.weight.index_copy(0, self.ids, rows.to(self.base_layer.weight.dtype))
+        """W', (v, d)."""
+        w, rows = self.base_layer.weight, self.source.token_adapter["trainable_tokens_delta"]
+        return w.index_copy(0, self.ids, rows.to(w.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.base_layer, nn.Embedding):
@@ -40,7 +41,7 @@ class TokenRows(nn.Module):
         return F.linear(x, self.weight, self.base_layer.bias)
 
     def merge(self) -> None:
-        """Nothing to do: every forward computes with W'."""
+        """Nothing to do: every forward pass computes with W'."""
 
     unmerge = merge
 
@@ -50,22 +51,24 @@ class TokenRows(nn.Module):
         return self.base_layer
 
 
-def token_rows(model: nn.Module, ids: list[int], trainable: bool = True) -> dict[str, TokenRows]:
-    """By name, what takes the place of a model's embedding, and of the head if that is tied to it.
+def token_rows(model: nn.Module, ids: list[int]) -> dict[str, TokenRows]:
+    """By name, the layers to put in place of a model's embedding, and of a head tied to it.
 
-    Raises ValueError for tokens that the embedding does not have, or that are named twice.
+    Raises ValueError for tokens that do not exist or are given twice, and for models whose
+    embedding does more than look rows up, where the result would be wrong.
     """
+    kind = type(model).__name__
     if not hasattr(model, "get_output_embeddings"):
-        raise ValueError(f"{type(model).__name__} has no get_output_embeddings(): it has no tokens")
+        raise ValueError(f"trainable_token_indices: {kind} has no get_output_embeddings()")
     embedding, names = model.get_input_embeddings(), {m: n for n, m in model.named_modules()}
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if type(embedding) is not nn.Embedding or embedding.max_norm or encoder_decoder:
+        raise ValueError(f"trainable_token_indices: not supported for the embedding of {kind}")
     v = embedding.num_embeddings
     if len(set(ids)) < len(ids) or not all(0 <= i < v for i in ids):
-        raise ValueError(
-            f"trainable_token_indices are {ids}: give different ones from 0 to {v - 1}"
-        )
+        raise ValueError(f"trainable_token_indices must be distinct and below {v}, got {ids}")
     chosen = torch.tensor(ids, device=embedding.weight.device)
     layers = {names[embedding]: TokenRows(embedding, chosen)}
-    layers[names[embedding]].token_adapter.requires_grad_(trainable)
     head = model.get_output_embeddings()
     if head is not None and head.weight is embedding.weight:
         layers[names[head]] = TokenRows(head, chosen, layers[names[embedding]])

@@ -1,20 +1,20 @@
 """Trains every method for two steps on an accelerator that does not exist: see test_accelerator.py.
 
-Arguments: pairs of a folder that holds minipeft and a case. Prints a JSON list of what went wrong
-in each, null where nothing did.
+Arguments: pairs of a folder that contains minipeft and a case. Prints a JSON list with the error of
+each case, or null.
 
-PyTorch keeps a place for accelerators that others make (PrivateUse1). It is filled here with
-nothing but a name, and under `FakeTensorMode` tensors have shapes and devices but no values:
-nothing has to compute there, and an operation between two devices raises as it would on a GPU.
+PyTorch reserves a device type for accelerators from outside (PrivateUse1). Here it gets a name and
+nothing else. Under `FakeTensorMode` tensors have shapes and devices but no values: nothing has to
+be computed there, and an operation on tensors of two devices raises as it would on a GPU.
 
-What this cannot see:
-- a CPU tensor of no dimension, a copy from one device to another, an index on the CPU: PyTorch
-  allows them, on a GPU too;
-- a CPU table with an index on the device: a GPU refuses it at once, here the CPU's result has to
-  meet the device first. `torch._foreach_…` between devices: never seen;
-- what only CUDA takes (`pin_memory`, fused kernels), autocast;
-- values, and so what reads them: `generate`, validation, reports. `item()` and `tolist()` are
-  answered for, the check for NaN before quantizing is taken out.
+What this cannot detect:
+- a CPU tensor without dimensions, a copy from one device to another, an index on the CPU: PyTorch
+  allows them on a GPU too;
+- a table on the CPU with an index on the device: a GPU refuses it at once, while here it only fails
+  when the CPU's result meets the device. `torch._foreach_…` across devices is never detected;
+- what only CUDA has (`pin_memory`, fused kernels), and autocast;
+- values, and code that reads them: `generate`, validation, reports. `item()` and `tolist()` are
+  stubbed, and the check for NaN before quantizing is removed.
 """
 
 import importlib
@@ -36,6 +36,7 @@ PROMPT = {"num_virtual_tokens": 4}
 LSTM = {"encoder_reparameterization_type": "LSTM"}
 METHODS = {
     "lora": ("LoraConfig", LORA),
+    "lora_tokens": ("LoraConfig", LORA | {"trainable_token_indices": [3, 5]}),
     "adalora": ("AdaLoraConfig", ADALORA),
     "prompt_tuning": ("PromptTuningConfig", PROMPT),
     "prompt_tuning_vocab": ("PromptTuningConfig", PROMPT | {"prompt_tuning_init": "SAMPLE_VOCAB"}),
@@ -45,26 +46,26 @@ METHODS = {
     "prefix_tuning_projection": ("PrefixTuningConfig", PROMPT | {"prefix_projection": True}),
     "bitfit": ("BitFitConfig", {}),
     "bottleneck": ("BottleneckConfig", {"target_modules": ["c_proj"], "bottleneck_size": 2}),
-    "qlora": ("QLoraConfig", LORA),
-    "qlora_paged": ("QLoraConfig", LORA),
+    "qlora": ("LoraConfig", LORA),
+    "qlora_paged": ("LoraConfig", LORA),
 }
 CASES = [
-    # all is made on the CPU, then moved
+    # everything is created on the CPU, then moved
     *(f"{name}-moved" for name in ("gpt", "gpt_checkpointed", *METHODS)),
-    # the GPT is moved, then quantized and adapted
+    # the GPT is moved, then quantized and adapted there
     *(f"{name}-adapted_there" for name in METHODS if name != "qlora_paged"),
-    # all is made where `with torch.device(…)` says, but for what belongs on the CPU
-    *(f"{name}-made_there" for name in ("gpt", "adalora", "prompt_tuning_vocab", "qlora_paged")),
-    # an adapter is moved while another one is in place
-    *(f"{name}-moved_while_waiting" for name in ("lora", "prompt_tuning")),
+    # everything is created under `with torch.device(…)`, except what belongs on the CPU
+    *(f"{name}-created_there" for name in ("gpt", "adalora", "prompt_tuning_vocab", "qlora_paged")),
+    # an adapter is moved while another one is attached
+    *(f"{name}-moved_while_detached" for name in ("lora", "prompt_tuning")),
 ]
 
 
 def register() -> None:
-    """Give PyTorch the accelerator; once a process."""
+    """Register the accelerator with PyTorch, once per process."""
 
     class Module(backend_registration._DummyBackendModule):
-        """What `torch.cuda` is for CUDA, as far as gradient checkpointing asks for it."""
+        """The part of what `torch.cuda` is for CUDA that gradient checkpointing needs."""
 
         def device(self, index: int):
             return nullcontext()
@@ -82,25 +83,25 @@ def register() -> None:
 
 
 class Pretending(FakeTensorMode):
-    avoid_device_init = True  # a tensor whose values are known is not computed there either
+    avoid_device_init = True  # constants are not computed there either
 
 
 def read_on_the_host(tensor: Tensor) -> float:
-    """`item()`, for the count of steps: it lies on the CPU, so that nobody waits for a device."""
+    """`item()` for the step count, which is on the CPU so that nothing waits for the device."""
     assert tensor.device.type == "cpu", f"item() waits for {tensor.device}"
     return 1.0
 
 
 @contextmanager
 def pretending():
-    """Fake tensors, and what they cannot do done for them."""
+    """Fake tensors, with stubs for operations that need values."""
     FakeTensor.item = read_on_the_host
     FakeTensor.tolist = lambda tensor: [True] * len(tensor)  # AdaLoRA's report of the ranks
     swap = torch.utils.swap_tensors
-    with Pretending(allow_non_fake_inputs=True) as mode:  # qlora's tables are made at import
+    with Pretending(allow_non_fake_inputs=True) as mode:  # for qlora's tables, created at import
 
         def forget_and_swap(a: Tensor, b: Tensor) -> None:
-            """What `.to` does to a parameter; it refuses one that anything has a reference to."""
+            """What `.to` does to a parameter; it refuses one that is referenced elsewhere."""
             mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
             swap(a, b)
 
@@ -112,16 +113,16 @@ def pretending():
 
 
 def load(folder: str):
-    """minipeft as it lies in a folder, with its checks of values taken out."""
+    """Import minipeft from a folder, completely, and remove its checks of values."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "minipeft"]:
         del sys.modules[name]
     sys.path.insert(0, folder)
     minipeft = importlib.import_module("minipeft")
+    for name in minipeft.__all__:  # now: tables created while pretending would be fake tensors
+        getattr(minipeft, name)
     sys.path.remove(folder)
     assert Path(minipeft.__file__).is_relative_to(folder)
-    for name, module in list(sys.modules.items()):
-        if name.startswith("minipeft.") and hasattr(module, "check_finite"):
-            module.check_finite = lambda tensor: None
+    minipeft.qlora.check_finite = lambda tensor: None
     return minipeft
 
 
@@ -138,17 +139,17 @@ def build(minipeft, name: str, way: str) -> nn.Module:
     if name in METHODS:
         config, settings = METHODS[name]
         model = minipeft.get_peft_model(model, getattr(minipeft, config)(**settings))
-        if way == "moved_while_waiting":
+        if way == "moved_while_detached":
             model.add_adapter("other", getattr(minipeft, config)(**settings))
     if way.startswith("moved"):
         model.to(NAME)
-    if way == "moved_while_waiting":
+    if way == "moved_while_detached":
         model.set_adapter("other")
     return model.train()
 
 
 def train(minipeft, name: str, model: nn.Module) -> None:
-    """Two steps: bare tokens, then with a mask and positions."""
+    """Two steps: tokens only, then with a mask and positions."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if name == "qlora_paged":
         optimizer = minipeft.PagedAdamW(parameters, page_bytes=2048, device_budget_bytes=4096)
@@ -166,38 +167,38 @@ def train(minipeft, name: str, model: nn.Module) -> None:
         optimizer.zero_grad()
     if name == "qlora_paged":
         state = optimizer.state_dict()
-        check_places({f"the saved {k}": t for s in state["state"].values() for k, t in s.items()})
+        check_places({f"saved {k}": t for s in state["state"].values() for k, t in s.items()})
         optimizer.load_state_dict(state)
-        check_places({f"the home of page {i}": p.home for i, p in enumerate(optimizer.pages)})
+        check_places({f"host of page {i}": p.host for i, p in enumerate(optimizer.pages)})
 
 
 def tensors(model: nn.Module, out, optimizer: torch.optim.Optimizer):
-    """All that a step leaves behind, by name."""
+    """Every tensor that exists after a step, by name."""
     yield "loss", out.loss
     yield "logits", out.logits
     yield from model.named_parameters()
     yield from model.named_buffers()
     for name, p in model.named_parameters():
         if p.requires_grad:
-            yield f"the gradient of {name}", p.grad
+            yield f"gradient of {name}", p.grad
     for i, state in enumerate(optimizer.state.values()):
         held = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        yield from ((f"the {key} of parameter {i}", value) for key, value in held.items())
+        yield from ((f"{key} of parameter {i}", value) for key, value in held.items())
     for i, page in getattr(optimizer, "resident", {}).items():
         yield f"page {i}", page
     for i, page in enumerate(getattr(optimizer, "pages", [])):
-        yield f"the home of page {i}", page.home
+        yield f"host of page {i}", page.host
     adapter = getattr(model, "adapters", {}).get("default")
     allocator = getattr(adapter, "allocator", None)
-    for key in ("importance", "fluctuation", "kept") if allocator else ():
+    for key in ("importance", "uncertainty", "kept") if allocator else ():
         for name, tensor in getattr(allocator, key).items():
-            yield f"the {key} of {name}", tensor
+            yield f"{key} of {name}", tensor
 
 
 def check_places(found: dict[str, Tensor]) -> None:
-    """Raises AssertionError for a tensor that is not where it belongs."""
+    """Raises AssertionError for a tensor on the wrong device."""
     for name, tensor in found.items():
-        on_the_host = name.startswith(("the step of", "the home of", "the saved"))
+        on_the_host = name.startswith(("step of", "host of", "saved"))
         place = "cpu" if on_the_host else NAME
         assert tensor.device.type == place, f"{name} is on {tensor.device}, not on {place}"
 
@@ -205,7 +206,7 @@ def check_places(found: dict[str, Tensor]) -> None:
 def run(minipeft, case: str) -> str | None:
     name, way = case.split("-")
     try:
-        with pretending(), torch.device(NAME) if way == "made_there" else nullcontext():
+        with pretending(), torch.device(NAME) if way == "created_there" else nullcontext():
             train(minipeft, name, build(minipeft, name, way))
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]

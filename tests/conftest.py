@@ -1,13 +1,13 @@
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from minipeft import GPT, GPTConfig
-from minipeft.lab import finetune, tasks
+from minipeft.lab import DATA
+from minipeft.lab.base import Base, load_base
 
-BASE = tasks.DATA / "base" / "1m"
+BASE = DATA / "base" / "1m"
 
 
 def tiny_config(**changes) -> GPTConfig:
@@ -35,21 +35,14 @@ def trained_base() -> GPT:
 
 @pytest.fixture(scope="session")
 def world():
-    """What lies in data/: the text's generator, its words, and the scripts of the measurements."""
-    sys.path.insert(0, str(tasks.DATA))
-    try:
-        import bits
-        import card
-        import study
-        import text
-        import words
-    finally:
-        sys.path.remove(str(tasks.DATA))
+    """The text's generator, its words, and the measurement scripts, all from data/."""
+    from minipeft.data import bits, card, study, text, words
+
     return text, words, card, study, bits
 
 
 @pytest.fixture(scope="session")
-def base() -> finetune.Base:
-    """The 1M base as the lab opens it, with four windows of held-out text, for speed."""
-    base = finetune.load_base(BASE)
+def base() -> Base:
+    """The 1M base as the lab opens it, with only four windows of held-out text, for speed."""
+    base = load_base(BASE)
     return replace(base, held_out=base.held_out[:4])

@@ -1,7 +1,8 @@
-"""Train in children that are killed at random moments, each going on where the last one was.
+"""Train in child processes that are killed at random moments; each resumes where the last stopped.
 
-python killed.py FOLDER KILLS: for each of three runs FOLDER/NAME/whole is trained in one go and
-FOLDER/NAME/killed is killed KILLS times. One import for all of them: a child is a fork.
+python killed.py FOLDER KILLS: for each of three methods, FOLDER/METHOD/whole is trained without
+interruption and FOLDER/METHOD/killed is killed KILLS times. Children are forks, so that torch is
+imported only once.
 """
 
 import os
@@ -15,16 +16,20 @@ from pathlib import Path
 
 import torch
 
-from minipeft.lab import finetune, tasks
+from minipeft.lab import DATA, tasks
+from minipeft.lab.base import load_base
+from minipeft.lab.finetune import finetune
+from minipeft.lab.recipes import RECIPES, RunConfig
 
 RUNS = {"full": 12, "adalora": 24, "qlora": 24}  # steps
 
 
 def train(base, task, method: str, folder: Path) -> None:
-    finetune.finetune(
-        base, task, method, RUNS[method], generated=2, validations=2, batch_size=4,
-        checkpoint_every=2, resume=True, output=folder, quiet=True,
+    run = RunConfig(
+        steps=RUNS[method], n_generate=2, n_evaluations=2, batch_size=4, checkpoint_every=2,
+        resume=True, output=str(folder), quiet=True,
     )  # fmt: skip
+    finetune(base, task, RECIPES[method], run)
 
 
 def child(base, task, method: str, folder: Path) -> int:
@@ -37,10 +42,10 @@ def child(base, task, method: str, folder: Path) -> int:
 
 def main() -> None:
     folder, kills = Path(sys.argv[1]), int(sys.argv[2])
-    torch.set_num_threads(1)  # a fork keeps no threads
-    base = finetune.load_base(tasks.DATA / "base" / "0.3m")
+    torch.set_num_threads(1)  # threads do not survive a fork
+    base = load_base(DATA / "base" / "0.3m")
     base = replace(base, held_out=None)
-    task = tasks.load_task(base.tokenizer, base.end, 256, "describe")
+    task = tasks.load_task(base, "describe")
     task = replace(task, validation=task.validation[:4], test=task.test[:4])
     rng = random.Random(0)
     for method in RUNS:
@@ -55,7 +60,7 @@ def main() -> None:
             _, status = os.waitpid(pid, 0)
             if os.WIFSIGNALED(status):
                 done += 1
-            else:  # it had ended before: once more from the beginning
+            else:  # it finished before the kill: start over
                 shutil.rmtree(killed)
         os.waitpid(child(base, task, method, killed), 0)
         print(method, done)

@@ -1,6 +1,7 @@
-"""Training touches no tensor on the wrong device: on an accelerator that accelerator.py pretends.
+"""Training leaves no tensor on the wrong device, on the pretended accelerator of accelerator.py.
 
-One process trains every method, and then minipeft with faults planted in it, which it has to see.
+One process trains every method, and then copies of minipeft with planted faults, which it has to
+detect.
 """
 
 import json
@@ -13,9 +14,10 @@ import accelerator
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow  # ten seconds; the build runs it
+pytestmark = pytest.mark.slow  # ten seconds
 ROOT = Path(__file__).resolve().parents[1]
-FAULTS = [  # file, what stands there, what is put there, a case that has to see it
+# File, the line's text, the faulty text, and a case that has to detect the fault.
+FAULTS = [
     ("gpt", "torch.arange(p, p + t, device=x.device)", "torch.arange(p, p + t)", "gpt-moved"),
     (
         "gpt",
@@ -24,69 +26,106 @@ FAULTS = [  # file, what stands there, what is put there, a case that has to see
         "prefix_tuning-moved",
     ),
     ("gpt", "dtype=torch.bool, device=device).roll", "dtype=torch.bool).roll", "gpt-moved"),
-    ("lora", "self.lora_B.to(w.device, dtype)", "self.lora_B.to(dtype)", "lora-adapted_there"),
+    ("methods/lora", "factor.to(w.device, torch", "factor.to(torch", "lora-adapted_there"),
     (
-        "adalora",
-        "torch.eye(len(m), dtype=square.dtype, device=square.device)",
-        "torch.eye(len(m), dtype=square.dtype)",
+        "methods/adalora",
+        "torch.eye(len(m), dtype=m.dtype, device=m.device)",
+        "torch.eye(len(m), dtype=m.dtype)",
         "adalora-moved",
     ),
-    ("adalora", "divisor.to(w.device)", "divisor", "adalora-adapted_there"),
+    ("methods/adalora", '{"device": w.device, ', "{", "adalora-adapted_there"),
     (
-        "adalora",
-        "self.importance[key] = torch.zeros_like(w)",
-        "self.importance[key] = torch.zeros(w.shape)",
+        "methods/adalora",
+        "self.importance.setdefault(key, torch.zeros_like(w))",
+        "self.importance.setdefault(key, torch.zeros(w.shape))",
         "adalora-moved",
     ),
     (
-        "prompt_tuning",
-        "tensor.new_full((b, p), front)",
-        "torch.full((b, p), front)",
+        "methods/prompt_tuning",
+        "F.pad(attention_mask, (p, 0), value=1)",
+        "torch.cat((torch.ones(len(x), p, dtype=torch.long), attention_mask), 1)",
         "prompt_tuning-moved",
     ),
-    ("prompt_tuning", "torch.arange(p, device=x.device)", "torch.arange(p)", "prompt_tuning-moved"),
     (
-        "p_tuning",
-        "self.to(words.device).requires_grad_",
-        "self.requires_grad_",
-        "p_tuning_lstm-adapted_there",
+        "methods/prompt_tuning",
+        "torch.arange(p, device=x.device)",
+        "torch.arange(p)",
+        "prompt_tuning-moved",
     ),
+    ("methods/prompt_tuning", "self.to(words.device)", "pass", "prompt_tuning-adapted_there"),
     (
-        "prefix_tuning",
-        "mask.new_ones(b, self.embedding.num_embeddings)",
-        "torch.ones(b, self.embedding.num_embeddings, dtype=mask.dtype)",
+        "methods/p_tuning",
+        "torch.arange(p, device=x.device)",
+        "torch.arange(p)",
+        "p_tuning-moved",
+    ),
+    ("methods/p_tuning", "self.to(words.device)", "pass", "p_tuning_lstm-adapted_there"),
+    (
+        "methods/prefix_tuning",
+        "F.pad(attention_mask, (kv.shape[3], 0), value=1)",
+        "torch.cat((torch.ones(b, kv.shape[3], dtype=torch.long), attention_mask), 1)",
         "prefix_tuning-moved",
     ),
     (
-        "bitfit",
+        "methods/prefix_tuning",
+        "self.to(model.get_input_embeddings().weight.device)",
+        "pass",
+        "prefix_tuning-adapted_there",
+    ),
+    (
+        "methods/bitfit",
         "torch.zeros_like(b, dtype=",
         "torch.zeros(b.shape, dtype=",
         "bitfit-adapted_there",
     ),
-    ("bottleneck", "layer.to(w.device, torch", "layer.to(torch", "bottleneck-adapted_there"),
-    ("qlora", "PAIRS.to(q.codes.device)", "PAIRS", "qlora-moved"),
-    ("qlora", "/ 2).to(x.device)", "/ 2)", "qlora-adapted_there"),
     (
-        "paged_adamw",
-        "torch.empty_like(page.home, device=page.device)",
-        "torch.empty_like(page.home)",
+        "methods/bottleneck",
+        "layer.to(w.device, torch",
+        "layer.to(torch",
+        "bottleneck-adapted_there",
+    ),
+    ("methods/qlora", "PAIRS.to(q.codes.device)", "PAIRS", "qlora-moved"),
+    ("methods/qlora", "DYNAMIC_MAP.to(q.codes.device)", "DYNAMIC_MAP", "qlora-moved"),
+    ("methods/qlora", "/ 2).to(blocks.device)", "/ 2)", "qlora-adapted_there"),
+    (
+        "methods/qlora",
+        "nn.Linear(self.in_features, self.r, bias=False).to(device)",
+        "nn.Linear(self.in_features, self.r, bias=False)",
+        "qlora-adapted_there",
+    ),
+    (
+        "methods/paged_adamw",
+        "page.host.to(page.device, non_blocking=True, copy=True)",
+        "page.host.clone()",
         "qlora_paged-moved",
     ),
     (
-        "paged_adamw",
-        "size, dtype=p.dtype, device=",
-        "size, dtype=p.dtype) #",
-        "qlora_paged-made_there",
+        "methods/paged_adamw",
+        'torch.zeros(2, size, dtype=p.dtype, device="cpu", pin_memory=pin)',
+        "torch.zeros(2, size, dtype=p.dtype)",
+        "qlora_paged-created_there",
     ),
-    ("peft_model", "module._apply(fn)", "pass", "lora-moved_while_waiting"),
+    (
+        "methods/paged_adamw",
+        'torch.empty(2, *p.shape, dtype=p.dtype, device="cpu")',
+        "torch.empty(2, *p.shape, dtype=p.dtype)",
+        "qlora_paged-created_there",
+    ),
+    (
+        "token_rows",
+        "torch.tensor(ids, device=embedding.weight.device)",
+        "torch.tensor(ids)",
+        "lora_tokens-adapted_there",
+    ),
+    ("peft_model", "module._apply(fn)", "pass", "lora-moved_while_detached"),
 ]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
-    """What went wrong, by package and case; the package is "minipeft" or a fault's number."""
+    """The error, or None, by package and case. A package is "minipeft" or the index of a fault."""
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("this PyTorch takes no accelerator that is made in Python")
+        pytest.skip("this PyTorch has no accelerators written in Python")
     folders = {("minipeft", case): ROOT for case in accelerator.CASES}
     for i, (name, old, new, case) in enumerate(FAULTS):
         folders[i, case] = folder = tmp_path_factory.mktemp("fault")
@@ -105,15 +144,17 @@ def results(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("case", accelerator.CASES)
-def test_training_makes_every_tensor_where_the_model_is(results, case):
+def test_training_leaves_every_tensor_on_its_device(results, case):
     assert results["minipeft", case] is None
 
 
 @pytest.mark.parametrize("i", range(len(FAULTS)), ids=[f"{f}-{old}" for f, old, *_ in FAULTS])
-def test_a_tensor_on_the_wrong_device_is_seen(results, i):
+def test_a_planted_fault_is_detected(results, i):
     name, old, _, case = FAULTS[i]
-    assert (ROOT / "minipeft" / f"{name}.py").read_text().count(old) == 1, "plant it elsewhere"
+    assert (ROOT / "minipeft" / f"{name}.py").read_text().count(old) == 1, (
+        "this line has changed: plant the fault elsewhere"
+    )
     error = results[i, case]
-    assert error is not None, "nobody noticed"
+    assert error is not None, "the fault was not detected"
     assert "cpu" in error, error
     assert accelerator.NAME in error, error

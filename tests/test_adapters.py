@@ -1,4 +1,4 @@
-"""Several adapters on one base: whatever is done with them, the base's weights never move."""
+"""Random calls on a model with several adapters: the base weights never change."""
 
 import hashlib
 import random
@@ -17,8 +17,8 @@ from minipeft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
+    quantize_model,
 )
-from minipeft.peft_model import quantize_model
 
 SCHEDULE = {"init_r": 3, "target_r": 1, "total_step": 2}
 CONFIGS = {
@@ -33,7 +33,7 @@ CONFIGS = {
     "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=2),
     "prefix_projection": lambda: PrefixTuningConfig(num_virtual_tokens=2, prefix_projection=True),
 }
-MERGEABLE = ("LORA", "QLORA", "ADALORA", "BITFIT")
+MERGEABLE = ("LORA", "ADALORA", "BITFIT")
 IDS = torch.randint(1, 61, (2, 6), generator=torch.Generator().manual_seed(1))
 
 
@@ -46,7 +46,7 @@ def small_base(four_bits: bool = False) -> GPT:
 
 
 def checksum(model: torch.nn.Module) -> str:
-    """Of every name, dtype and bit of a model's tensors."""
+    """A checksum of the names, dtypes and bytes of all tensors of a model."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -55,20 +55,22 @@ def checksum(model: torch.nn.Module) -> str:
 
 
 class Walk:
-    """A model on which random calls are made, beside what it ought to say: logits by adapter."""
+    """A model, random calls on it, and the logits that each of its adapters must give."""
 
     def __init__(self, seed: int, folder):
         self.random, self.folder = random.Random(seed), folder
         self.base = small_base(four_bits=seed % 4 == 0)
         self.before, self.plain = checksum(self.base), self.base(IDS).logits
-        self.told, self.saved, self.made = {}, {}, 0
+        self.expected = {}  # logits by adapter
+        self.saved = {}  # logits by folder
+        self.made = 0
         self.model = get_peft_model(self.base, self.config(), self.name())
         self.train()
 
     def config(self):
         names = list(CONFIGS)
         if any("codes" in key for key in self.base.state_dict()):
-            for name in ("adalora", "bottleneck", "lora_rows"):  # these are not for 4-bit layers
+            for name in ("adalora", "bottleneck"):  # refused on 4-bit layers
                 names.remove(name)
         return CONFIGS[self.random.choice(names)]()
 
@@ -81,13 +83,13 @@ class Walk:
             return self.model.eval()(IDS).logits
 
     def note(self) -> None:
-        """Remember what the active adapter says."""
-        self.told[self.model.active_adapter] = self.logits()
+        """Remember the active adapter's logits."""
+        self.expected[self.model.active_adapter] = self.logits()
 
     def check(self) -> None:
-        """The active adapter says what it said when it was last trained; without it, the base."""
-        told = self.told[self.model.active_adapter]
-        assert torch.allclose(self.logits(), told, atol=1e-5)
+        """The active adapter's logits are those after its last training; without it, the base's."""
+        expected = self.expected[self.model.active_adapter]
+        assert torch.allclose(self.logits(), expected, atol=1e-5)
         with self.model.disable_adapter():
             assert torch.equal(self.logits(), self.plain)
 
@@ -107,10 +109,10 @@ class Walk:
         if len(self.model.adapters) > 1:
             name = self.random.choice(list(self.model.adapters))
             self.model.delete_adapter(name)
-            del self.told[name]
+            del self.expected[name]
 
     def disable(self) -> None:
-        """Another call is made while there is no adapter in place."""
+        """Make another call while the adapter is disabled."""
         with self.model.disable_adapter():
             self.random.choice((self.add_quietly, self.set, self.delete, self.save))()
             assert torch.equal(self.logits(), self.plain)
@@ -118,13 +120,13 @@ class Walk:
     def add_quietly(self) -> None:
         name = self.name()
         self.model.add_adapter(name, LoraConfig(target_modules=["c_fc"]))
-        self.told[name] = self.plain  # a fresh LoRA changes nothing
+        self.expected[name] = self.plain  # a fresh LoRA changes nothing
 
     def merge(self) -> None:
         if self.kind() in MERGEABLE:
             self.model.merge_adapter()
         else:
-            with pytest.raises(ValueError, match=r"nothing to merge|cannot be merged"):
+            with pytest.raises(ValueError, match="cannot merge"):
                 self.model.merge_adapter()
 
     def unmerge(self) -> None:
@@ -135,17 +137,16 @@ class Walk:
         if self.kind() in MERGEABLE:
             plain = self.model.eval().merge_and_unload()
             with torch.no_grad():
-                told = plain(IDS).logits
+                merged = plain(IDS).logits
                 for parameter in plain.parameters():
-                    parameter.zero_()  # it is a copy: nothing of the base may be in it
-            assert torch.allclose(told, self.told[self.model.active_adapter], atol=1e-5)
+                    parameter.zero_()  # a copy: it must not share a tensor with the base
+            assert torch.allclose(merged, self.expected[self.model.active_adapter], atol=1e-5)
 
     def weighted(self) -> None:
         loras = [
             name
             for name, config in self.model.peft_config.items()
-            if config.peft_type in ("LORA", "QLORA")
-            and not getattr(config, "trainable_token_indices", None)
+            if config.peft_type == "LORA" and not getattr(config, "trainable_token_indices", None)
         ]
         if not loras:
             return
@@ -161,18 +162,17 @@ class Walk:
 
     def save(self) -> None:
         self.model.save_pretrained(self.folder)
-        for i, name in enumerate(self.model.adapters):
-            folder = self.folder / name if i else self.folder
-            self.saved[folder] = self.told[name]
+        for name in self.model.adapters:
+            self.saved[self.folder / ("" if name == "default" else name)] = self.expected[name]
 
     def load(self) -> None:
         if self.saved:
             name, folder = self.name(), self.random.choice(sorted(self.saved))
             self.model.load_adapter(folder, name, is_trainable=self.random.random() < 0.5)
-            self.told[name] = self.saved[folder]
+            self.expected[name] = self.saved[folder]
 
     def train(self) -> None:
-        """Two steps, which are the whole schedule of an AdaLoRA."""
+        """Two steps, the whole schedule of this AdaLoRA."""
         self.model.train()
         free = [p for p in self.model.parameters() if p.requires_grad]
         merged = any(".merged_" in name for name, _ in self.model.named_buffers())
@@ -201,8 +201,8 @@ SEEDS = [range(20), pytest.param(range(20, 200), marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("seeds", SEEDS, ids=("some", "all"))
-def test_base_weights_never_move(seeds, tmp_path):
-    """200 random sequences of calls: a checksum before and after, and the base's very logits."""
+def test_random_calls_never_change_the_base(seeds, tmp_path):
+    """200 sequences of 10 calls: the base's checksum and logits are the same before and after."""
     for seed in seeds:
         folder = tmp_path / str(seed)
         walk, calls = Walk(seed, folder), []

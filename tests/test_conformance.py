@@ -1,4 +1,4 @@
-"""The same as transformers and peft compute, on the same weights."""
+"""The GPT, LoRA and weighted sums of LoRAs match transformers and peft on the same weights."""
 
 import copy
 
@@ -30,18 +30,32 @@ def close(a, b):
 
 
 def near(a, b, tolerance=1e-5):
-    """No entry is off by more than `tolerance` times the largest one of b."""
+    """No entry differs by more than `tolerance` times the largest entry of b."""
     return (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-def trained(model) -> list:
-    return [p for p in model.parameters() if p.requires_grad]
+def trainable(model) -> list:
+    """The trainable parameters in the order of peft's layers, and in each by letter: A, B, E."""
+    found = [(*n.partition(".lora_"), p) for n, p in model.named_parameters() if p.requires_grad]
+    layers = {layer: i for i, (layer, *_) in enumerate(found)}
+    return [p for *_, p in sorted(found, key=lambda entry: (layers[entry[0]], entry[2]))]
 
 
-def three(theirs, theirs_config, ours_config, folder, dtype=torch.float32):
-    """peft on transformers' GPT-2, we on the same, we on our GPT: the same weights everywhere."""
+@torch.no_grad()
+def copy_trainable(source, target) -> None:
+    """Copy an adapter's weights from one model to another."""
+    for a, b in zip(trainable(source), trainable(target), strict=True):
+        assert a.shape == b.shape
+        b.copy_(a)
+
+
+def three_models(theirs, theirs_config, ours_config, folder, dtype=torch.float32):
+    """peft on transformers' GPT-2, minipeft on the same, minipeft on its own GPT: equal weights.
+
+    The adapters are drawn from one seed. AdaLoRA draws in another order than peft: it is copied.
+    """
     theirs.save_pretrained(folder)
-    makers = (  # on a float64 base peft's AdaLoRA would train its rank counters: cast it afterwards
+    makers = (  # on a float64 base peft's AdaLoRA would train its rank counters, so cast it later
         lambda: peft.get_peft_model(copy.deepcopy(theirs), theirs_config),
         lambda: get_peft_model(copy.deepcopy(theirs).to(dtype), copy.deepcopy(ours_config)),
         lambda: get_peft_model(GPT.from_pretrained(folder).to(dtype), copy.deepcopy(ours_config)),
@@ -50,36 +64,39 @@ def three(theirs, theirs_config, ours_config, folder, dtype=torch.float32):
     for make in makers:
         torch.manual_seed(3)
         models.append(make().to(dtype).train())
-    for others in zip(*map(trained, models), strict=True):
-        assert all(torch.equal(others[0], p) for p in others[1:])
+    if ours_config.peft_type == "ADALORA":
+        for model in models[1:]:
+            copy_trainable(models[0], model)
+    for first, *others in zip(*map(trainable, models), strict=True):
+        assert all(torch.equal(first, p) for p in others)
     return models
 
 
 def train_step(model, ids, optimizer, step):
-    """Loss, logits of the real tokens, and the adapter's gradients of an AdamW step."""
+    """One AdamW step. Returns the loss, the logits of the real tokens and the gradients."""
     out = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
     out[0].backward()
-    gradients = [p.grad.clone() for p in trained(model)]
+    gradients = [p.grad.clone() for p in trainable(model)]
     optimizer.step()
-    for owner in (model, model.base_model):  # AdaLoRA's: ours has it in front, peft inside
+    for owner in (model, model.base_model):  # in peft, AdaLoRA's allocator is in the base_model
         if hasattr(owner, "update_and_allocate"):
             owner.update_and_allocate(step)
             break
     optimizer.zero_grad()
-    # with prompt and P-tuning peft returns the virtual tokens' logits as well
+    # for prompt and P-tuning, peft also returns the logits of the virtual tokens
     return [out[0].detach(), out.logits.detach()[:, -ids.shape[1] :], *gradients]
 
 
-def side_by_side(models, ids, lend=False):
-    """Train models for 20 steps, and yield at each what train_step gives of all.
+def train_side_by_side(models, ids, synchronize=False):
+    """Train models for 20 steps; yields what train_step returns for each of them, step by step.
 
-    lend: before every step, all get the first one's tensors, so that rounding does not add up.
+    synchronize: before every step, copy the first model's adapter to the others, so that rounding
+    errors do not accumulate.
     """
-    optimizers = [torch.optim.AdamW(trained(model), lr=1e-2) for model in models]
+    optimizers = [torch.optim.AdamW(trainable(model), lr=1e-2) for model in models]
     for step in range(20):
-        for model in models if lend else []:
-            for mine, first in zip(trained(model), trained(models[0]), strict=True):
-                mine.data.copy_(first.data)
+        for model in models[1:] if synchronize else []:
+            copy_trainable(models[0], model)
         yield [train_step(m, ids, o, step) for m, o in zip(models, optimizers, strict=True)]
 
 
@@ -91,9 +108,8 @@ def test_gpt_gives_transformers_logits(theirs, ids, tmp_path):
     assert close(ours(ids, labels=ids).loss, out.loss)
     for mask in (torch.tensor([[0] * 3 + [1] * 7] * 3), torch.tensor([[1] * 7 + [0] * 3] * 3)):
         real = mask[0].bool()
-        assert close(
-            ours(ids, mask).logits[:, real], theirs(ids, attention_mask=mask).logits[:, real]
-        )
+        expected = theirs(ids, attention_mask=mask).logits
+        assert close(ours(ids, mask).logits[:, real], expected[:, real])
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         expected = theirs(ids, attention_mask=mask, position_ids=positions).logits
         assert close(ours(ids, mask, position_ids=positions).logits[:, real], expected[:, real])
@@ -122,18 +138,17 @@ def test_gpt_reads_keys_without_the_prefix_and_writes_what_transformers_reads(
     assert torch.equal(back(ids).logits, theirs(ids).logits)
 
 
-def test_lora_counts_and_prints_as_peft_on_a_full_size_gpt2(capsys):
+def test_lora_on_a_full_size_gpt2_prints_the_counts_that_peft_prints(capsys):
     with torch.device("meta"):
         gpt = GPT(GPTConfig())
-    get_peft_model(
-        gpt, LoraConfig(r=8, lora_alpha=32, target_modules=ALL)
-    ).print_trainable_parameters()
+    config = LoraConfig(r=8, lora_alpha=32, target_modules=ALL)
+    get_peft_model(gpt, config).print_trainable_parameters()
     assert capsys.readouterr().out == (
         "trainable params: 1,179,648 || all params: 125,619,456 || trainable%: 0.9391\n"
     )
 
 
-def test_lora_draws_the_same_random_numbers(theirs):
+def test_lora_draws_the_same_random_numbers_as_peft(theirs):
     names = {"r": 5, "target_modules": ALL}
     torch.manual_seed(3)
     mine = get_peft_model(GPT(tiny_config()), LoraConfig(**names)).adapters["default"].tensors()
@@ -146,33 +161,34 @@ def test_lora_draws_the_same_random_numbers(theirs):
 
 
 @pytest.mark.parametrize(("alpha", "tokens"), [(8, None), (10, None), (8, [26, 60, 1])])
-def test_lora_trains_as_peft_does(theirs, ids, tmp_path, alpha, tokens):
-    """The same tensors put in at each of 20 AdamW steps: loss, logits and every gradient."""
+def test_lora_computes_pefts_loss_logits_and_gradients(theirs, ids, tmp_path, alpha, tokens):
+    """The weights are synchronized before each of 20 AdamW steps."""
     names = {"r": 4, "lora_alpha": alpha, "target_modules": ALL, "task_type": "CAUSAL_LM"}
     names["trainable_token_indices"] = tokens
-    models = three(theirs, peft.LoraConfig(**names), LoraConfig(**names), tmp_path)
-    for expected, *ours in side_by_side(models, ids, lend=True):
+    models = three_models(theirs, peft.LoraConfig(**names), LoraConfig(**names), tmp_path)
+    for expected, *ours in train_side_by_side(models, ids, synchronize=True):
         for found in ours:
             assert all(map(near, found, expected))
-        if alpha == 8:  # a scaling of 2 is exact, so addmm rounds as peft does: same layout, bits
+        if alpha == 8:  # multiplying by a scaling of 2 is exact, so both round identically
             assert all(map(torch.equal, ours[0], expected))
 
 
-def test_lora_goes_where_pefts_goes(theirs, ids, tmp_path):
-    """From the same start, with nothing copied on the way: 20 steps in float64."""
+def test_lora_training_follows_peft_for_20_steps_in_float64(theirs, ids, tmp_path):
+    """Both start from the same weights, and nothing is synchronized afterwards."""
     names = {"r": 4, "lora_alpha": 10, "target_modules": ALL, "task_type": "CAUSAL_LM"}
-    settings = peft.LoraConfig(**names), LoraConfig(**names)
+    configs = peft.LoraConfig(**names), LoraConfig(**names)
+    models = three_models(theirs, *configs, tmp_path, torch.float64)
     losses = []
-    for expected, *ours in side_by_side(three(theirs, *settings, tmp_path, torch.float64), ids):
+    for expected, *ours in train_side_by_side(models, ids):
         for found in ours:
-            assert near(found[0], expected[0], 1e-6)  # both take it in float32
+            assert near(found[0], expected[0], 1e-6)  # both compute the loss in float32
             assert all(near(a, b, 1e-11) for a, b in zip(found[1:], expected[1:], strict=True))
         losses.append(expected[0])
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("tokens", [None, [26, 60, 1]])
-def test_adapters_travel_both_ways(theirs, ids, tmp_path, tokens):
+def test_peft_loads_our_lora_folder_and_we_load_pefts(theirs, ids, tmp_path, tokens):
     theirs.save_pretrained(tmp_path / "base")
     names = {"r": 4, "lora_alpha": 12, "target_modules": ALL, "task_type": "CAUSAL_LM"}
     names["trainable_token_indices"] = tokens
@@ -189,21 +205,21 @@ def test_adapters_travel_both_ways(theirs, ids, tmp_path, tokens):
     assert torch.equal(again(ids).logits, mine(ids).logits)
 
 
-WEIGHTED = {  # on other layers each, with other scalings
+ADAPTERS = {  # on different layers, with different ranks and scalings
     "a": {"r": 4, "lora_alpha": 10, "target_modules": ["c_attn", "c_fc"]},
     "b": {"r": 4, "lora_alpha": 3, "target_modules": ["c_fc", "mlp.c_proj"]},
-    "c": {
-        "r": 2, "target_modules": ["c_attn"], "rank_pattern": {"h.1.attn.c_attn": 3},
-        "alpha_pattern": {"h.0.attn.c_attn": 5},
-    },
-}  # fmt: skip
+    "c": {"r": 3, "lora_alpha": 5, "target_modules": ["c_attn"]},
+}
 
 
-def weighted(theirs, folder, changes, combination, *arguments):
-    """The new adapter's config in peft and here, and (A, B, ΔW) of both by layer."""
+def combine(theirs, folder, changes, combination, *arguments):
+    """Add the same weighted adapter "sum" in peft and in minipeft.
+
+    Returns both configs, and for both, by layer: A, B and the update ΔW.
+    """
     theirs.save_pretrained(folder)
     reference = mine = None
-    for name, settings in WEIGHTED.items():
+    for name, settings in ADAPTERS.items():
         settings = settings | changes
         if mine is None:
             reference = peft.get_peft_model(theirs, peft.LoraConfig(**settings), name)
@@ -229,13 +245,16 @@ def weighted(theirs, folder, changes, combination, *arguments):
     return reference.peft_config["sum"], mine.peft_config["sum"], expected, ours
 
 
-def same_loras(ours, expected) -> bool:
-    """The same A and B to the bit. Beyond the rank of ΔW an SVD has no say: there ΔW is compared,
-    since peft asks for the full matrices, whose last columns LAPACK finds in another way."""
+def same_factors(ours, expected) -> bool:
+    """Whether A and B are bit-identical up to the rank of ΔW.
+
+    Beyond that rank an SVD is not unique. peft asks LAPACK for the full matrices, whose last
+    columns are computed in another way; there only ΔW can be compared.
+    """
     (a, b, _), (their_a, their_b, _) = ours, expected
-    sure = int(torch.linalg.matrix_rank(their_b.double() @ their_a.double(), rtol=1e-6))
-    assert sure > 0
-    same = torch.equal(a[:sure], their_a[:sure]) and torch.equal(b[:, :sure], their_b[:, :sure])
+    rank = int(torch.linalg.matrix_rank(their_b.double() @ their_a.double(), rtol=1e-6))
+    assert rank > 0
+    same = torch.equal(a[:rank], their_a[:rank]) and torch.equal(b[:, :rank], their_b[:, :rank])
     return same and a.shape == their_a.shape and b.shape == their_b.shape
 
 
@@ -250,10 +269,10 @@ def same_loras(ours, expected) -> bool:
         ("a", {"svd_rank": 2}, 4),
     ],
 )
-def test_a_weighted_adapter_is_pefts(theirs, tmp_path, names, combination, rank):
-    """The same layers, rank and scaling, and the same bits in A and B."""
+def test_a_weighted_adapter_is_identical_to_pefts(theirs, tmp_path, names, combination, rank):
+    """The same layers, rank and scaling, and bit-identical A and B."""
     weights = [0.7, -1.6, 0.3][: len(names)]
-    config, own, expected, ours = weighted(
+    config, own, expected, ours = combine(
         theirs, tmp_path, {}, combination, list(names), weights, "sum"
     )
     assert config.r == own.r == rank
@@ -261,18 +280,18 @@ def test_a_weighted_adapter_is_pefts(theirs, tmp_path, names, combination, rank)
     assert sorted(config.target_modules) == own.target_modules
     assert expected.keys() == ours.keys()
     for key in expected:
-        assert same_loras(ours[key], expected[key])
+        assert same_factors(ours[key], expected[key])
         assert near(ours[key][2], expected[key][2])
 
 
 @pytest.mark.parametrize("kind", ["svd", "linear", "cat"])
 def test_with_rslora_pefts_weighted_adapter_is_too_large_by_the_root_of_r(theirs, tmp_path, kind):
-    """There peft is not the judge: a weight of 1 should leave an adapter what it is."""
+    """Here peft is not the reference: with a weight of 1, an adapter should not change."""
     rslora, combination = {"use_rslora": True}, {"combination_type": kind}
     arguments = rslora, combination, ["a", "b"], [1.0, 0.0], "sum"
-    config, own, expected, ours = weighted(theirs, tmp_path, *arguments)
+    config, own, expected, ours = combine(theirs, tmp_path, *arguments)
     assert config.use_rslora
     assert not own.use_rslora
-    for key in [key for key in expected if "c_attn" in key]:  # b has nothing there
-        assert same_loras(ours[key], expected[key])
+    for key in [key for key in expected if "c_attn" in key]:  # b does not adapt these layers
+        assert same_factors(ours[key], expected[key])
         assert near(ours[key][2] * config.r**0.5, expected[key][2])

@@ -1,13 +1,9 @@
-"""AdaLoRA and the prompt methods compute, train, and write files as peft does."""
+"""AdaLoRA and the prompt methods match peft in training and in files, on the same weights."""
 
 import copy
 import itertools
 import json
-import shutil
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,13 +11,15 @@ from safetensors.torch import load_file
 from test_conformance import (  # noqa: F401
     ALL,
     close,
+    copy_trainable,
     near,
-    side_by_side,
     theirs,
-    three,
+    three_models,
+    train_side_by_side,
     train_step,
-    trained,
+    trainable,
 )
+from test_copy_alone import PROMPT_METHODS, WEIGHT_METHODS, alone, train_alone  # noqa: F401
 
 import minipeft
 from minipeft import GPT, GPTConfig, PeftModel, get_peft_model
@@ -49,14 +47,14 @@ METHODS = {
 
 
 def configs(name):
-    """peft's config and ours."""
+    """peft's config and ours of the same settings."""
     kind, settings = METHODS[name]
     return [getattr(package, kind)(**settings, **TASK) for package in (peft, minipeft)]
 
 
-def run(model, ids):
-    """The losses of 20 steps."""
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+def train(model, ids):
+    """Train for 20 steps; returns the losses."""
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     losses = [train_step(model.train(), ids, optimizer, step)[0] for step in range(20)]
     model.eval()
     return losses
@@ -64,36 +62,41 @@ def run(model, ids):
 
 @torch.no_grad()
 def logits(model, ids):
-    """Those of the real tokens: for prompt and P-tuning peft returns the virtual ones as well."""
+    """The logits of the real tokens (peft also returns those of virtual tokens)."""
     out = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return out.logits[:, -ids.shape[1] :]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_trains_as_pefts_does(theirs, ids, tmp_path, name):  # noqa: F811
-    """The same tensors put in at each of 20 AdamW steps: loss, logits and every gradient are
-    peft's, to the bit on transformers' GPT-2."""
-    models = three(theirs, *configs(name), tmp_path)
-    for expected, on_theirs, on_ours in side_by_side(models, ids, lend=True):
+def test_a_method_computes_pefts_loss_logits_and_gradients(theirs, ids, tmp_path, name):  # noqa: F811
+    """The weights are synchronized before each of 20 AdamW steps.
+
+    On transformers' GPT-2 the results are bit-identical.
+    """
+    models = three_models(theirs, *configs(name), tmp_path)
+    for expected, on_theirs, on_ours in train_side_by_side(models, ids, synchronize=True):
         assert all(map(torch.equal, on_theirs, expected))
         assert all(map(near, on_ours, expected))
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_goes_where_pefts_goes(theirs, ids, tmp_path, name):  # noqa: F811
-    """From the same random numbers, with nothing copied on the way: bits on transformers' GPT-2,
-    and in float64, where rounding cannot add up to much, on ours."""
+def test_training_a_method_follows_peft_for_20_steps(theirs, ids, tmp_path, name):  # noqa: F811
+    """Both start from the same weights, and nothing is synchronized afterwards.
+
+    Bit-identical on transformers' GPT-2; on our GPT compared in float64, where rounding errors
+    stay small.
+    """
     theirs_config, ours_config = configs(name)
-    reference, on_theirs, _ = three(theirs, theirs_config, ours_config, tmp_path)
+    reference, on_theirs, _ = three_models(theirs, theirs_config, ours_config, tmp_path)
     losses = []
-    for expected, found in side_by_side([reference, on_theirs], ids):
+    for expected, found in train_side_by_side([reference, on_theirs], ids):
         assert all(map(torch.equal, found, expected))
         losses.append(expected[0])
     assert losses[-1] < losses[0]
     assert torch.equal(logits(on_theirs.eval(), ids), logits(reference.eval(), ids))
-    reference, _, on_ours = three(theirs, *configs(name), tmp_path, torch.float64)
-    for expected, found in side_by_side([reference, on_ours], ids):
-        assert near(found[0], expected[0], 1e-6)  # both take it in float32
+    reference, _, on_ours = three_models(theirs, *configs(name), tmp_path, torch.float64)
+    for expected, found in train_side_by_side([reference, on_ours], ids):
+        assert near(found[0], expected[0], 1e-6)  # both compute the loss in float32
         assert all(near(a, b, 1e-11) for a, b in zip(found[1:], expected[1:], strict=True))
     if name == "adalora":
         pattern = {k.replace(".default", ""): v for k, v in theirs_config.rank_pattern.items()}
@@ -103,10 +106,10 @@ def test_a_method_goes_where_pefts_goes(theirs, ids, tmp_path, name):  # noqa: F
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_adapters_of_a_method_travel_both_ways(theirs, ids, tmp_path, name):  # noqa: F811
+def test_peft_loads_a_methods_folder_and_we_load_pefts(theirs, ids, tmp_path, name):  # noqa: F811
     theirs.save_pretrained(tmp_path / "base")
     mine = get_peft_model(GPT.from_pretrained(tmp_path / "base"), configs(name)[1]).train()
-    run(mine, ids)
+    train(mine, ids)
     mine.save_pretrained(tmp_path / "mine")
     reference = peft.PeftModel.from_pretrained(theirs, tmp_path / "mine").eval()
     assert close(logits(reference, ids), logits(mine, ids))
@@ -117,36 +120,36 @@ def test_adapters_of_a_method_travel_both_ways(theirs, ids, tmp_path, name):  # 
     assert not close(plain(ids).logits, logits(mine, ids))
 
 
-def test_an_adalora_folder_is_what_peft_itself_writes(theirs, ids, tmp_path):  # noqa: F811
-    """The same tensors, cut to the same shapes, the same rank_pattern, and the same warnings.
+def test_an_adalora_folder_has_the_tensors_that_peft_writes(theirs, ids, tmp_path):  # noqa: F811
+    """The same tensors, shapes and rank_pattern, and reading them gives the same warnings.
 
-    peft 0.21 warns about every AdaLoRA folder, its own too: it looks for modules that are named as
-    the keys of `rank_pattern`, and those end in `.lora_E` (it then uses them all the same). When it
-    saves a layer of rank 0, it warns of an "invalid shape". Neither says anything about the file.
+    peft 0.21 warns about every AdaLoRA folder, including its own: it looks for modules named like
+    the keys of `rank_pattern`, which end in `.lora_E`, and then uses the keys anyway. When it saves
+    a layer of rank 0, it warns of an "invalid shape". Both warnings are harmless.
     """
-    *models, _ = three(theirs, *configs("adalora"), tmp_path / "base")
-    told, warned, files, patterns = [], [], [], []
+    *models, _ = three_models(theirs, *configs("adalora"), tmp_path / "base")
+    outputs, warned, files, patterns = [], [], [], []
     for model in models:
-        run(model, ids)
+        train(model, ids)
         model.save_pretrained(tmp_path)
         files.append(load_file(tmp_path / "adapter_model.safetensors"))
         patterns.append(json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             read = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path).eval()
-        # our file leaves fan_in_fan_out to who reads it, and peft says that it sets it for Conv1D
+        # our file has no fan_in_fan_out: peft sets it for Conv1D, and warns that it does
         warned.append({str(w.message) for w in caught if "fan_in_fan_out" not in str(w.message)})
-        told.append(logits(read, ids))
-        assert close(told[-1], logits(model, ids))
+        outputs.append(logits(read, ids))
+        assert close(outputs[-1], logits(model, ids))
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
     assert patterns[0] == patterns[1]
     assert warned[0] == warned[1]
-    assert torch.equal(told[0], told[1])
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "line"),
+    ("kind", "settings", "expected"),
     [
         ("AdaLoraConfig", {"target_modules": ALL, "total_step": 100}, 1_770_048),
         (
@@ -176,20 +179,22 @@ def test_an_adalora_folder_is_what_peft_itself_writes(theirs, ids, tmp_path):  #
         ),
     ],
 )
-def test_counts_and_prints_as_peft_on_a_full_size_gpt2(capsys, kind, settings, line):
+def test_a_method_on_a_full_size_gpt2_prints_the_counts_that_peft_prints(
+    capsys, kind, settings, expected
+):
     if kind != "AdaLoraConfig":
         settings = settings | {"num_virtual_tokens": 20}
     with torch.device("meta"):
         model = get_peft_model(GPT(GPTConfig()), getattr(minipeft, kind)(**settings))
-    if kind == "AdaLoraConfig":  # peft's "all" counts 48 rank counters
-        assert model.get_nb_trainable_parameters()[0] == line
+    if kind == "AdaLoraConfig":  # peft's total includes 48 rank counters
+        assert model.get_nb_trainable_parameters()[0] == expected
     else:
         model.print_trainable_parameters()
-        assert capsys.readouterr().out == line + "\n"
+        assert capsys.readouterr().out == expected + "\n"
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_on_a_grouped_query_llama(ids, name, tmp_path):
+def test_a_method_trains_generates_and_saves_on_a_grouped_query_llama(ids, name, tmp_path):
     torch.manual_seed(0)
     shape = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -201,7 +206,7 @@ def test_a_method_on_a_grouped_query_llama(ids, name, tmp_path):
         config.target_modules = ["q_proj", "v_proj", "down_proj"]
     plain = logits(llama, ids)
     model = get_peft_model(llama, config).train()
-    losses = run(model, ids)
+    losses = train(model, ids)
     assert losses[-1] < losses[0]
     with model.disable_adapter():
         assert torch.equal(logits(model, ids), plain)
@@ -211,13 +216,13 @@ def test_a_method_on_a_grouped_query_llama(ids, name, tmp_path):
     new = model.generate(
         ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0
     )
-    alone = model.generate(ids[:1, 2:], max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert torch.equal(new[0, 2:], alone[0])  # padding changes nothing
+    unpadded = model.generate(ids[:1, 2:], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(new[0, 2:], unpadded[0])  # left padding does not change the result
     full = torch.cat((ids[1:2], new[1:2, 10:]), dim=1)
-    told = logits(model, full)[0, 9:13].argmax(-1)
+    expected = logits(model, full)[0, 9:13].argmax(-1)
     stop = (new[1, 10:] == 0).nonzero()
     n = int(stop[0]) + 1 if len(stop) else 4
-    assert torch.equal(told[:n], new[1, 10 : 10 + n])  # the cache changes nothing
+    assert torch.equal(expected[:n], new[1, 10 : 10 + n])  # neither does the cache
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(llama if name != "adalora" else model.unload(), tmp_path)
     assert close(logits(again, ids), logits(model if name != "adalora" else again, ids))
@@ -230,18 +235,18 @@ def test_a_prefix_on_a_model_that_drops_its_cache_is_refused(theirs, ids):  # no
         model(ids, labels=ids)
 
 
-def test_the_allocator_goes_step_by_step_as_pefts_does(theirs):  # noqa: F811
-    """Given the same gradients: scores, thresholds, masks and ranks, through a whole schedule."""
+def test_the_rank_allocator_makes_pefts_decisions_at_every_step(theirs):  # noqa: F811
+    """Given the same gradients: importance, budget, masks and ranks over a whole schedule."""
     torch.manual_seed(3)
     reference = peft.get_peft_model(copy.deepcopy(theirs), configs("adalora")[0])
-    torch.manual_seed(3)
     mine = get_peft_model(copy.deepcopy(theirs), configs("adalora")[1])
+    copy_trainable(reference, mine)
     allocator = reference.base_model.rankallocator
     ours = mine.adapters["default"].allocator
     noise = torch.Generator().manual_seed(0)
-    falling = []
+    ranks = []
     for step in range(21):
-        for a, b in zip(trained(reference), trained(mine), strict=True):
+        for a, b in zip(trainable(reference), trainable(mine), strict=True):
             a.grad = torch.randn(a.shape, generator=noise)
             b.grad = a.grad.clone()
             change = 0.1 * torch.randn(a.shape, generator=noise)
@@ -254,65 +259,47 @@ def test_the_allocator_goes_step_by_step_as_pefts_does(theirs):  # noqa: F811
             key = f"{name}.lora_{letter}.default"
             tensor = dict(reference.base_model.model.named_parameters())[key]
             assert torch.equal(tensor, getattr(layer, f"lora_{letter}"))
-            if step < 15:  # afterwards peft has thrown these away
+            if step < 15:  # peft discards these afterwards
                 assert torch.equal(allocator.exp_avg_ipt[key], ours.importance[name, letter])
-                assert torch.equal(allocator.exp_avg_unc[key], ours.fluctuation[name, letter])
+                assert torch.equal(allocator.exp_avg_unc[key], ours.uncertainty[name, letter])
         pattern = reference.peft_config["default"].rank_pattern
         if pattern is not None:
             assert {k.replace(".default", ""): v for k, v in pattern.items()} == (
                 mine.peft_config["default"].rank_pattern
             )
-        falling.append(sum(ours.ranks().values()))
-    assert falling[4] == 6 * 8
-    assert falling[10] < falling[8]
-    assert falling[-1] == 3 * 8
-    assert len(set(ours.ranks().values())) > 1  # not every matrix is left with the same rank
+        ranks.append(sum(ours.ranks().values()))
+    assert ranks[4] == 6 * 8
+    assert ranks[10] < ranks[8]
+    assert ranks[-1] == 3 * 8
+    assert len(set(ours.ranks().values())) > 1  # ranks differ between matrices
 
 
-ALONE = {  # what a student who copied one file would write
-    "lora": "layers = lora.add_lora(m, lora.LoraConfig(r=2, target_modules='all-linear')); f = m",
-    "adalora": "layers = adalora.add_adalora(m, adalora.AdaLoraConfig(init_r=2, target_r=1, "
-    "total_step=9, target_modules='all-linear')); f = m",
-    "prompt_tuning": "e = prompt_tuning.PromptEmbedding(prompt_tuning.PromptTuningConfig(3), m); "
-    "f = lambda **x: e(m, **x)",
-    "p_tuning": "e = p_tuning.PromptEncoder(p_tuning.PromptEncoderConfig(3), m); "
-    "f = lambda **x: e(m, **x)",
-    "prefix_tuning": "e = prefix_tuning.PrefixEncoder(prefix_tuning.PrefixTuningConfig(3), m); "
-    "f = lambda **x: e(m, **x)",
-}
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", [*WEIGHT_METHODS, *PROMPT_METHODS])
+def test_a_file_alone_trains_transformers_gpt2_and_llama(ids, alone, name, family):  # noqa: F811
+    torch.manual_seed(0)
+    small = {"vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0}
+    if family == "gpt2":
+        shape = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 32}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **small))
+    else:
+        shape = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
+        shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+        shape["attention_bias"] = name == "bitfit"  # a Llama has no biases otherwise
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **small))
 
-
-@pytest.mark.parametrize("name", ALONE)
-def test_a_file_alone_trains_transformers_gpt2_and_llama(name, tmp_path):
-    house = Path(minipeft.__file__).parent
-    shutil.copy(house / f"{name}.py", tmp_path)
-    script = f"""
-import sys, torch, transformers as t
-sys.path.insert(0, ".")
-import {name}
-assert "minipeft" not in sys.modules
-torch.manual_seed(0)
-small = dict(vocab_size=61, bos_token_id=0, eos_token_id=0)
-models = [
-    t.GPT2LMHeadModel(t.GPT2Config(n_embd=24, n_layer=2, n_head=3, n_positions=32, **small)),
-    t.LlamaForCausalLM(t.LlamaConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, **small)),
-]
-ids = torch.randint(1, 61, (3, 10))
-for m in models:
-    m.eval().requires_grad_(False)
-    {ALONE[name]}
-    own = list(m.parameters()) + (list(e.parameters()) if "e" in globals() else [])
-    own = [p for p in own if p.requires_grad]
-    optimizer, losses = torch.optim.Adam(own, lr=0.05), []
-    for _ in range(8):
-        out = f(input_ids=ids, labels=ids)
+    def loss(run):
+        out = run(input_ids=ids, labels=ids)
         assert out.logits.shape == (3, 10, 61)
-        out.loss.backward(); optimizer.step(); optimizer.zero_grad()
-        losses.append(out.loss.item())
-    assert losses[-1] < losses[0], losses
-"""
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+        return out.loss
+
+    train_alone(alone(name), model.eval(), loss)
+
+
+def test_bitfit_alone_refuses_a_llama_without_biases(alone):  # noqa: F811
+    shape = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(vocab_size=61, num_attention_heads=4, **shape)
+    model, bitfit = transformers.LlamaForCausalLM(config), alone("bitfit")
+    with pytest.raises(ValueError, match="target_modules=None matches no layer with a bias"):
+        bitfit.add_bitfit(model, bitfit.BitFitConfig())
+    assert all(p.requires_grad for p in model.parameters())

@@ -1,16 +1,23 @@
-"""NF4, the 4-bit layer and QLoRA training compute what bitsandbytes and peft compute."""
+"""NF4, the 4-bit layer and QLoRA training match bitsandbytes and peft."""
 
 import pytest
 import torch
 from torch import nn
 
 from minipeft import (
-    QLoraConfig,
+    LoraConfig,
     get_peft_model,
     prepare_model_for_kbit_training,
     quantize_model,
 )
-from minipeft.qlora import DYNAMIC_MAP, NF4_CODEBOOK, Linear4bit, dequantize_nf4, quantize_nf4
+from minipeft.methods.qlora import (
+    DYNAMIC_MAP,
+    NF4_CODEBOOK,
+    Linear4bit,
+    dequantize_nf4,
+    quantize_nf4,
+    quantized_layers,
+)
 
 pytestmark = pytest.mark.conformance
 transformers = pytest.importorskip("transformers")
@@ -32,30 +39,30 @@ BLOCKS = {
 }
 
 
-def their_layer(layer: nn.Module, double_quant: bool, dtype=torch.float32) -> nn.Module:
+def bitsandbytes_layer(layer: nn.Module, double_quant: bool, dtype=torch.float32) -> nn.Module:
     w = layer.weight.detach()
     w = (w.t() if type(layer).__name__ == "Conv1D" else w).contiguous()
-    made = bnb.nn.Linear4bit(
+    theirs = bnb.nn.Linear4bit(
         w.shape[1], w.shape[0], bias=layer.bias is not None, compute_dtype=dtype,
         compress_statistics=double_quant, quant_type="nf4",
     )  # fmt: skip
-    made.weight = bnb.nn.Params4bit(
+    theirs.weight = bnb.nn.Params4bit(
         w.clone(), requires_grad=False, compress_statistics=double_quant, quant_type="nf4"
     ).to("cpu")
     if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
-    made.support_avx512bf16_for_cpu = False  # or it computes in bfloat16 where the processor can
-    return made
+        theirs.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    theirs.support_avx512bf16_for_cpu = False  # else it computes in bfloat16 on some processors
+    return theirs
 
 
-def test_the_tables_are_theirs():
+def test_the_tables_of_levels_are_bitsandbytes():
     assert torch.equal(NF4_CODEBOOK, F.get_4bit_type("nf4", device="cpu"))
     assert torch.equal(DYNAMIC_MAP, F.create_dynamic_map())
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_codes_scales_and_weights_are_theirs(kind, double_quant):
+def test_codes_scales_and_dequantized_weights_are_bitsandbytes(kind, double_quant):
     w = BLOCKS[kind]
     ours = quantize_nf4(w, double_quant=double_quant)
     codes, state = F.quantize_4bit(
@@ -66,16 +73,20 @@ def test_codes_scales_and_weights_are_theirs(kind, double_quant):
     if not double_quant:
         assert torch.equal(state.absmax, ours.scales)
         assert torch.equal(back, theirs)
-    elif kind not in ("constant", "zero", "denormal"):  # there any code stands for (almost) 0
+    elif kind not in (
+        "constant",
+        "zero",
+        "denormal",
+    ):  # otherwise all scales are equal, or almost 0
         assert torch.equal(state.offset, ours.offset)
         assert torch.equal(state.state2.absmax, ours.scale_scales)
         off = (state.absmax.int() - ours.scales.int()).abs()
-        assert off.max() <= 1  # their CPU kernel looks codes up in 65,536 bins
+        assert off.max() <= 1  # their CPU kernel looks codes up in a table of 65,536 bins
         assert (off > 0).float().mean() <= 0.01
     assert torch.allclose(back.float(), theirs.float(), rtol=1e-5, atol=1e-38)
 
 
-def test_their_code_of_a_scale_is_never_nearer_than_ours():
+def test_where_a_code_of_a_scale_differs_ours_is_at_least_as_near():
     torch.manual_seed(0)
     w = torch.randn(2**21)
     ours = quantize_nf4(w)
@@ -90,10 +101,11 @@ def test_their_code_of_a_scale_is_never_nearer_than_ours():
     assert (error[0] <= error[1] + 1e-7).all()
 
 
-def test_the_layers_output_and_input_gradient_are_theirs():
+def test_a_4bit_layers_output_and_input_gradient_are_bitsandbytes():
     torch.manual_seed(0)
     layer = nn.Linear(128, 192)
-    ours, theirs = Linear4bit(layer, double_quant=False), their_layer(layer, double_quant=False)
+    ours = Linear4bit(layer, double_quant=False)
+    theirs = bitsandbytes_layer(layer, double_quant=False)
     x = torch.randn(4, 7, 128)
     inputs, outputs = [], []
     for module in (ours, theirs):
@@ -122,28 +134,29 @@ def tiny(kind: str) -> nn.Module:
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_five_training_steps_end_where_peft_and_bitsandbytes_end(
+def test_five_training_steps_are_bit_identical_to_peft_on_bitsandbytes(
     ids, kind, double_quant, prepared, capsys
 ):
     targets = ["c_attn", "c_fc"] if kind == "gpt2" else ["q_proj", "v_proj", "down_proj"]
     names = {"r": 4, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM"}
     theirs, ours = (tiny(kind).to(torch.bfloat16 if prepared else None) for _ in range(2))
     dtype = torch.bfloat16 if prepared else torch.float32
-    for name, layer in quantize_model(ours, double_quant=double_quant, compute_dtype=dtype).items():
-        their = their_layer(theirs.get_submodule(name), double_quant, dtype)
+    quantize_model(ours, double_quant=double_quant, compute_dtype=dtype)
+    for name, layer in quantized_layers(ours).items():
+        their = bitsandbytes_layer(theirs.get_submodule(name), double_quant, dtype)
         theirs.set_submodule(name, their)
-        if double_quant:  # where a code of a scale differs (see above), take theirs
+        if double_quant:  # a few codes of scales differ (see above): use theirs
             layer.scales.copy_(their.weight.quant_state.absmax)
     theirs.is_loaded_in_4bit = True
-    if prepared:  # bfloat16 but for norms and head, blocks computed again in the backward pass
+    if prepared:  # norms and head in float32, and gradient checkpointing
         theirs = peft.prepare_model_for_kbit_training(theirs)
         prepare_model_for_kbit_training(ours)
     torch.manual_seed(5)
     reference = peft.get_peft_model(theirs, peft.LoraConfig(**names)).train()
     torch.manual_seed(5)
-    model = get_peft_model(ours, QLoraConfig(**names)).train()
+    model = get_peft_model(ours, LoraConfig(**names)).train()
     trained = [[p for p in m.parameters() if p.requires_grad] for m in (reference, model)]
-    if prepared:  # peft has rounded its A to the compute dtype
+    if prepared:  # peft rounds its A to the compute dtype
         for theirs, ours in zip(*trained, strict=True):
             ours.data.copy_(theirs.data)
     results = []

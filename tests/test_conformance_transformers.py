@@ -1,4 +1,4 @@
-"""With transformers: the document's own example, the Trainer, and three families of models."""
+"""minipeft with transformers: a script written for peft, the Trainer, GPT-2, Llama and T5."""
 
 import contextlib
 import io
@@ -7,18 +7,17 @@ import pytest
 import torch
 from conftest import BASE
 from test_adapters import checksum
-from test_conformance import ALL, close, near, theirs  # noqa: F401
+from test_conformance import ALL, close, copy_trainable, near, theirs, trainable  # noqa: F401
 from test_conformance_methods import METHODS, TASK, configs, logits
 from test_lora import filled
-from test_methods import PROMPTS
 
 import minipeft
-from minipeft import GPT, LoraConfig, PeftModel, get_peft_model
-from minipeft.peft_model import quantize_model
+from minipeft import GPT, LoraConfig, PeftModel, get_peft_model, quantize_model
 
 pytestmark = pytest.mark.conformance
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+PROMPTS = [name for name in METHODS if name != "adalora"]
 
 EXAMPLE = r"""
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -77,15 +76,15 @@ print("PEFT model successfully created and ready for training (e.g., with Traine
 
 
 @pytest.mark.parametrize("ours", [False, True])
-def test_the_documents_example_runs_with_one_word_changed(
+def test_a_script_written_for_peft_runs_with_one_word_changed(
     theirs,  # noqa: F811
     tmp_path,
     monkeypatch,
     ours,
 ):
-    """It prints what it prints with peft, but for the class; on our GPT two words are changed.
+    """It prints what it prints with peft, except the class. With our GPT, two words are changed.
 
-    Then the lines that it leaves out are run: saving and loading.
+    Its commented lines, which save and load the adapter, run too.
     """
     theirs.resize_token_embeddings(2048).requires_grad_(True)
     theirs.save_pretrained(tmp_path / "gpt2")
@@ -95,20 +94,21 @@ def test_the_documents_example_runs_with_one_word_changed(
     changed = EXAMPLE.replace("from peft import", "from minipeft import")
     if ours:
         changed = changed.replace("AutoModelForCausalLM.from", "GPT.from")
-    told, reference, mine = [], {}, {"GPT": GPT, "PeftModel": PeftModel}
+    printed, reference, mine = [], {}, {"GPT": GPT, "PeftModel": PeftModel}
     for code, names in ((EXAMPLE, reference), (changed, mine)):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(code, names)
-        told.append(out.getvalue())
-    assert "trainable params: 6,144 || all params: 70,560 || trainable%: 8.7075\n" in told[0]
-    assert told[1] == told[0].replace("peft.peft_model.PeftModelForCausalLM", str(PeftModel)[8:-2])
+        printed.append(out.getvalue())
+    assert "trainable params: 6,144 || all params: 70,560 || trainable%: 8.7075\n" in printed[0]
+    class_names = "peft.peft_model.PeftModelForCausalLM", str(PeftModel)[8:-2]
+    assert printed[1] == printed[0].replace(*class_names)
     assert close(mine["logits"], reference["logits"])
     model, inputs = mine["peft_model"], mine["inputs"]
     filled(model.adapters["default"].layers)
     lines = [line[2:] for line in changed.splitlines() if line.startswith("# ") and "(" in line]
-    left_out = [line for line in lines if "my_lora" in line or line.startswith("base_model =")]
-    assert len(left_out) == 3
-    exec("\n".join(left_out), mine)
+    commented = [line for line in lines if "my_lora" in line or line.startswith("base_model =")]
+    assert len(commented) == 3
+    exec("\n".join(commented), mine)
     loaded = mine["loaded_peft_model"]
     assert close(loaded(**inputs).logits, model(**inputs).logits)
     assert not close(loaded(**inputs).logits, mine["logits"])
@@ -120,7 +120,7 @@ def test_the_documents_example_runs_with_one_word_changed(
 
 
 class Allocate(transformers.TrainerCallback):
-    """What AdaLoRA needs: its ranks are moved after every optimizer step."""
+    """AdaLoRA moves its ranks after every optimizer step."""
 
     def on_optimizer_step(self, args, state, control, model, **_):
         model.update_and_allocate(state.global_step + 1)
@@ -128,7 +128,7 @@ class Allocate(transformers.TrainerCallback):
 
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("name", ["lora", "qlora", *METHODS])
-def test_the_trainer_trains_an_adapter_and_nothing_else(theirs, ids, tmp_path, name, ours):  # noqa: F811
+def test_the_trainer_trains_the_adapter_and_nothing_else(theirs, ids, tmp_path, name, ours):  # noqa: F811
     theirs.save_pretrained(tmp_path)
     base = GPT.from_pretrained(tmp_path) if ours else theirs
     if name == "qlora":
@@ -156,8 +156,8 @@ def test_the_trainer_trains_an_adapter_and_nothing_else(theirs, ids, tmp_path, n
     assert trainer.evaluate()["eval_loss"] < first - 0.01
     if name == "adalora":
         assert sum(model.ranks().values()) == 3 * 8
-    moved = model.adapters["default"].tensors()
-    assert all(not torch.equal(tensor, start[key]) for key, tensor in moved.items())
+    end = model.adapters["default"].tensors()
+    assert all(not torch.equal(tensor, start[key]) for key, tensor in end.items())
     assert checksum(model.unload()) == before
 
 
@@ -193,7 +193,9 @@ TARGETS = {
 
 def family(kind: str):
     torch.manual_seed(0)
-    model = FAMILIES[kind]().eval().requires_grad_(False)  # torch rounds by what needs gradients
+    model = (
+        FAMILIES[kind]().eval().requires_grad_(False)
+    )  # kernels depend on what requires gradients
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(0, 0.2)
@@ -201,20 +203,20 @@ def family(kind: str):
 
 
 def step(model, ids) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The loss and the adapter's gradients; an optimizer's step is taken."""
-    free = [p for p in model.parameters() if p.requires_grad]
+    """Take an optimizer step. Returns the loss and the adapter's gradients."""
+    parameters = trainable(model)
     loss = model.train()(input_ids=ids, labels=ids)[0]
     loss.backward()
-    gradients = [p.grad.clone() for p in free]
-    torch.optim.AdamW(free, lr=0.1).step()
+    gradients = [p.grad.clone() for p in parameters]
+    torch.optim.AdamW(parameters, lr=0.1).step()
     model.eval()
     return loss.detach(), gradients
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("name", ["LoraConfig", "AdaLoraConfig", "qlora"])
-def test_a_weight_method_on_a_family_of_models(ids, kind, name):
-    """A step of training is peft's, then merging changes nothing, and the base is the base."""
+def test_a_weight_method_on_a_family_of_models_matches_peft_and_merges(ids, kind, name):
+    """A training step matches peft, merging keeps the logits, and the base is unchanged."""
     model = family(kind)
     named = {"decoder_input_ids": ids[:, :4]} if kind == "t5" else {}
     settings = {"target_modules": TARGETS[kind], "lora_alpha": 12}
@@ -225,13 +227,12 @@ def test_a_weight_method_on_a_family_of_models(ids, kind, name):
     if name == "qlora":
         quantize_model(model)
     else:
-        another = family(kind)
-        torch.manual_seed(3)
-        reference = peft.get_peft_model(another, getattr(peft, name)(**settings))
+        reference = peft.get_peft_model(family(kind), getattr(peft, name)(**settings))
     own = LoraConfig if name == "qlora" else getattr(minipeft, name)
     before, plain = checksum(model), model(ids, **named).logits
-    torch.manual_seed(3)
     mine = get_peft_model(model, own(**settings))
+    if reference is not None:
+        copy_trainable(reference, mine)
     first, gradients = step(mine, ids)
     assert any(gradient.any() for gradient in gradients)
     if reference is not None:
@@ -240,15 +241,15 @@ def test_a_weight_method_on_a_family_of_models(ids, kind, name):
         assert all(map(near, gradients, expected[1]))
         assert near(mine(ids, **named).logits, reference(input_ids=ids, **named).logits)
     mine.update_and_allocate(1)
-    told = mine(ids, **named).logits
-    assert not near(told, plain, 1e-4)
+    adapted = mine(ids, **named).logits
+    assert not near(adapted, plain, 1e-4)
     mine.merge_adapter()
-    assert near(mine(ids, **named).logits, told)
+    assert near(mine(ids, **named).logits, adapted)
     mine.unmerge_adapter()
-    assert torch.equal(mine(ids, **named).logits, told)
+    assert torch.equal(mine(ids, **named).logits, adapted)
     merged = mine.merge_and_unload()
     assert type(merged) is type(model)
-    assert near(merged(ids, **named).logits, told)
+    assert near(merged(ids, **named).logits, adapted)
     new = {"max_new_tokens": 3, "do_sample": False}
     assert torch.equal(merged.generate(ids, **new), mine.generate(ids, **new))
     assert checksum(mine.unload()) == before
@@ -257,12 +258,12 @@ def test_a_weight_method_on_a_family_of_models(ids, kind, name):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("name", PROMPTS)
-def test_a_prompt_method_on_a_family_of_models(ids, kind, name):
-    """A step of training is peft's, and the base is the base; T5 is refused, with the reason."""
+def test_a_prompt_method_on_a_family_of_models_matches_peft(ids, kind, name):
+    """A training step matches peft, and the base is unchanged. T5 is refused, with the reason."""
     model, (their_config, own_config) = family(kind), configs(name)
     before = checksum(model)
     if kind == "t5":
-        with pytest.raises(ValueError, match="encoder-decoder model: a prompt stands before"):
+        with pytest.raises(ValueError, match="need a decoder; this is an encoder-decoder model"):
             get_peft_model(model, own_config)
         assert checksum(model) == before
         return
@@ -277,7 +278,7 @@ def test_a_prompt_method_on_a_family_of_models(ids, kind, name):
     assert all(map(near, gradients, expected[1]))
     assert near(logits(mine, ids), logits(reference, ids))
     assert not near(logits(mine, ids), plain, 1e-2)
-    with pytest.raises(ValueError, match="nothing to merge"):
+    with pytest.raises(ValueError, match="it changes the input, not the weights"):
         mine.merge_and_unload()
     assert checksum(mine.unload()) == before
     assert torch.equal(model(ids).logits, plain)

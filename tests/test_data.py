@@ -1,4 +1,4 @@
-"""The shipped base can do what the task builds on, and every token of the task is one it knows."""
+"""The shipped bases have the skills that the tasks need, and have seen the tasks' tokens."""
 
 import json
 from collections import Counter
@@ -10,11 +10,12 @@ import torch
 from conftest import BASE
 
 from minipeft import GPT
-from minipeft.lab import tasks
-from minipeft.qlora import NF4_CODEBOOK, dequantize_nf4, quantize_nf4
+from minipeft.lab import DATA, tasks
+from minipeft.lab.base import load_tokenizer
+from minipeft.methods.qlora import NF4_CODEBOOK, dequantize_nf4, quantize_nf4
 
 
-def test_the_text_follows_from_its_seed_and_has_no_held_out_name(world):
+def test_the_text_is_reproducible_and_contains_no_held_out_name(world):
     text, words, *_ = world
     documents = [text.document(rng) for rng in [Random(0)] for _ in range(500)]
     assert documents == [text.document(rng) for rng in [Random(0)] for _ in range(500)]
@@ -25,47 +26,49 @@ def test_the_text_follows_from_its_seed_and_has_no_held_out_name(world):
 
 @pytest.fixture(scope="module")
 def seen(world):
-    """How often each token stands in a fifth of the pretraining text."""
+    """How often each token occurs in an eighth of the pretraining text."""
     documents = [world[0].document(rng) for rng in [Random(2)] for _ in range(20_000)]
-    encoded = tasks.load_tokenizer(BASE).encode_batch(documents)
+    encoded = load_tokenizer(BASE).encode_batch(documents)
     return Counter(i for e in encoded for i in e.ids)
 
 
 @pytest.mark.parametrize(
     ("name", "unseen"),
-    [  # the variants are there to show what unseen tokens do
+    [  # the variants show what unseen tokens do
         ("describe", set()),
         ("sentiment", set()),
         ("describe_brackets", {"[", "]", "=", ">"}),
         ("sentiment_unseen", {"ð", "Ł", "ĳ", "į", "İ"}),  # the bytes of the two thumbs
     ],
 )
-def test_every_token_of_a_task_is_frequent_in_the_pretraining_text(seen, name, unseen):
-    tokenizer = tasks.load_tokenizer(BASE)
-    task = tasks.load_task(tokenizer, 0, 256, name)
+def test_every_token_of_a_task_is_frequent_in_the_pretraining_text(base, seen, name, unseen):
+    tokenizer = base.tokenizer
+    task = tasks.load_task(base, name)
     examples = task.train + task.validation + task.test
     used = {i for e in examples for i in e.prompt_ids + e.completion_ids[:-1]}
     assert {tokenizer.id_to_token(i) for i in used if not seen[i]} == unseen
     if not unseen:
-        assert not [tokenizer.id_to_token(i) for i in used if seen[i] < 30]  # 250 in all of it
+        assert not [
+            tokenizer.id_to_token(i) for i in used if seen[i] < 30
+        ]  # about 250 in the whole text
 
 
-def test_the_largest_base_copies_names_that_it_has_never_seen(world):
-    rng, folder = Random(5), tasks.DATA / "base" / "3m"
-    model, tokenizer = GPT.from_pretrained(folder), tasks.load_tokenizer(folder)
+def test_the_largest_base_copies_names_it_has_never_seen(world):
+    rng, folder = Random(5), DATA / "base" / "3m"
+    model, tokenizer = GPT.from_pretrained(folder), load_tokenizer(folder)
     lists = [rng.sample(world[1].NEW_PEOPLE, 3) for _ in range(100)]
     prompts = [f"The names: {', '.join(names)}. Again: {names[0]}," for names in lists]
     ids, mask = tasks.pad_left([tokenizer.encode(prompt).ids for prompt in prompts], 0, "cpu")
     out = model.generate(ids, mask, max_new_tokens=6)[:, ids.shape[1] :].tolist()
-    told = [tokenizer.decode(row) for row in out]
-    assert sum(t.startswith(f" {n[1]}") for t, n in zip(told, lists, strict=True)) >= 90
+    texts = [tokenizer.decode(row) for row in out]
+    assert sum(t.startswith(f" {n[1]}") for t, n in zip(texts, lists, strict=True)) >= 90
 
 
-def test_the_n_gram_model_is_a_distribution_and_learns_what_follows_what(world):
+def test_the_n_gram_model_is_a_distribution_and_learns_bigrams_and_trigrams(world):
     stream = np.tile([0, 1, 2, 0, 2, 3], 50)
     model = world[2].NGram(stream, 8, 3)
     every = np.array([[a, b, c] for a in range(8) for b in range(8) for c in range(8)])
-    after = model.probabilities(every)[:, 1].reshape(64, 8)  # of each c after a and b
+    after = model.probabilities(every)[:, 1].reshape(64, 8)  # P(c | a, b)
     assert after.sum(1) == pytest.approx(1)
     assert (after > 0).all()
     assert after[0 * 8 + 1].argmax() == 2
@@ -74,7 +77,7 @@ def test_the_n_gram_model_is_a_distribution_and_learns_what_follows_what(world):
     )
 
 
-def test_a_probes_answer_is_what_the_text_would_say(world):
+def test_a_probes_answer_follows_from_its_prompt(world):
     text, words, card, *_ = world
     rng, values = Random(0), text.VALUES | card.HELD_OUT
     for ask in (card.about_one, card.about_one_of_a_kind, card.about_three):
@@ -86,7 +89,7 @@ def test_a_probes_answer_is_what_the_text_would_say(world):
 
 
 def test_the_data_card_shows_the_committed_figures(world):
-    card, page = world[2], (tasks.DATA / "README.md").read_text()
+    card, page = world[2], (DATA / "README.md").read_text()
     figures = json.loads(card.RESULTS.read_text())
     assert card.tables(figures) in page
     assert card.counted(figures) in page
@@ -101,23 +104,24 @@ def test_the_data_card_shows_the_committed_figures(world):
     assert largest["probes"]["answers about one place, values held out"] >= 0.8
 
 
-def test_the_experiment_by_bits_rounds_as_nf4_does_and_is_what_the_readme_shows(world):
+def test_the_experiment_by_bits_rounds_like_nf4_and_the_readme_shows_it(world, monkeypatch):
     bits, w = world[4], torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
     nf4 = dequantize_nf4(quantize_nf4(w, double_quant=False))
     assert torch.equal(bits.rounded(w, NF4_CODEBOOK, 64), nf4)
     assert len(bits.rounded(w, bits.integers(2), None).unique()) == 3
     records = json.loads(bits.RESULTS.read_text())
-    page = (tasks.DATA.parent / "README.md").read_text()
+    page = (DATA.parent / "README.md").read_text()
     assert bits.table(records) in page
     far = {(r["base"], r["code"], r["blocksize"]): r["divergence"] for r in records}
     for base in ("0.3m", "1m", "3m"):
         in_blocks = [far[base, code, 64] for code in bits.CODES]
         assert in_blocks == sorted(in_blocks)  # NF4, FP4, int4, int3, int2
         assert all(far[base, code, 64] < far[base, code, None] for code in bits.CODES)
-    again = bits.measure(tasks.DATA / "base" / "0.3m")[0]
+    monkeypatch.setattr(bits, "CODES", {"NF4": bits.CODES["NF4"]})  # the other codes take seconds
+    again = bits.measure(DATA / "base" / "0.3m")[0]
     assert again["divergence"] == pytest.approx(far["0.3m", "NF4", 64], rel=0.02)
 
 
 def test_the_shipped_files_are_small():
-    size = sum(file.stat().st_size for file in tasks.DATA.rglob("*.*") if file.suffix != ".pyc")
+    size = sum(file.stat().st_size for file in DATA.rglob("*.*") if file.suffix != ".pyc")
     assert size < 20e6

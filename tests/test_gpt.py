@@ -1,13 +1,18 @@
+"""The GPT: logits, masks, cache, generation, and reading and writing its files."""
+
 import json
+import math
 
 import pytest
 import torch
 from conftest import tiny_config
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from minipeft import GPT, GPTConfig
 
 
-def test_the_parameter_count_is_the_formulas(gpt):
+def test_parameter_count_matches_the_formula(gpt):
     d, n, v, p = 24, 2, 61, 32
     assert (
         sum(w.numel() for w in gpt.parameters())
@@ -15,7 +20,7 @@ def test_the_parameter_count_is_the_formulas(gpt):
     )
 
 
-def test_a_token_sees_nothing_after_it(gpt, ids):
+def test_later_tokens_do_not_change_earlier_logits(gpt, ids):
     changed = ids.clone()
     changed[:, 6] = (changed[:, 6] + 1) % 61
     a, b = gpt(ids).logits, gpt(changed).logits
@@ -23,7 +28,7 @@ def test_a_token_sees_nothing_after_it(gpt, ids):
     assert not torch.allclose(a[:, 6:], b[:, 6:])
 
 
-def test_the_cache_gives_the_same_logits(gpt, ids):
+def test_the_cache_does_not_change_the_logits(gpt, ids):
     gpt.double()
     whole = gpt(ids).logits
     first = gpt(ids[:, :4], use_cache=True)
@@ -32,7 +37,7 @@ def test_the_cache_gives_the_same_logits(gpt, ids):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(gpt, ids, side):
+def test_padding_does_not_change_the_logits(gpt, ids, side):
     gpt.double()
     pad = torch.zeros(3, 4, dtype=torch.long)
     parts = (pad, ids) if side == "left" else (ids, pad)
@@ -43,8 +48,8 @@ def test_padding_changes_nothing(gpt, ids, side):
     assert torch.allclose(padded, gpt(ids).logits, rtol=0, atol=1e-12)
 
 
-def test_every_token_sees_a_whole_prefix(gpt, ids):
-    """With keys and values in front, token 0 must depend on the last of them."""
+def test_every_token_attends_to_all_cached_keys(gpt, ids):
+    """With p cached keys, even the first new token must depend on the last of them."""
     cache = gpt(ids[:, :3], use_cache=True).past_key_values
     changed = tuple((k.clone(), v.clone()) for k, v in cache)
     changed[0][1][:, :, 2] += 1
@@ -53,7 +58,7 @@ def test_every_token_sees_a_whole_prefix(gpt, ids):
     assert not torch.allclose(a[:, 0], b[:, 0])
 
 
-def test_labels_are_shifted_and_minus_100_ignored(gpt, ids):
+def test_labels_are_shifted_and_minus_100_is_ignored(gpt, ids):
     labels = ids.clone()
     labels[:, :5] = -100
     loss, logits, _ = gpt(ids, labels=labels)
@@ -61,18 +66,18 @@ def test_labels_are_shifted_and_minus_100_ignored(gpt, ids):
     assert torch.allclose(loss, expected)
 
 
-def test_embeddings_can_be_given_instead_of_tokens(gpt, ids):
+def test_embeddings_give_the_same_logits_as_their_tokens(gpt, ids):
     embeds = gpt.get_input_embeddings()(ids)
     assert torch.equal(gpt(inputs_embeds=embeds).logits, gpt(ids).logits)
 
 
-def test_generate_is_the_argmax_each_time(gpt, ids):
+def test_greedy_generation_picks_the_argmax_at_each_step(gpt, ids):
     out = gpt.generate(ids, max_new_tokens=6)
     for i in range(10, out.shape[1]):
         assert torch.equal(gpt(out[:, :i]).logits[:, -1].argmax(-1), out[:, i]) or (out == 0).any()
 
 
-def test_prompts_of_unequal_length_generate_as_each_alone(gpt, ids):
+def test_left_padded_prompts_generate_the_same_tokens_as_unpadded_ones(gpt, ids):
     gpt.config.eos_token_id = None
     padded = torch.cat((torch.zeros(1, 3, dtype=torch.long), ids[1:2, :7]), dim=1)
     both = torch.cat((ids[:1], padded))
@@ -83,7 +88,7 @@ def test_prompts_of_unequal_length_generate_as_each_alone(gpt, ids):
     assert torch.equal(out[1:, 3:], gpt.generate(ids[1:2, :7], max_new_tokens=8))
 
 
-def test_a_row_that_has_ended_stays_ended(gpt, ids):
+def test_a_finished_row_is_filled_with_the_end_token(gpt, ids):
     stop = int(gpt.generate(ids, max_new_tokens=3)[0, 11])
     out = gpt.generate(ids, max_new_tokens=12, eos_token_id=stop)
     for row in out[:, 10:]:
@@ -92,7 +97,7 @@ def test_a_row_that_has_ended_stays_ended(gpt, ids):
     assert stop in out[0, 10:12]
 
 
-def test_sampling_follows_seed_and_top_k(gpt, ids):
+def test_sampling_is_reproducible_and_respects_top_k(gpt, ids):
     def sample(seed, top_k):
         generator = torch.Generator().manual_seed(seed)
         return gpt.generate(
@@ -104,7 +109,7 @@ def test_sampling_follows_seed_and_top_k(gpt, ids):
     assert torch.equal(sample(0, 1), gpt.generate(ids, max_new_tokens=8))
 
 
-def test_saving_and_loading_gives_the_same_bits(gpt, ids, tmp_path):
+def test_saving_and_loading_gives_identical_logits(gpt, ids, tmp_path):
     gpt.save_pretrained(tmp_path)
     again = GPT.from_pretrained(tmp_path)
     assert torch.equal(again(ids).logits, gpt(ids).logits)
@@ -112,42 +117,152 @@ def test_saving_and_loading_gives_the_same_bits(gpt, ids, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_a_damaged_folder_is_one_clear_error(gpt, tmp_path):
+def test_damaged_folders_raise_clear_errors(gpt, tmp_path):
     gpt.save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     whole, described = weights.read_bytes(), json.loads(config.read_text())
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as safetensors"):
         GPT.from_pretrained(tmp_path)
     weights.write_bytes(whole)
     for change, message in [
-        ({"n_embd": 48}, "has the shape"),
-        ({"n_layer": 3}, "is missing"),
-        ({"n_layer": 1}, "not part of"),
-        ({"model_type": "llama"}, "does not describe a GPT-2"),
-        ({"activation_function": "relu"}, "activation_function is 'relu'"),
-        ({"n_head": 5}, "not a multiple"),
+        ({"n_embd": 48}, "size mismatch for transformer.wte.weight"),
+        ({"n_layer": 3}, "Missing key.*transformer.h.2"),
+        ({"n_layer": 1}, "Unexpected key.*transformer.h.1"),
+        ({"model_type": "llama"}, "model_type must be 'gpt2', got 'llama'"),
+        ({"activation_function": "relu"}, "activation_function must be 'gelu_new', got 'relu'"),
+        ({"n_head": 5}, "n_head must divide n_embd, got 5 and 24"),
     ]:
         config.write_text(json.dumps(described | change))
         with pytest.raises(ValueError, match=message):
             GPT.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="there is no folder"):
+    with pytest.raises(ValueError, match="is neither a local folder nor a model on the Hugging"):
         GPT.from_pretrained(tmp_path / "nowhere")
 
 
-def test_bad_input_is_one_clear_error(gpt, ids):
+def test_bad_input_raises_clear_errors(gpt, ids):
     with pytest.raises(ValueError, match="and not both"):
         gpt()
     with pytest.raises(ValueError, match="the context holds 32"):
         gpt(torch.zeros(1, 33, dtype=torch.long))
-    with pytest.raises(ValueError, match="attention_mask has the shape"):
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(3, 10\), got \(3, 9\)"):
         gpt(ids, attention_mask=torch.ones(3, 9))
     with pytest.raises(ValueError, match="pad prompts on the left"):
         gpt.generate(ids, torch.tensor([[1] * 9 + [0]] * 3))
-    with pytest.raises(ValueError, match="exceed the context"):
+    with pytest.raises(ValueError, match="10 tokens and 23 new tokens exceed the context of 32"):
         gpt.generate(ids, max_new_tokens=23)
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match="temperature and top_k must be positive, got 0"):
         gpt.generate(ids, do_sample=True, temperature=0)
-    with pytest.raises(ValueError, match="n_layer is 0"):
+    with pytest.raises(ValueError, match=r"must be positive, got 1\.0, 0"):
+        gpt.generate(ids, do_sample=True, top_k=0)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        gpt.generate(ids[:, :0])
+    with pytest.raises(ValueError, match=r"attn_pdrop must be in \[0, 1\), got 1"):
+        GPTConfig(attn_pdrop=1)
+    with pytest.raises(ValueError, match="n_layer must be a positive integer, got 0"):
         GPTConfig(n_layer=0)
     assert tiny_config().n_embd == 24
+
+
+def test_an_untrained_model_is_near_the_uniform_loss(ids):
+    torch.manual_seed(0)
+    loss, logits, _ = GPT(tiny_config(initializer_range=0.02))(ids, labels=ids)
+    assert logits.shape == (3, 10, 61)
+    assert abs(loss.item() - math.log(61)) < 0.5
+
+
+def test_name_or_path_is_where_the_model_was_loaded_from(gpt, tmp_path):
+    assert gpt.name_or_path is None
+    gpt.save_pretrained(tmp_path)
+    assert GPT.from_pretrained(tmp_path).name_or_path == str(tmp_path)
+
+
+def test_a_loaded_model_is_float32_trainable_and_in_eval_mode(gpt, tmp_path):
+    gpt.half().train().save_pretrained(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path)
+    assert not loaded.training
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in loaded.parameters())
+
+
+def test_gradient_checkpointing_recomputes_each_block_and_can_be_disabled(gpt, ids):
+    calls = []
+    for block in gpt.train().transformer.h:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def forward_and_backward() -> int:
+        calls.clear()
+        gpt(ids, labels=ids).loss.backward()
+        return len(calls)
+
+    assert forward_and_backward() == 2
+    gpt.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    assert forward_and_backward() == 4
+    gpt.gradient_checkpointing_disable()
+    assert forward_and_backward() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_a_tensor_that_is_not_floating_point_is_refused(gpt, tmp_path, dtype, monkeypatch):
+    gpt.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["transformer.ln_f.weight"] = torch.ones(24, dtype=dtype)
+    save_file(tensors, file)
+    monkeypatch.setattr(GPT, "__init__", lambda *_: pytest.fail("a model was built"))
+    with pytest.raises(ValueError, match=rf"transformer.ln_f.weight has dtype {dtype}, expected"):
+        GPT.from_pretrained(tmp_path)
+
+
+class Wrapped(nn.Module):
+    """A layer with other parameter names, as adapters and quantized layers have."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.base_layer = layer
+
+
+@pytest.mark.parametrize("replace", [Wrapped, lambda layer: nn.Linear(24, 95)])
+def test_save_pretrained_refuses_layers_that_are_not_plain(gpt, tmp_path, replace):
+    gpt.transformer.h[1].mlp.c_fc = replace(gpt.transformer.h[1].mlp.c_fc)
+    with pytest.raises(ValueError, match=r"quantized or adapted layers; call merge_and_unload\(\)"):
+        gpt.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_split_into_several_files_is_loaded(gpt, ids, tmp_path):
+    gpt.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    index = tmp_path / "model.safetensors.index.json"
+    names = sorted(tensors)
+    weight_map = {name: f"{'ab'[i % 2]}.safetensors" for i, name in enumerate(names)}
+    for shard in ("a.safetensors", "b.safetensors"):
+        save_file({n: tensors[n] for n in names if weight_map[n] == shard}, tmp_path / shard)
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert torch.equal(GPT.from_pretrained(tmp_path)(ids).logits, gpt(ids).logits)
+    index.write_text("{")
+    with pytest.raises(ValueError, match=r"index\.json cannot be read"):
+        GPT.from_pretrained(tmp_path)
+    folder = tmp_path / "inner"
+    gpt.save_pretrained(folder)
+    outside = dict.fromkeys(names, "../a.safetensors")
+    (folder / index.name).write_text(json.dumps({"weight_map": outside}))
+    with pytest.raises(ValueError, match=r"inner.a\.safetensors cannot be read"):
+        GPT.from_pretrained(folder)
+
+
+def test_a_head_that_is_not_tied_to_the_embedding_is_refused(gpt, tmp_path):
+    gpt.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": torch.ones(61, 24)}, file)
+    with pytest.raises(ValueError, match="an lm_head that differs from wte is not supported"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_a_config_with_a_billion_layers_is_refused_at_once(gpt, tmp_path):
+    gpt.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"n_layer": 2', '"n_layer": 1000000000'))
+    with pytest.raises(ValueError, match="1000000000 layers, but only"):
+        GPT.from_pretrained(tmp_path)

@@ -1,38 +1,45 @@
+"""The shipped tasks, `compare` from end to end, and the committed results."""
+
 import json
-import shutil
 import statistics
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
-import torch
-from conftest import BASE
 
-from minipeft import GPT
-from minipeft.lab import compare, finetune, placement, sweep, tasks
+from minipeft.lab import DATA, compare, sweep, tasks
+from minipeft.lab.finetune import build_model
+from minipeft.lab.recipes import RECIPES, RunConfig
+from minipeft.targets import list_targets
 
 ALL_TASKS = ["describe", "describe_brackets", "sentiment", "sentiment_unseen"]
+RESULTS, README = DATA / "results", DATA.parent / "README.md"
 
 
 @pytest.fixture(scope="module")
 def task(base):
-    return tasks.load_task(base.tokenizer, base.end, 256, "describe")
+    return tasks.load_task(base, "describe")
 
 
-def test_the_shipped_tasks_are_what_the_generator_makes(tmp_path):
-    code = "import build, pathlib, sys; build.build_tasks(pathlib.Path(sys.argv[1]))"
+# --- the shipped tasks ---
+
+
+def test_the_generator_makes_exactly_the_shipped_tasks(tmp_path):
+    code = (
+        "import pathlib, sys; from data import build; build.build_tasks(pathlib.Path(sys.argv[1]))"
+    )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    subprocess.run(command, cwd=tasks.DATA, check=True, timeout=60)
+    subprocess.run(command, cwd=DATA.parent, check=True, timeout=60)
     made = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*.*")}
-    folder = tasks.DATA / "tasks"
+    folder = DATA / "tasks"
     assert made == {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.*")}
     assert len(made) == 16
 
 
 @pytest.mark.parametrize("name", ["describe", "describe_brackets"])
-def test_held_out_names_stand_in_no_training_prompt(base, name):
-    task = tasks.load_task(base.tokenizer, base.end, 256, name)
+def test_no_training_prompt_contains_a_held_out_name(base, name):
+    task = tasks.load_task(base, name)
 
     def names(examples):
         return {v for e in examples for _, v in task.facts(e.prompt)}
@@ -45,8 +52,8 @@ def test_held_out_names_stand_in_no_training_prompt(base, name):
 
 
 @pytest.mark.parametrize("name", ["sentiment", "sentiment_unseen"])
-def test_held_out_opinion_words_stand_in_no_training_prompt(base, world, name):
-    task = tasks.load_task(base.tokenizer, base.end, 256, name)
+def test_no_training_prompt_contains_a_held_out_opinion_word(base, world, name):
+    task = tasks.load_task(base, name)
     opinions = set(world[1].GOOD_THINGS + world[1].BAD_THINGS)
 
     def words(examples):
@@ -55,25 +62,41 @@ def test_held_out_opinion_words_stand_in_no_training_prompt(base, world, name):
     trained, validated, tested = map(words, (task.train, task.validation, task.test))
     assert len(trained) > 70
     assert len(validated) == len(tested) == 18
-    assert len(trained | validated | tested) == len(trained) + 36  # apart
+    assert len(trained | validated | tested) == len(trained) + 36  # disjoint
     assert 0.4 < sum(e.completion == task.test[0].completion for e in task.test) / 200 < 0.6
 
 
 @pytest.mark.parametrize("name", ALL_TASKS)
-def test_no_prompt_comes_twice_or_ends_in_a_space(base, name):
-    task = tasks.load_task(base.tokenizer, base.end, 256, name)
+def test_every_shipped_task_loads_and_no_prompt_repeats_or_ends_with_a_space(base, name):
+    task = tasks.load_task(base, name)
+    assert [len(part) for part in (task.train, task.validation, task.test)] == [400, 100, 200]
+    assert task.metric == ("slot accuracy" if name.startswith("describe") else "exact match")
+    assert all(e.completion_ids[-1] == base.end for e in task.train)
     prompts = [e.prompt for e in task.train + task.validation + task.test]
     assert len(set(prompts)) == len(prompts) == 700
     assert not any(prompt.endswith(" ") for prompt in prompts)
 
 
-def test_the_reference_scores_one_and_swapped_values_do_not(task):
+def test_the_list_of_shipped_tasks_is_complete_and_an_unknown_name_is_refused(base):
+    assert sorted(path.name for path in (DATA / "tasks").iterdir()) == ALL_TASKS
+    known = "known tasks: describe, describe_brackets, sentiment, sentiment_unseen"
+    with pytest.raises(ValueError, match=f"there is no task 'descibe'; {known}"):
+        tasks.load_task(base, "descibe")
+
+
+def test_the_reference_scores_one_and_swapped_values_score_zero(task):
     examples = task.test[:50]
     texts = [e.completion for e in examples]
-    assert task.score(examples, texts) == {"score": 1.0, "bleu": pytest.approx(1.0)}
-    assert task.score(examples, texts[1:] + texts[:1])["score"] < 0.1
-    frames = [" ".join(p[0] for p in task.phrasings.values())] * 50
-    assert task.score(examples, frames)["score"] == 0
+    assert task.score(examples, texts) == 1.0
+    assert task.score(examples, texts[1:] + texts[:1]) < 0.1
+    templates = [" ".join(p[0] for p in task.phrasings.values())] * 50
+    assert task.score(examples, templates) == 0
+
+
+def test_without_slots_the_score_is_the_share_of_exact_matches(base):
+    examples = tasks.load_task(base, "sentiment").test[:4]
+    texts = [f" {e.completion.strip()} " for e in examples[:3]] + ["neither"]
+    assert replace(tasks.load_task(base, "sentiment")).score(examples, texts) == 0.75
 
 
 def test_slot_tokens_spell_the_values(task, base):
@@ -82,12 +105,6 @@ def test_slot_tokens_spell_the_values(task, base):
         text = base.tokenizer.decode(slots)
         assert all(value in e.completion for _, value in task.facts(e.prompt))
         assert sorted(text.split()) == sorted(w for _, v in task.facts(e.prompt) for w in v.split())
-
-
-def test_bleu():
-    assert tasks.bleu(["a b c d e"], ["a b c d e"]) == pytest.approx(1)
-    assert tasks.bleu(["a b c d"], ["a b c d e"]) == pytest.approx(2.718281828 ** (1 - 5 / 4))
-    assert tasks.bleu(["x y z"], ["a b c d"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -99,16 +116,31 @@ def test_bleu():
         ('["a"]', 'line 2 needs a "prompt"'),
         ("\n{", "line 3 is not JSON"),
         (
-            json.dumps({"prompt": "a " * 50, "completion": " b"}),
-            "line 2 has .* the context holds 40",
+            json.dumps({"prompt": "a " * 300, "completion": " b"}),
+            "line 2 has .* the context holds 256",
         ),
     ],
 )
-def test_a_bad_line_is_named(base, tmp_path, line, message):
+def test_an_error_in_a_task_file_names_the_line(base, tmp_path, line, message):
     file = tmp_path / "bad.jsonl"
     file.write_text('{"prompt": "a", "completion": " b"}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
-        tasks.load_jsonl(file, base.tokenizer, base.end, 40)
+        tasks.load_jsonl(file, base)
+
+
+def test_files_without_examples_or_with_text_that_cannot_be_encoded_are_refused(base, tmp_path):
+    file = tmp_path / "task.jsonl"
+    with pytest.raises(ValueError, match=r"cannot be read: .*No such file"):
+        tasks.load_jsonl(file, base)
+    file.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="cannot be read: 'utf-8' codec"):
+        tasks.load_jsonl(file, base)
+    file.write_text("\n \n")
+    with pytest.raises(ValueError, match="contains no examples"):
+        tasks.load_jsonl(file, base)
+    file.write_text(json.dumps({"prompt": "\ud800", "completion": "b"}))  # half of a pair
+    with pytest.raises(ValueError, match="line 1 has text that cannot be encoded"):
+        tasks.load_jsonl(file, base)
 
 
 def test_a_batch_is_padded_on_the_right_and_only_completions_are_labelled():
@@ -122,121 +154,75 @@ def test_a_batch_is_padded_on_the_right_and_only_completions_are_labelled():
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
 
 
-def test_batches_go_through_everything_once_before_repeating():
+def test_batches_contain_every_example_once_before_any_repeats():
     stream = tasks.shuffled(list(range(10)), 4, seed=0)
     seen = [i for _ in range(5) for i in next(stream)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
 
 
-def test_a_base_without_an_end_token_is_refused(tmp_path):
-    shutil.copytree(BASE, tmp_path / "base")
-    file = tmp_path / "base" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": None}))
-    with pytest.raises(ValueError, match="eos_token_id is None, which is no token"):
-        finetune.load_base(tmp_path / "base")
-
-
-def test_windows_begin_with_a_document():
-    rows = tasks.windows([[1] * 3, [2] * 3, [3] * 9, [4]], 4, 0)
-    assert rows.tolist() == [[1, 1, 1, 0], [2, 2, 2, 0], [3] * 4, [3] * 4]
-
-
-def test_accumulation_gives_the_gradient_of_the_whole_batch(gpt):
-    ids = torch.randint(1, 61, (4, 8))
-    labels = ids.clone()
-    labels[0, :6] = -100  # parts of unequal weight
-    batch = {"input_ids": ids, "labels": labels}
-    parts = [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2)]
-    results = []
-    for micro in ([batch], parts):
-        torch.manual_seed(0)
-        model = GPT(gpt.config)
-        record = finetune.train(model, [micro] * 3, 3, 1e-2, quiet=True)
-        results.append((record["losses"], model.lm_head.weight))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
-    assert torch.allclose(results[0][1], results[1][1], atol=1e-4)
-
-
-def test_nothing_trainable_and_a_loss_that_is_not_finite_stop_the_run(gpt):
-    batch = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
-    batch["labels"] = batch["input_ids"]
-    gpt.transformer.wpe.weight.data[0] = torch.nan
-    with pytest.raises(FloatingPointError, match="loss is nan at step 1"):
-        finetune.train(gpt, [[batch]], 1, 1e-3, quiet=True)
-    with pytest.raises(ValueError, match="nothing is trainable"):
-        finetune.train(gpt.requires_grad_(False), [[batch]], 1, 1e-3, quiet=True)
+# --- compare ---
 
 
 def test_compare_end_to_end(base, task, tmp_path):
-    options = {"generated": 4, "quiet": True, "batch_size": 4}
-    short = tasks.Task(
-        "describe", task.train, task.validation[:8], task.test[:8], task.fact, task.phrasings
-    )
+    run = RunConfig(steps=2, n_generate=4, quiet=True, batch_size=4)
+    short = replace(task, validation=task.validation[:8], test=task.test[:8])
     methods = ["frozen", "full", "lora", "adalora", "prefix_tuning", "qlora"]
-    records = compare.compare(base, short, methods, 2, 1, **options)
-    assert [r["method"] for r in records] == [*methods, "full"]
+    records = compare.compare(base, short, [RECIPES[m] for m in methods], run, 1)
+    assert [r.method for r in records] == [*methods, "full"]
+    assert [r.random_base for r in records] == [False] * 6 + [True]
     full, lora, adalora, _, qlora = records[1:6]
-    assert qlora["bits"] == pytest.approx(4.127, abs=2e-3)
-    assert lora["bits"] is None
-    assert qlora["parameters"] == lora["parameters"]
-    assert qlora["weight_bytes"] < 0.5 * lora["weight_bytes"]  # the embeddings are not quantized
-    assert qlora["optimizer_bytes"] == lora["optimizer_bytes"]
-    assert qlora["paging"]["faults"] == 8  # of 64 KiB, and all fit: each is fetched once
-    assert qlora["forgetting"]["base"] == pytest.approx(lora["forgetting"]["base"], abs=0.02)
-    assert sum(adalora["ranks"].values()) == 8 * len(adalora["ranks"])
-    assert adalora["losses"][0] == pytest.approx(lora["losses"][0])  # the penalty is left out
-    assert full["trainable"] == full["parameters"]
-    assert lora["trainable"] < 0.2 * full["trainable"]
-    assert lora["optimizer_bytes"] < 0.2 * full["optimizer_bytes"]
-    assert lora["gradient_bytes"] == 4 * lora["trainable"]
-    assert lora["disk_bytes"] < 0.2 * full["disk_bytes"]
+    assert qlora.bits == pytest.approx(4.127, abs=2e-3)
+    assert lora.bits is None
+    assert qlora.parameters == lora.parameters
+    assert qlora.weight_bytes < 0.5 * lora.weight_bytes  # the embeddings are not quantized
+    assert qlora.optimizer_bytes == lora.optimizer_bytes
+    assert qlora.paging["faults"] == 8  # of 64 KiB, and all fit: each is fetched once
+    assert qlora.forgetting["base"] == pytest.approx(lora.forgetting["base"], abs=0.02)
+    assert sum(adalora.ranks.values()) == 8 * len(adalora.ranks)
+    assert adalora.losses[0] == pytest.approx(lora.losses[0])  # the penalty is left out
+    assert full.trainable == full.parameters
+    assert lora.trainable < 0.2 * full.trainable
+    assert lora.optimizer_bytes < 0.2 * full.optimizer_bytes
+    assert lora.gradient_bytes == 4 * lora.trainable
+    assert lora.disk_bytes < 0.2 * full.disk_bytes
     for record in records[2:6]:
-        assert record["forgetting"]["off"] == record["forgetting"]["base"]
+        assert record.forgetting["off"] == record.forgetting["base"]
     compare.save(records, short, tmp_path)
     assert len(json.loads((tmp_path / "compare.json").read_text())) == 7
+    assert [r.method for r in compare.load(tmp_path / "compare.json")] == [*methods, "full"]
     for name in ("compare.png", "ranks.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert compare.table(records, short).count("\n") == 8
 
 
-def test_placements_have_equal_numbers_of_parameters_and_rows_of_their_own(base, task):
+def test_placements_have_equal_numbers_of_parameters_and_separate_rows(base, task):
     trainable = {}
     for place, part in (("all-linear", "."), ("attention", ".attn."), ("mlp", ".mlp.")):
-        model = finetune.build_model(base, "lora", 0, 10, targets=place)
+        model = build_model(base, RECIPES["lora"].placed(place), RunConfig(steps=10))
         trainable[place] = model.get_nb_trainable_parameters()[0]
         adapted = {n.split(".lora_A")[0] for n, _ in model.named_modules() if "lora_A" in n}
         assert len(adapted) == (16 if place == "all-linear" else 8)
         assert all(part in name for name in adapted)
     assert list(trainable.values()) == pytest.approx([trainable["all-linear"]] * 3, rel=0.02)
     short = replace(task, validation=task.validation[:4], test=task.test[:4])
-    options = {"generated": 2, "quiet": True, "batch_size": 2, "control": False}
-    records = compare.compare(
-        base, short, ["full", "lora"], 1, 1, targets=["attention", "mlp"], **options
-    )
+    recipes = [RECIPES["full"], *(RECIPES["lora"].placed(p) for p in ("attention", "mlp"))]
+    run = RunConfig(steps=1, n_generate=2, quiet=True, batch_size=2)
+    records = compare.compare(base, short, recipes, run, 1, control=False)
     assert list(compare.rows(records)) == ["full", "lora, attention", "lora, mlp"]
-    with pytest.raises(ValueError, match="targets is 'head'; there are: attention, mlp"):
-        finetune.build_model(base, "lora", 0, 10, targets="head")
+    with pytest.raises(ValueError, match="'head' matches no module; linear layers: c_attn"):
+        build_model(base, RECIPES["lora"].placed("head"), RunConfig(steps=10))
 
 
-def test_what_can_be_targeted_is_listed_by_kind(gpt):
-    rows = {row["name"]: row for row in placement.list_targets(gpt)}
+def test_list_targets_has_a_row_per_kind_of_layer(gpt):
+    rows = {row["name"]: row for row in list_targets(gpt)}
     assert list(rows) == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     assert rows["attn.c_attn"] == {
         "name": "attn.c_attn", "count": 2, "in": 24, "out": 72, "parameters": 2 * 24 * 72,
         "rank 1 adapters": 2 * (24 + 72),
     }  # fmt: skip
-    assert "| mlp.c_proj | 2 | 96 | 24 | 4,608 | 240 |" in placement.table(list(rows.values()))
 
 
-def test_the_commands_help_and_one_clear_error(tmp_path):
-    def run(*words):
-        command = [sys.executable, "-m", "minipeft", *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-    assert "--methods" in run("compare", "--help").stdout
-    done = run("generate", "--prompt", "The names:", "--base", str(tmp_path))
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: there is no")
+# --- the committed results ---
 
 
 @pytest.mark.parametrize(
@@ -246,29 +232,27 @@ def test_the_commands_help_and_one_clear_error(tmp_path):
         ("sentiment", "sentiment/compare.json", 0.6, 0.9, 0.6),
     ],
 )
-def test_the_readmes_table_is_the_committed_run_and_the_task_needs_its_base(
+def test_the_readme_shows_the_committed_run_and_the_task_needs_its_base(
     base, name, file, frozen, full, random
 ):
-    task = tasks.load_task(base.tokenizer, base.end, 256, name)
-    records = compare.load(tasks.DATA / "results" / file)
-    assert compare.table(records, task) in (tasks.DATA.parent / "README.md").read_text()
-    assert {(r["base"], r["task"], r["steps"]) for r in records} == {("3m", name, 100)}
+    task = tasks.load_task(base, name)
+    records = compare.load(RESULTS / file)
+    assert compare.table(records, task) in README.read_text()
+    assert {(r.base, r.task, r.steps) for r in records} == {("3m", name, 100)}
     by_row = {name: compare.mean(row, "score") for name, row in compare.rows(records).items()}
     assert by_row["frozen"] < frozen
     assert by_row["full"] > full
     assert by_row[compare.RANDOM] < random
     for record in records:
-        assert (
-            record["forgetting"].get("off", record["forgetting"]["base"])
-            == (record["forgetting"]["base"])
-        )
+        before = record.forgetting["base"]
+        assert record.forgetting.get("off", before) == before
 
 
-def test_the_readmes_other_tables_are_the_committed_study_and_sweep(world):
-    study, page = world[3], (tasks.DATA.parent / "README.md").read_text()
-    sweeps = json.loads((tasks.DATA / "results" / "sweep.json").read_text())
+def test_the_readme_shows_the_committed_study_and_sweep(world):
+    study, page = world[3], README.read_text()
+    sweeps = json.loads((RESULTS / "sweep.json").read_text())
     sweep.check(sweeps)
-    placed = compare.load(tasks.DATA / "results" / "placement" / "compare.json")
+    placed = compare.load(RESULTS / "placement" / "compare.json")
     for table in (
         study.table(study.load()),
         study.equal_score(sweeps),
@@ -278,18 +262,18 @@ def test_the_readmes_other_tables_are_the_committed_study_and_sweep(world):
         assert table in page
 
 
-def test_what_the_readme_says_of_qlora_is_in_the_committed_results():
-    rows = compare.rows(compare.load(tasks.DATA / "results" / "compare.json"))
+def test_the_readmes_qlora_numbers_match_the_committed_results():
+    rows = compare.rows(compare.load(RESULTS / "compare.json"))
     lora, qlora = rows["lora"], rows["qlora"]
-    assert {round(r["bits"], 2) for r in qlora} == {4.13}
-    assert qlora[0]["weight_bytes"] < 0.3 * lora[0]["weight_bytes"]
-    assert qlora[0]["paging"]["evictions"] > 0
+    assert {round(r.bits, 2) for r in qlora} == {4.13}
+    assert qlora[0].weight_bytes < 0.3 * lora[0].weight_bytes
+    assert qlora[0].paging["evictions"] > 0
     fall = compare.mean(lora, "score") - compare.mean(qlora, "score")
     assert fall == pytest.approx(0.04, abs=0.006)
     same = {"base": "3m", "task": "describe", "steps": 100, "examples": 400, "size": 8}
     points = {
         e["method"]: {p["learning_rate"]: p for p in e["points"]}
-        for e in json.loads((tasks.DATA / "results" / "sweep.json").read_text())
+        for e in json.loads((RESULTS / "sweep.json").read_text())
         if same.items() <= e.items()
     }
     for rate in (0.005, 0.01):  # the two best
@@ -299,27 +283,26 @@ def test_what_the_readme_says_of_qlora_is_in_the_committed_results():
     assert points["qlora"][0.01]["slot_loss"] < 1.02 * points["qlora"][0.005]["slot_loss"]
 
 
-def test_what_the_readme_says_of_bitfit_and_bottleneck_is_in_the_committed_results():
-    results = tasks.DATA / "results"
+def test_the_readmes_bitfit_and_bottleneck_numbers_match_the_committed_results():
     share = {}
-    for folder in (results, results / "sentiment"):
+    for folder in (RESULTS, RESULTS / "sentiment"):
         records = compare.load(folder / "compare.json")
         rows = compare.rows(records)
         forgot = {
-            name: statistics.mean(r["forgetting"]["on"] for r in rows[name])
+            name: statistics.mean(r.forgetting["on"] for r in rows[name])
             for name in ("lora", "bitfit", "bottleneck")
         }
         assert min(forgot["bitfit"], forgot["bottleneck"]) > forgot["lora"]
         for name in ("bitfit", "bottleneck"):
             share[folder.name, name] = compare.share_of_gap(records, rows[name])
-    size = {name: rows[name][0]["trainable"] / rows["lora"][0]["trainable"] for name in forgot}
+    size = {name: rows[name][0].trainable / rows["lora"][0].trainable for name in forgot}
     assert size["bitfit"] < 0.1
     assert size["bottleneck"] == pytest.approx(0.5, abs=0.03)
     assert share["results", "bitfit"] == pytest.approx(0.5, abs=0.05)
     assert share["results", "bottleneck"] == pytest.approx(0.9, abs=0.02)
     assert share["sentiment", "bitfit"] == share["sentiment", "bottleneck"] == 1
     same = {"method": "bitfit", "base": "3m", "task": "sentiment"}
-    sweeps = json.loads((results / "sweep.json").read_text())
+    sweeps = json.loads((RESULTS / "sweep.json").read_text())
     (entry,) = [e for e in sweeps if same.items() <= e.items()]
     perfect = [p for p in entry["points"] if p["score"] == 1]
     assert max(perfect, key=lambda p: p["forgetting"])["learning_rate"] == entry["best"]

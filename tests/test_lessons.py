@@ -111,11 +111,13 @@ def test_figures_become_files(build, tmp_path):
 def test_other_seeds_move_every_seed_and_tell_what_fails(build, tmp_path):
     source = tmp_path / "toy.py"
     source.write_text("""# %%
-import inspect, torch
+import torch
+from minipeft.lab import recipes
+from minipeft.lab.recipes import RunConfig
 def draw(seed=1): return seed
 found = [draw(), torch.manual_seed(0).initial_seed(), *(seed for seed in (1, 2))]
-found += [inspect.signature(finetune.finetune).parameters["seed"].default]
-assert found == [4, 3, 4, 5, 3], found
+found += [RunConfig(steps=5).seed, recipes.RunConfig().seed, RunConfig(seed=1).seed]
+assert found == [4, 3, 4, 5, 3, 3, 4], found
 # %%
 assert draw() < 3, "this claim needs its seed"
 # %% tags=["wrong"]

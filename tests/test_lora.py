@@ -1,3 +1,6 @@
+"""LoRA: the layer, merging, the config, and the strict search for targets."""
+
+import dataclasses
 import math
 
 import pytest
@@ -5,13 +8,14 @@ import torch
 from torch import nn
 
 from minipeft import GPT, LoraConfig, get_peft_model
-from minipeft.lora import LoraLinear, add_lora, lora_layers, merge_lora, remove_lora, unmerge_lora
+from minipeft.methods.lora import LoraLinear, add_lora, merge_lora, remove_lora, unmerge_lora
+from minipeft.targets import find_targets, list_targets
 
 ALL = ["c_attn", "c_proj", "c_fc"]
 
 
 def filled(layers: dict) -> dict:
-    """Give every B values: with B = 0 a merge test could not fail."""
+    """Give every B random values: with B = 0 a merge test could not fail."""
     generator = torch.Generator().manual_seed(3)
     for layer in layers.values():
         w = layer.lora_B.weight
@@ -20,15 +24,15 @@ def filled(layers: dict) -> dict:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-6), (torch.float64, 1e-12)])
-def test_merge_gives_the_same_logits(trained_base, dtype, bound):
+def test_merging_does_not_change_the_logits(trained_base, dtype, bound):
     model = trained_base.to(dtype)
     ids = torch.randint(1, 2048, (4, 64), generator=torch.Generator().manual_seed(0))
     base_logits = model(ids).logits
     layers = filled(add_lora(model, LoraConfig(r=8, lora_alpha=12, target_modules=ALL)))
     logits = model(ids).logits
     largest = logits.abs().max()
-    assert (logits - base_logits).abs().max() > 0.05 * largest, "the adapter must do something"
-    for _ in range(3):  # again and again, nothing drifts
+    assert (logits - base_logits).abs().max() > 0.05 * largest, "the adapter has no effect"
+    for _ in range(3):  # repeated merging must not drift
         merge_lora(layers)
         merged = model(ids).logits
         assert (merged - logits).abs().max() < bound * largest
@@ -39,14 +43,14 @@ def test_merge_gives_the_same_logits(trained_base, dtype, bound):
 
 
 @pytest.mark.parametrize("r", [1, 4, 8])
-def test_the_parameter_count_is_the_formulas(gpt, r):
+def test_the_parameter_count_follows_the_formula(gpt, r):
     d = gpt.config.n_embd
     model = get_peft_model(gpt, LoraConfig(r=r, target_modules=ALL))
     per_block = (d + 3 * d) + (d + d) + (d + 4 * d) + (4 * d + d)
     assert model.get_nb_trainable_parameters()[0] == r * per_block * gpt.config.n_layer
 
 
-def test_at_first_nothing_has_changed(gpt, ids):
+def test_a_new_adapter_does_not_change_the_logits(gpt, ids):
     before = gpt(ids).logits
     add_lora(gpt, LoraConfig(target_modules=ALL))
     assert torch.equal(gpt(ids).logits, before)
@@ -61,7 +65,7 @@ def test_only_the_adapter_gets_gradients(gpt, ids):
 
 def test_the_output_is_equation_1():
     torch.manual_seed(0)
-    layer = LoraLinear(nn.Linear(7, 5).double(), r=3, lora_alpha=2.5)
+    layer = LoraLinear(nn.Linear(7, 5).double(), LoraConfig(r=3, lora_alpha=2.5))
     filled({"": layer})
     x = torch.randn(2, 4, 7).double()
     w = layer.weight + 2.5 / 3 * layer.lora_B.weight @ layer.lora_A.weight
@@ -69,50 +73,42 @@ def test_the_output_is_equation_1():
 
 
 def test_rslora_scales_by_the_root_of_the_rank():
-    assert LoraLinear(nn.Linear(4, 4), 9, 6, use_rslora=True).scaling == 6 / math.sqrt(9)
+    config = LoraConfig(r=9, lora_alpha=6, use_rslora=True)
+    assert LoraLinear(nn.Linear(4, 4), config).scaling == 6 / math.sqrt(9)
 
 
-def test_targets_are_found_by_ending_by_regex_and_all(gpt):
+@pytest.mark.parametrize("strict", [False, True])
+def test_targets_are_found_by_ending_by_regex_and_by_all_linear(gpt, strict):
     def found(targets):
-        return list(lora_layers(gpt, LoraConfig(target_modules=targets)))
+        if strict:
+            return list(find_targets(gpt, targets))
+        layers = add_lora(gpt, LoraConfig(target_modules=targets))
+        remove_lora(gpt, layers)
+        return list(layers)
 
     assert found(["mlp.c_proj"]) == [f"transformer.h.{i}.mlp.c_proj" for i in range(2)]
     assert found(r".*h\.1\.attn\.c_.*") == [
         f"transformer.h.1.attn.{n}" for n in ("c_attn", "c_proj")
     ]
-    assert len(found("all-linear")) == 8  # and not the head
+    assert len(found("all-linear")) == 8, "all-linear must leave out the output head"
 
 
-def test_patterns_give_a_layer_its_own_rank_and_alpha(gpt):
-    config = LoraConfig(
-        r=8,
-        target_modules=ALL,
-        rank_pattern={"attn.c_proj": 2, "c_proj": 3},
-        alpha_pattern={r"h\.0\.mlp\.c_fc": 32},
-    )
-    layers = lora_layers(gpt, config)
-    assert layers["transformer.h.0.attn.c_proj"].r == 2  # the first hit wins
-    assert layers["transformer.h.0.mlp.c_proj"].r == 3
-    assert layers["transformer.h.0.mlp.c_fc"].scaling == 4
-    assert layers["transformer.h.1.mlp.c_fc"].scaling == 1
-
-
-def test_dropout_works_in_training_mode_alone():
+def test_dropout_is_only_active_in_training_mode():
     torch.manual_seed(0)
-    layer = filled({"": LoraLinear(nn.Linear(64, 8), 4, 8, lora_dropout=0.5)})[""]
+    layer = filled({"": LoraLinear(nn.Linear(64, 8), LoraConfig(4, 8, lora_dropout=0.5))})[""]
     x = torch.randn(3, 64)
     assert not torch.equal(layer(x), layer(x))
     assert torch.equal(layer.eval()(x), layer(x))
 
 
-def test_training_while_merged_is_an_error(gpt, ids):
+def test_training_while_merged_raises_an_error(gpt, ids):
     layers = add_lora(gpt, LoraConfig(target_modules=ALL))
     merge_lora(layers)
     with pytest.raises(RuntimeError, match="unmerge"):
         gpt.train()(ids)
 
 
-def test_a_step_under_bfloat16_autocast(gpt, ids):
+def test_gradients_are_finite_under_bfloat16_autocast(gpt, ids):
     filled(add_lora(gpt, LoraConfig(target_modules=ALL)))
     with torch.autocast("cpu", torch.bfloat16):
         loss = gpt(ids, labels=ids).loss
@@ -129,62 +125,126 @@ def test_a_bfloat16_base_gets_a_float32_adapter(gpt, ids):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 0}, "r is 0"),
-        ({"r": 2.5}, "r is 2.5"),
-        ({"rank_pattern": {"c_fc": -1}}, "rank_pattern"),
-        ({"lora_alpha": 0}, "lora_alpha is 0"),
-        ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+        ({"r": 0}, "r must be a positive integer, got 0"),
+        ({"r": 2.5}, "r must be a positive integer, got 2.5"),
+        ({"r": True}, "r must be a positive integer, got True"),
+        ({"lora_alpha": 0}, "lora_alpha must be a positive number, got 0"),
+        ({"lora_alpha": math.inf}, "lora_alpha must be a positive number, got inf"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
+        ({"lora_dropout": -0.1}, r"lora_dropout must be in \[0, 1\), got -0.1"),
     ],
 )
-def test_a_wrong_setting_is_named(changes, message):
+def test_the_config_names_a_bad_setting_and_its_value(changes, message):
     with pytest.raises(ValueError, match=message):
         LoraConfig(**changes)
+
+
+def test_the_smallest_and_largest_allowed_settings_are_accepted():
+    assert LoraConfig(r=1, lora_alpha=1e-9, lora_dropout=0).r == 1
+    assert LoraConfig(lora_dropout=0.999).lora_dropout == 0.999
+
+
+def test_rank_pattern_and_alpha_pattern_are_gone():
+    for name in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(TypeError, match=name):
+            LoraConfig(**{name: {"c_fc": 2}})
+
+
+def test_the_layer_does_not_write_into_the_config():
+    config = LoraConfig(target_modules=["0"])
+    before = dataclasses.asdict(config)
+    add_lora(nn.Sequential(nn.Linear(4, 4)), config)
+    assert dataclasses.asdict(config) == before
+
+
+# --- targets ---
+
+
+def unchanged(gpt) -> bool:
+    """Whether a refused call left the model as it was."""
+    trains = all(p.requires_grad for p in gpt.parameters())
+    return trains and not any(hasattr(m, "base_layer") for m in gpt.modules())
 
 
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["c_attn", "c_porj"], "'c_porj' matches no module; linear ones are: c_attn, c_fc, c_proj"),
+        (
+            ["c_attn", "c_porj"],
+            "target_modules: 'c_porj' matches no module; linear layers: "
+            "c_attn, c_fc, c_proj, lm_head$",
+        ),
+        ([], "'' matches no module"),
         (None, "matches no module"),
         ("c_attn", "matches no module"),  # a string is a regex for the whole name
-        (["ln_1"], "is a LayerNorm"),
-        (["lm_head"], "shares its weight"),
+        (["ln_1"], "is a LayerNorm; this method adapts linear layers: c_attn, c_fc"),
+        (["h.0.attn"], "is a Attention; this method adapts linear layers"),
+        (["lm_head"], "shares its weight with another module: untie it first"),
     ],
 )
-def test_targets_that_cannot_be_right_are_refused(gpt, targets, message):
-    flags = [p.requires_grad for p in gpt.parameters()]
+def test_targets_that_cannot_be_adapted_are_refused(gpt, targets, message):
     with pytest.raises(ValueError, match=message):
+        get_peft_model(gpt, LoraConfig(target_modules=targets))
+    assert unchanged(gpt)
+    with pytest.raises(ValueError, match=message):
+        find_targets(gpt, targets)
+
+
+@pytest.mark.parametrize("targets", [None, [], ["c_porj"], "c_attn", ["ln_1"]])
+def test_add_lora_without_any_match_is_refused(gpt, targets):
+    with pytest.raises(ValueError, match=r"target_modules=.* matches no linear layer"):
         add_lora(gpt, LoraConfig(target_modules=targets))
-    assert [p.requires_grad for p in gpt.parameters()] == flags
-    assert not any(isinstance(m, LoraLinear) for m in gpt.modules())
+    assert unchanged(gpt)
 
 
-def test_a_pattern_without_a_match_is_refused(gpt):
-    with pytest.raises(ValueError, match="c_porj"):
-        add_lora(gpt, LoraConfig(target_modules=ALL, rank_pattern={"c_porj": 2}))
+def test_add_lora_ignores_an_entry_without_a_match_next_to_one_that_matches(gpt):
+    layers = add_lora(gpt, LoraConfig(target_modules=["c_attn", "c_porj"]))
+    assert list(layers) == [f"transformer.h.{i}.attn.c_attn" for i in range(2)]
 
 
-def test_a_second_adapter_in_place_is_refused(gpt):
+def test_a_second_adapter_on_the_same_model_is_refused(gpt):
     add_lora(gpt, LoraConfig(target_modules=ALL))
-    with pytest.raises(ValueError, match="in place already"):
-        add_lora(gpt, LoraConfig(target_modules=ALL))
+    with pytest.raises(ValueError, match="already has an adapter: remove it before adding another"):
+        get_peft_model(gpt, LoraConfig(target_modules=ALL))
 
 
 @pytest.mark.parametrize("targets", [["linear1"], ["out_proj"]])
-def test_targets_that_pytorch_would_skip_are_refused(targets):
+def test_layers_that_pytorchs_fast_path_reads_are_refused(targets):
     model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
-    with pytest.raises(ValueError, match="skips an adapter"):
-        add_lora(model, LoraConfig(target_modules=targets))
+    with pytest.raises(ValueError, match="PyTorch reads its weight itself and skips an adapter"):
+        get_peft_model(model, LoraConfig(target_modules=targets))
 
 
-def test_multihead_attention_is_refused():
+def test_the_projection_of_multihead_attention_is_refused():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
             self.attention = nn.MultiheadAttention(8, 2)
 
     with pytest.raises(ValueError, match="skips an adapter"):
-        add_lora(Net(), LoraConfig(target_modules=["out_proj"]))
+        get_peft_model(Net(), LoraConfig(target_modules=["out_proj"]))
+
+
+def test_all_linear_leaves_out_an_untied_output_head_that_can_be_named(gpt):
+    gpt.lm_head.weight = nn.Parameter(gpt.lm_head.weight.detach().clone())
+    assert "lm_head" not in find_targets(gpt, "all-linear")
+    assert list(find_targets(gpt, ["lm_head"])) == ["lm_head"]
+
+
+def test_list_targets_counts_layers_and_parameters_by_name(gpt):
+    rows = {row["name"]: row for row in list_targets(gpt)}
+    assert list(rows) == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    assert rows["mlp.c_fc"] == {
+        "name": "mlp.c_fc",
+        "count": 2,
+        "in": 24,
+        "out": 96,
+        "parameters": 2 * 24 * 96,
+        "rank 1 adapters": 2 * (24 + 96),
+    }
+
+
+# --- training ---
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(gpt, ids):
@@ -195,3 +255,30 @@ def test_gradient_checkpointing_gives_the_same_gradients(gpt, ids):
     again = torch.autograd.grad(gpt.train()(ids, labels=ids).loss, parameters)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     assert isinstance(gpt, GPT)
+
+
+def test_training_merging_and_removing_on_a_plain_module_in_float64():
+    """The base weights stay identical throughout, and removing restores the base's output."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 10)).double()
+    x = torch.randn(5, 20).double()
+    before = [p.clone() for p in model.parameters()]
+    y = model(x)
+    layers = add_lora(model, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear"))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trainable) == 3 * (20 + 30) + 3 * (30 + 10)
+    assert torch.equal(model(x), y), "B must start at zero"
+    optimizer = torch.optim.SGD(trainable, lr=0.1)
+    for _ in range(3):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = model(x)
+    assert not torch.allclose(trained, y)
+    merge_lora(layers)
+    assert torch.allclose(model.eval()(x), trained, rtol=0, atol=1e-12)
+    unmerge_lora(layers)
+    assert torch.equal(model(x), trained)
+    remove_lora(model, layers)
+    assert torch.equal(model(x), y)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))

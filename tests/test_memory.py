@@ -1,10 +1,10 @@
-"""What `python -m minipeft memory` computes is what tensors take, and what papers report."""
+"""The computed memory matches what tensors occupy, and what papers report."""
 
 import pytest
 
-from minipeft.lab import memory
+from minipeft.lab import DATA, memory
 
-# transformers' count for the config of each
+# counted by transformers for each config
 PARAMETERS = {
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
@@ -23,26 +23,26 @@ def test_parameter_counts(name):
 
 
 @pytest.mark.parametrize("method", memory.METHODS)
-def test_what_is_computed_is_what_one_step_on_a_base_takes(base, method):
+def test_the_computed_memory_matches_one_measured_step(base, method):
     computed = memory.memory(memory.SHAPES["1m"], method, r=4, tokens=2 * 32)
     measured = memory.measure(base, method, 4, 2, 32)
     assert computed["gradients"] == measured["gradients"]
-    # a step counter a tensor; scales in whole blocks of 256, and their mean
+    # one step counter per tensor; whole blocks of 256 scales, and their mean
     assert computed["optimizer"] == pytest.approx(measured["optimizer"], rel=2e-3)
     assert computed["weights"] == pytest.approx(measured["weights"], rel=1e-3)
     assert computed["activations"] == pytest.approx(measured["activations"], rel=0.02)
 
 
-def test_the_papers_claim_about_65_billion_parameters():
+def test_fine_tuning_65_billion_parameters_takes_780_gb_and_qlora_fits_into_48():
     full = memory.memory(memory.SHAPES["llama-65b"], "full")
     qlora = memory.memory(memory.SHAPES["llama-65b"], "qlora", r=16)
     assert sum(full.values()) > 780e9
     assert sum(qlora.values()) < 48e9
     rank_64 = memory.memory(memory.SHAPES["llama-65b"], "qlora", r=64, tokens=256)
-    assert 48e9 < sum(rank_64.values()) < 50e9  # the README says so
+    assert 48e9 < sum(rank_64.values()) < 50e9  # as the README says
 
 
-def test_checkpointing_keeps_less_and_lora_saves_no_activations_worth_the_name():
+def test_checkpointing_saves_most_activations_and_lora_hardly_any():
     shape = memory.SHAPES["gpt2-xl"]
     kept = {c: memory.memory(shape, "lora", checkpointing=c)["activations"] for c in (True, False)}
     assert kept[True] < 0.2 * kept[False]
@@ -50,20 +50,22 @@ def test_checkpointing_keeps_less_and_lora_saves_no_activations_worth_the_name()
     assert 0.9 < kept[False] / full < 1.1
 
 
-def test_files_and_errors(tmp_path):
+def test_memory_writes_a_figure_and_refuses_unknown_shapes_and_methods(tmp_path):
     found, measured = memory.of(["0.3m", "gpt2"], ["full", "qlora"], 8, 1, 16, True)
     memory.save(found, measured, tmp_path)
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
     assert memory.table(found).count("\n") == 5
     assert list(measured) == ["0.3m"]
-    with pytest.raises(ValueError, match="no shape 'gpt5'; there are: 0"):
+    with pytest.raises(ValueError, match=r"there is no shape 'gpt5'; known shapes: 0\.3m"):
         memory.of(["gpt5"], ["full"], 8, 1, 16, True)
-    with pytest.raises(ValueError, match="no memory is computed for 'prefix_tuning'"):
+    with pytest.raises(
+        ValueError, match="memory is computed for full, lora, qlora, not for 'prefix_tuning'"
+    ):
         memory.of(["gpt2"], ["prefix_tuning"], 8, 1, 16, True)
 
 
-def test_the_readme_shows_what_the_command_computes():
+def test_the_readme_shows_the_computed_table():
     shapes = ["gpt2-xl", "llama-2-7b", "llama-65b", "llama-2-70b"]
     found, _ = memory.of(shapes, list(memory.METHODS), 8, 1, 256, True)
-    page = (memory.tasks.DATA.parent / "README.md").read_text()
+    page = (DATA.parent / "README.md").read_text()
     assert memory.table(found) in page

@@ -1,6 +1,7 @@
-"""AdaLoRA and the prompt methods: what must hold for each, without any other library."""
+"""AdaLoRA and the prompt methods: what all share, then each on its own."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -16,8 +17,12 @@ from minipeft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from minipeft.adalora import RankAllocator, orthogonality
-from minipeft.lab import tasks
+from minipeft.lab import DATA
+from minipeft.lab.base import load_tokenizer
+from minipeft.methods.adalora import RankAllocator, SVDLinear, add_adalora, orthogonality
+from minipeft.methods.p_tuning import PromptEncoder
+from minipeft.methods.prefix_tuning import PrefixEncoder
+from minipeft.methods.prompt_tuning import PromptEmbedding
 
 SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 2, "total_step": 10}
 CONFIGS = {
@@ -35,14 +40,16 @@ CONFIGS = {
 PROMPTS = [name for name in CONFIGS if name != "adalora"]
 
 
-def train(model, ids, steps=10):
+def train(model, ids, steps=10) -> list[float]:
+    """Train on one batch. Returns the losses, without AdaLoRA's penalty."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-2)
     losses = []
     model.train()
     for step in range(1, steps + 1):
-        model(ids, labels=ids)[0].backward()
-        losses.append(model.task_loss.item())
+        loss = model(ids, labels=ids)[0]
+        loss.backward()
+        losses.append((loss - model.penalty()).item())
         optimizer.step()
         model.update_and_allocate(step)
         optimizer.zero_grad()
@@ -51,16 +58,17 @@ def train(model, ids, steps=10):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_training_lowers_the_loss_and_leaves_the_base_to_the_bit(gpt, ids, name):
+def test_training_lowers_the_loss_and_does_not_change_the_base(gpt, ids, name):
     plain, before = gpt(ids).logits, copy.deepcopy(gpt.state_dict())
     model = get_peft_model(gpt, CONFIGS[name]())
     losses = train(model, ids)
     assert losses[-1] < losses[0]
     assert not torch.allclose(model(ids).logits, plain, atol=1e-3)
-    assert model(ids).logits.shape == plain.shape  # the real tokens' alone
+    assert model(ids).logits.shape == plain.shape  # without the virtual tokens
     with model.disable_adapter():
         assert torch.equal(model(ids).logits, plain)
-        assert not any("prompt" in key or "lora_" in key for key in model.state_dict())
+        names = [key for key, _ in model.named_parameters()]
+        assert not any("prompt" in key or "lora_" in key for key in names)
     assert torch.equal(model.unload()(ids).logits, plain)
     assert all(torch.equal(before[key], value) for key, value in gpt.state_dict().items())
 
@@ -76,7 +84,7 @@ def test_only_the_adapter_gets_gradients(gpt, ids, name):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [  # the formulas of the docstrings, with v 61, d 24, 2 layers, p 5, w 7, r 4
+    [  # the docstrings' formulas with v 61, d 24, 2 blocks, p 5, w 7, r 4
         ("adalora", 2 * 4 * (24 + 72 + 1 + 24 + 24 + 1 + 24 + 96 + 1 + 96 + 24 + 1)),
         ("prompt", 5 * 24),
         ("p_tuning", 5 * 24 + (24 * 7 + 7) + (49 + 7) + (7 * 24 + 24)),
@@ -85,13 +93,13 @@ def test_only_the_adapter_gets_gradients(gpt, ids, name):
         ("prefix_projection", 5 * 24 + (24 * 7 + 7) + (7 * 96 + 96)),
     ],
 )
-def test_the_count_is_the_formulas(gpt, name, count):
+def test_the_parameter_count_follows_the_formula(gpt, name, count):
     assert get_peft_model(gpt, CONFIGS[name]()).get_nb_trainable_parameters()[0] == count
 
 
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_saved_and_read_back_it_gives_the_same_logits(gpt, ids, tmp_path, name, trainable):
+def test_saving_and_loading_gives_the_same_logits(gpt, ids, tmp_path, name, trainable):
     base = copy.deepcopy(gpt)
     model = get_peft_model(gpt, CONFIGS[name]())
     train(model, ids)
@@ -101,7 +109,7 @@ def test_saved_and_read_back_it_gives_the_same_logits(gpt, ids, tmp_path, name, 
     numbers = [m.get_nb_trainable_parameters()[0] for m in (again, model)]
     if not trainable:
         assert numbers[0] == 0
-    elif name == "adalora":  # cut to the ranks that were kept
+    elif name == "adalora":  # pruned to the triplets that were kept
         kept = model.adapters["default"].allocator.ranks()
         shapes = {n: one.weight.shape for n, one in model.adapters["default"].layers.items()}
         assert numbers[0] == sum(r * (sum(shapes[n]) + 1) for n, r in kept.items()) < numbers[1]
@@ -111,7 +119,7 @@ def test_saved_and_read_back_it_gives_the_same_logits(gpt, ids, tmp_path, name, 
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_cache_and_left_padding_change_nothing(gpt, ids, name):
+def test_the_cache_and_left_padding_do_not_change_generated_tokens(gpt, ids, name):
     model = get_peft_model(gpt, CONFIGS[name]())
     train(model, ids)
     text = model.generate(ids, max_new_tokens=6, eos_token_id=60)
@@ -140,7 +148,7 @@ def test_padding_on_the_right_does_not_change_the_loss(gpt, ids, name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_it_trains_a_step_under_bfloat16_autocast_and_with_checkpointing(gpt, ids, name):
+def test_gradients_under_autocast_are_finite_and_with_checkpointing_the_same(gpt, ids, name):
     model = get_peft_model(gpt, CONFIGS[name]()).train()
     exact = model(ids, labels=ids)[0]
     exact.backward()
@@ -159,57 +167,66 @@ def test_it_trains_a_step_under_bfloat16_autocast_and_with_checkpointing(gpt, id
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_a_prompt_method_has_nothing_to_merge(gpt, name):
+def test_merging_a_prompt_method_raises_an_error(gpt, name):
     model = get_peft_model(gpt, CONFIGS[name]())
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="nothing to merge"):
+    message = "cannot merge .*_TUNING: it changes the input, not the weights"
+    for merge in (model.merge_adapter, model.unmerge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=message):
             merge()
 
 
 def test_methods_can_be_switched_on_one_base(gpt, ids):
-    model, told = get_peft_model(gpt, CONFIGS["prefix"](), "prefix").eval(), {}
+    model = get_peft_model(gpt, CONFIGS["prefix"](), "prefix").eval()
+    expected = {}
     for name in PROMPTS + ["adalora"]:
         if name not in model.adapters:
             model.add_adapter(name, CONFIGS[name]())
         model.set_adapter(name)
-        told[name] = model(ids).logits
-    for name, logits in told.items():
+        expected[name] = model(ids).logits
+    for name, logits in expected.items():
         model.set_adapter(name)
         assert torch.equal(model(ids).logits, logits)
-    assert len({logits.sum().item() for logits in told.values()}) == len(told)
+    assert len({logits.sum().item() for logits in expected.values()}) == len(expected)
 
 
 # --- AdaLoRA ---
 
 
-def test_adalora_merges_exactly_and_unmerges_to_the_bit(gpt, ids):
+def test_merging_adalora_does_not_change_the_logits(gpt, ids):
     model = get_peft_model(gpt.double(), CONFIGS["adalora"]())
     train(model, ids)
     before = model(ids).logits
     model.merge_adapter()
-    assert torch.allclose(model(ids).logits, before, rtol=0, atol=1e-12 * before.abs().max().item())
+    bound = 1e-12 * before.abs().max().item()
+    assert torch.allclose(model(ids).logits, before, rtol=0, atol=bound)
     model.unmerge_adapter()
     assert torch.equal(model(ids).logits, before)
     plain = model.merge_and_unload()
     assert type(plain) is GPT
-    assert torch.allclose(plain(ids).logits, before, rtol=0, atol=1e-12 * before.abs().max().item())
+    assert torch.allclose(plain(ids).logits, before, rtol=0, atol=bound)
 
 
-def test_the_penalty_is_in_the_training_loss_alone(gpt, ids):
+def test_the_penalty_is_only_in_the_training_loss(gpt, ids):
+    task_loss = gpt(ids, labels=ids).loss  # a new adapter does not change it
     model = get_peft_model(gpt, CONFIGS["adalora"]()).train()
     layers = model.adapters["default"].layers
     loss = model(ids, labels=ids)[0]
-    assert torch.allclose(loss - model.task_loss, 0.5 * orthogonality(layers))
-    assert loss > model.task_loss + 0.1
+    assert torch.allclose(loss - task_loss, 0.5 * orthogonality(layers))
+    assert torch.equal(model.penalty(), 0.5 * orthogonality(layers))
+    assert loss > task_loss + 0.1
     loss = model.eval()(ids, labels=ids)[0]
-    assert torch.equal(loss, model.task_loss)
+    assert torch.equal(loss, task_loss)
+    assert model(ids).loss is None
+    with model.disable_adapter():
+        assert model.penalty() == 0
+        assert torch.equal(model.train()(ids, labels=ids)[0], task_loss)
     for layer in layers.values():
         nn.init.orthogonal_(layer.lora_A)
         nn.init.orthogonal_(layer.lora_B)
     assert orthogonality(layers) < 1e-5
 
 
-def test_the_budget_falls_as_a_cubic_and_the_ranks_end_at_the_target(gpt, ids):
+def test_the_budget_falls_as_a_cubic_and_ends_at_the_target(gpt, ids):
     config = AdaLoraConfig(target_modules="all-linear", **(SCHEDULE | {"total_step": 12}))
     model = get_peft_model(gpt, config)
     allocator = model.adapters["default"].allocator
@@ -228,15 +245,15 @@ def test_the_budget_falls_as_a_cubic_and_the_ranks_end_at_the_target(gpt, ids):
     [
         (0, r"was never called\. Call it after every optimizer step"),
         (1, r"add up to 32: .* target of 16 at step 28 \(total_step 30 - tfinal 2\)"),
-        (10, r"last called with step 10\. .* update_and_allocate\(28\) cuts"),
+        (10, r"last called with step 10\. .* update_and_allocate\(28\) prunes"),
     ],
 )
-def test_a_schedule_longer_than_the_run_is_an_error(gpt, ids, tmp_path, steps, message):
-    """Ranks above the target, of trained layers, are neither merged nor saved."""
+def test_an_unfinished_schedule_cannot_be_merged_or_saved(gpt, ids, tmp_path, steps, message):
+    """Trained layers whose ranks are above the target: the error says how to prune them."""
     config = AdaLoraConfig(target_modules="all-linear", **(SCHEDULE | {"total_step": 30}))
     model = get_peft_model(gpt, config)
     model.add_adapter("other", CONFIGS["prompt"]())
-    model.save_pretrained(tmp_path / "fresh")  # nothing is trained yet
+    model.save_pretrained(tmp_path / "fresh")  # possible: nothing is trained yet
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(max(steps, 1)):
         optimizer.zero_grad()
@@ -259,8 +276,8 @@ def test_a_schedule_longer_than_the_run_is_an_error(gpt, ids, tmp_path, steps, m
     assert sum(again.ranks().values()) == 16
 
 
-def test_a_config_can_be_used_again(gpt, ids):
-    """Training writes what it found, as rank_pattern, into the model's config and not into ours."""
+def test_a_config_can_be_reused(gpt, ids):
+    """Training writes rank_pattern into the model's copy of the config, not into ours."""
     config = CONFIGS["adalora"]()
     for base in (copy.deepcopy(gpt), gpt):
         model = get_peft_model(base, config)
@@ -271,16 +288,16 @@ def test_a_config_can_be_used_again(gpt, ids):
     assert model.peft_config["default"].rank_pattern
 
 
-def test_an_allocator_without_gradients_is_an_error(gpt):
+def test_allocating_without_gradients_raises_an_error(gpt):
     with pytest.raises(RuntimeError, match="before zero_grad"):
         get_peft_model(gpt, CONFIGS["adalora"]()).update_and_allocate(1)
 
 
 @pytest.mark.parametrize(
     ("first", "deltaT", "total_step"),
-    [(0, 1, 10), (1, 1, 10), (1, 1, 1), (1, 6, 10)],  # the last allocates at 6, and when it ends
+    [(0, 1, 10), (1, 1, 10), (1, 1, 1), (1, 6, 10)],  # the last one prunes at steps 6 and 10
 )
-def test_a_run_as_long_as_its_schedule_ends_at_the_target(gpt, ids, first, deltaT, total_step):
+def test_a_run_as_long_as_its_schedule_ends_at_the_target_rank(gpt, ids, first, deltaT, total_step):
     schedule = {"init_r": 4, "target_r": 2, "deltaT": deltaT, "total_step": total_step}
     config = AdaLoraConfig(target_modules="all-linear", **schedule)
     model = get_peft_model(gpt, config)
@@ -295,23 +312,22 @@ def test_a_run_as_long_as_its_schedule_ends_at_the_target(gpt, ids, first, delta
     [
         ({"target_r": 4}, "target_r 4 must be below init_r 4"),
         ({"target_r": 9}, "target_r 9 must be below init_r 4"),
-        ({"total_step": None}, "total_step is None"),
-        ({"tinit": 5, "tfinal": 5}, "tinit 5 \\+ tfinal 5 leave no step of the 10"),
-        ({"beta1": 1.0}, "beta1 is 1.0"),
-        ({"deltaT": 0}, "deltaT is 0"),
-        ({"orth_reg_weight": -1}, "orth_reg_weight"),
+        ({"total_step": None}, "total_step must be an integer of at least 1, got None"),
+        ({"tinit": 5, "tfinal": 5}, "tinit 5 and tfinal 5 leave no step of total_step 10"),
+        ({"beta1": 1.0}, "beta1 must be below 1, got 1.0"),
+        ({"deltaT": 0}, "deltaT must be an integer of at least 1, got 0"),
+        ({"orth_reg_weight": -1}, "orth_reg_weight not negative"),
+        ({"lora_alpha": 0}, "lora_alpha must be positive"),
     ],
 )
-def test_a_schedule_that_does_not_fit_is_refused(changes, message):
+def test_an_impossible_schedule_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         AdaLoraConfig(target_modules=["c_attn"], **(SCHEDULE | changes))
 
 
-def test_the_allocator_alone_needs_no_peft_model():
+def test_the_allocator_works_without_a_peft_model():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6))
-    from minipeft.adalora import add_adalora
-
     layers = add_adalora(model, AdaLoraConfig(target_modules=["0"], **SCHEDULE))
     allocator = RankAllocator(layers, AdaLoraConfig(target_modules=["0"], **SCHEDULE))
     for step in range(1, 11):
@@ -325,7 +341,150 @@ def test_the_allocator_alone_needs_no_peft_model():
     assert allocator.ranks() == {"0": 2}
 
 
+def test_importance_uncertainty_and_scores_are_equations_3_and_4():
+    """Two calls on one layer of rank 2, (in, out) = (2, 1), computed by hand."""
+    config = AdaLoraConfig(
+        init_r=2, target_r=1, tinit=5, total_step=10, beta1=0.5, beta2=0.75, target_modules=["0"]
+    )
+    layer = SVDLinear(nn.Linear(2, 1).double(), config)
+    layer.lora_A.data = torch.tensor([[1.0, 2.0], [3.0, -4.0]]).double()
+    layer.lora_E.data = torch.tensor([[0.5], [-1.0]]).double()
+    layer.lora_B.data = torch.tensor([[2.0, 1.0]]).double()
+    allocator = RankAllocator({"0": layer}, config)
+    layer.lora_A.grad = torch.tensor([[2.0, 1.0], [0.0, 1.0]]).double()
+    layer.lora_E.grad = torch.tensor([[4.0], [1.0]]).double()
+    layer.lora_B.grad = torch.tensor([[-1.0, 4.0]]).double()
+    allocator.update_and_allocate(1)  # I: A [[2, 2], [0, 4]], E [[2], [1]], B [[2, 4]]
+    assert allocator.importance["0", "A"].tolist() == [[1, 1], [0, 2]]
+    assert allocator.uncertainty["0", "A"].tolist() == [[0.25, 0.25], [0, 0.5]]
+    assert allocator.importance["0", "E"].tolist() == [[1], [0.5]]
+    assert allocator.uncertainty["0", "E"].tolist() == [[0.25], [0.125]]
+    assert allocator.importance["0", "B"].tolist() == [[1, 2]]
+    assert allocator.uncertainty["0", "B"].tolist() == [[0.25, 0.5]]
+    # triplet 0: 1 · 0.25 + mean(0.25, 0.25) + 0.25;  triplet 1: 0.5 · 0.125 + mean(0, 1) + 1
+    assert allocator.scores()["0"].tolist() == [0.75, 1.5625]
+    layer.lora_E.grad = torch.zeros(2, 1).double()
+    allocator.update_and_allocate(2)  # I of E is 0: Ī = 0.5 Ī, Ū = 0.75 Ū + 0.25 |0 - Ī|
+    assert allocator.importance["0", "E"].tolist() == [[0.5], [0.25]]
+    assert allocator.uncertainty["0", "E"].tolist() == [[0.3125], [0.15625]]
+    assert allocator.ranks() == {"0": 2}
+    allocator.prune(1)
+    assert allocator.kept["0"].tolist() == [False, True], "the lower score must be pruned"
+    assert layer.lora_E.tolist() == [[0.5], [-1.0]], "pruning only sets the mask"
+    allocator.reapply_mask()
+    assert layer.lora_E.tolist() == [[0.0], [-1.0]]
+    assert allocator.ranks() == {"0": 1}
+
+
+def test_the_output_of_adalora_is_equation_1():
+    torch.manual_seed(0)
+    config = AdaLoraConfig(lora_alpha=3, target_modules=["x"], **SCHEDULE)
+    layer = SVDLinear(nn.Linear(7, 5).double(), config)
+    nn.init.normal_(layer.lora_E)
+    x = torch.randn(2, 4, 7).double()
+    update = layer.lora_B @ torch.diag(layer.lora_E[:, 0]) @ layer.lora_A * 3 / (4 + 1e-5)
+    y = x @ (layer.weight + update).T + layer.bias
+    assert torch.allclose(layer(x), y, rtol=0, atol=1e-14)
+    assert SVDLinear(nn.Linear(7, 5), config, r=1).lora_A.shape == (1, 7)
+
+
+def test_adalora_trains_and_merges_on_a_plain_module_in_float64():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 10)).double()
+    x = torch.randn(50, 20).double()
+    y = torch.randn(50, 10).double()
+    plain = model(x)
+    config = AdaLoraConfig(
+        init_r=4, target_r=2, tinit=5, tfinal=10, total_step=40, target_modules="all-linear"
+    )
+    layers = add_adalora(model, config)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trainable) == 4 * (20 + 30 + 1) + 4 * (30 + 10 + 1)
+    assert torch.equal(model(x), plain), "E must start at zero"
+    allocator = RankAllocator(layers, config)
+    optimizer = torch.optim.AdamW(trainable, lr=0.05)
+    for step in range(1, 41):
+        penalty = config.orth_reg_weight * orthogonality(layers)
+        (nn.functional.mse_loss(model(x), y) + penalty).backward()
+        optimizer.step()
+        allocator.update_and_allocate(step)
+        optimizer.zero_grad()
+    assert sum(allocator.ranks().values()) == 2 * 2
+    trained = model(x)
+    assert not torch.allclose(trained, plain)
+    for layer in layers.values():
+        layer.merge()
+    with pytest.raises(RuntimeError, match="this layer is merged: call unmerge before training"):
+        model.train()(x)
+    assert torch.allclose(model.eval()(x), trained, rtol=0, atol=1e-12)
+    for layer in layers.values():
+        layer.unmerge()
+    assert torch.equal(model(x), trained)
+
+
+def test_add_adalora_without_any_match_is_refused(gpt):
+    with pytest.raises(ValueError, match=r"target_modules=.* matches no linear layer"):
+        add_adalora(gpt, AdaLoraConfig(target_modules=["c_porj"], **SCHEDULE))
+    assert all(p.requires_grad for p in gpt.parameters())
+
+
 # --- prompt methods ---
+
+
+ENCODERS = {
+    "PROMPT_TUNING": PromptEmbedding,
+    "P_TUNING": PromptEncoder,
+    "PREFIX_TUNING": PrefixEncoder,
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_an_encoder_alone_gives_the_loss_and_logits_of_a_peft_model(gpt, ids, name):
+    config = CONFIGS[name]()
+    config.token_dim = None
+    before = copy.deepcopy(vars(config))
+    gpt.requires_grad_(False)
+    plain = gpt(ids).logits
+    torch.manual_seed(0)
+    encoder = ENCODERS[config.peft_type](gpt, config)
+    assert vars(config) == before, "the constructor wrote into the config"
+    out = encoder(gpt, ids, labels=ids)
+    torch.manual_seed(0)
+    model = get_peft_model(gpt, config)
+    loss, logits = model(ids, labels=ids)
+    assert torch.equal(out.loss, loss)
+    assert torch.equal(out.logits, logits)
+    text = encoder.generate(gpt, ids, max_new_tokens=3)
+    assert torch.equal(text, model.generate(ids, max_new_tokens=3))
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=0.02)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = encoder(gpt, ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+    assert loss < out.loss
+    assert torch.equal(gpt(ids).logits, plain), "training the encoder changed the model"
+
+
+@pytest.mark.parametrize("name", ["prefix", "prefix_projection"])
+def test_keep_output_of_a_prefix_discards_the_network_and_keeps_the_logits(gpt, ids, name):
+    model = get_peft_model(gpt, CONFIGS[name]())
+    train(model, ids)
+    before = model(ids).logits
+    model.prompt_encoder.keep_output()
+    assert torch.allclose(model(ids).logits, before, atol=1e-6)
+    assert sum(p.numel() for p in model.prompt_encoder.parameters()) == 5 * 2 * 2 * 24
+    assert not any(p.requires_grad for p in model.parameters())
+    encoder = model.prompt_encoder.prompt()
+    assert encoder.shape == (1, 5, 2 * 2 * 24)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_one_virtual_token_is_allowed(gpt, ids, name):
+    config = dataclasses.replace(CONFIGS[name](), num_virtual_tokens=1)
+    model = get_peft_model(gpt, config)
+    assert model(ids).logits.shape == (3, 10, 61)
+    assert len(model.adapters["default"].tensors()["prompt_embeddings"]) == 1
 
 
 def test_prompts_start_from_the_vocabulary_or_from_a_text(trained_base):
@@ -334,8 +493,8 @@ def test_prompts_start_from_the_vocabulary_or_from_a_text(trained_base):
     config = PromptTuningConfig(num_virtual_tokens=6, prompt_tuning_init="SAMPLE_VOCAB")
     prompt = get_peft_model(trained_base, config).prompt_encoder.prompt()
     assert all((words == row).all(1).any() for row in prompt)
-    folder = tasks.DATA / "base" / "1m"
-    ids = tasks.load_tokenizer(folder).encode("The name is").ids
+    folder = DATA / "base" / "1m"
+    ids = load_tokenizer(folder).encode("The name is").ids
     for p in (2, 7):
         config = PromptTuningConfig(
             num_virtual_tokens=p, prompt_tuning_init="TEXT", prompt_tuning_init_text="The name is",
@@ -347,28 +506,29 @@ def test_prompts_start_from_the_vocabulary_or_from_a_text(trained_base):
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_the_loss_is_that_of_the_real_tokens_at_their_positions(gpt, ids, name):
-    """By hand: the last virtual token predicts the first real one (a prefix predicts none)."""
+    """By hand: the last virtual token predicts the first real one; a prefix predicts nothing."""
     model = get_peft_model(gpt, CONFIGS[name]()).eval()
     loss, logits, *_ = model(ids, labels=ids)
-    told = logits[:, :-1]
-    wanted = ids[:, 1:]
+    predicted = logits[:, :-1]
+    targets = ids[:, 1:]
     if not name.startswith("prefix"):
         prompt = model.prompt_encoder.prompt().expand(3, -1, -1)
         words = torch.cat((prompt, gpt.transformer.wte(ids)), dim=1)
-        told, wanted = gpt(inputs_embeds=words).logits[:, 4:-1], ids
-    by_hand = nn.functional.cross_entropy(told.transpose(1, 2), wanted)
+        predicted = gpt(inputs_embeds=words).logits[:, 4:-1]
+        targets = ids
+    by_hand = nn.functional.cross_entropy(predicted.transpose(1, 2), targets)
     assert torch.allclose(loss, by_hand)
     positions = torch.arange(10)[None].expand(3, 10)
     assert torch.allclose(model(ids, position_ids=positions).logits, logits, atol=1e-6)
     assert not torch.allclose(model(ids, position_ids=positions + 1).logits, logits, atol=1e-3)
     embedded = model(inputs_embeds=gpt.transformer.wte(ids)).logits
     assert torch.allclose(embedded, logits, atol=1e-6)
-    with pytest.raises(ValueError, match="use_cache cannot be used"):
+    with pytest.raises(ValueError, match=r"use_cache cannot be used .*: call generate\(\)"):
         model(ids, use_cache=True)
 
 
 @pytest.mark.parametrize("name", ["p_tuning", "p_tuning_lstm"])
-def test_the_network_can_be_thrown_away(gpt, ids, name):
+def test_keep_output_discards_the_network_and_keeps_the_logits(gpt, ids, name):
     config = CONFIGS[name]()
     config.encoder_dropout = 0.5
     model = get_peft_model(gpt, config)
@@ -380,16 +540,16 @@ def test_the_network_can_be_thrown_away(gpt, ids, name):
     assert sum(p.numel() for p in model.prompt_encoder.parameters()) == 5 * 24
 
 
-def test_a_prefix_of_zeros_is_not_no_prefix(gpt, ids):
+def test_a_prefix_of_zeros_differs_from_no_prefix(gpt, ids):
     plain = gpt(ids).logits
     model = get_peft_model(gpt, PrefixTuningConfig(num_virtual_tokens=5, init_weights="zero"))
-    positions = torch.arange(10)[None] - 5  # so that positions are those without a prefix
+    positions = torch.arange(10)[None] - 5  # the positions without a prefix
     moved = model(ids, position_ids=positions).logits
     assert not torch.allclose(moved, plain, atol=1e-3)
 
 
-def test_a_prefix_is_what_the_keys_and_values_of_real_tokens_would_be(gpt, ids):
-    """With the cache of five real tokens as the prefix, the rest of the text is continued."""
+def test_a_prefix_can_hold_the_keys_and_values_of_real_tokens(gpt, ids):
+    """With the cache of five real tokens as the prefix, the other logits are those of the text."""
     model = get_peft_model(gpt.double(), PrefixTuningConfig(num_virtual_tokens=5)).double()
     with model.disable_adapter():
         whole = model(ids[:1]).logits
@@ -399,11 +559,11 @@ def test_a_prefix_is_what_the_keys_and_values_of_real_tokens_would_be(gpt, ids):
     assert torch.allclose(model(ids[:1, 5:]).logits, whole[:, 5:], atol=1e-12)
 
 
-def test_deep_prompts_of_p_tuning_v2_are_prefix_tuning_without_a_projection(gpt, ids):
-    """v2 puts p vectors in front of every layer's input and lets attention see their keys and
-    values; what any keys and values give, a prefix gives that holds them."""
+def test_p_tuning_v2_equals_prefix_tuning_without_a_projection(gpt, ids):
+    """v2 puts p vectors in front of every layer's input, so attention sees their keys and values.
+    A prefix that holds the same keys and values gives the same logits."""
     model = get_peft_model(gpt.double(), PrefixTuningConfig(num_virtual_tokens=5)).double()
-    deep = [torch.randn(5, 24).double() for _ in range(2)]  # a prompt for every layer, (p, d)
+    deep = [torch.randn(5, 24).double() for _ in range(2)]  # one prompt per layer, (p, d)
     rows = []
     for block, prompt in zip(gpt.transformer.h, deep, strict=True):
         _, keys, values = block.attn.c_attn(block.ln_1(prompt)).chunk(3, dim=-1)  # (p, d) each
@@ -414,35 +574,47 @@ def test_deep_prompts_of_p_tuning_v2_are_prefix_tuning_without_a_projection(gpt,
     assert mask is None
     for block, prompt in zip(gpt.transformer.h, deep, strict=True):
         both = torch.cat((prompt.expand(3, 5, 24), x), dim=1)  # v2: in front of the layer's input
-        x = block(both, None, None)[0][:, 5:]  # what the layer makes of the prompts is dropped
+        x = block(both, None, None)[0][:, 5:]  # the outputs at the prompt's positions are dropped
     logits = gpt.lm_head(gpt.transformer.ln_f(x))
     assert torch.allclose(model(ids).logits, logits, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("kind", "settings", "message"),
     [
-        (lambda: PromptTuningConfig(num_virtual_tokens=0), "num_virtual_tokens is 0"),
-        (lambda: PromptEncoderConfig(), "num_virtual_tokens is None"),
-        (lambda: PrefixTuningConfig(num_virtual_tokens=-1), "num_virtual_tokens is -1"),
+        ("prompt", {"num_virtual_tokens": 0}, "num_virtual_tokens must be a positive .*, got 0"),
+        ("p_tuning", {}, "num_virtual_tokens must be a positive integer, got None"),
+        ("prefix", {"num_virtual_tokens": -1}, "num_virtual_tokens must be a positive .*, got -1"),
         (
-            lambda: PromptEncoderConfig(
-                num_virtual_tokens=2, encoder_reparameterization_type="GRU"
-            ),
-            "'GRU': give MLP or LSTM",
+            "p_tuning",
+            {"num_virtual_tokens": 2, "encoder_reparameterization_type": "GRU"},
+            "encoder_reparameterization_type must be MLP or LSTM, got 'GRU'",
         ),
-        (lambda: PromptTuningConfig(2, prompt_tuning_init="TEXT"), "TEXT needs"),
-        (lambda: PromptTuningConfig(2, prompt_tuning_init="NOISE"), "NOISE"),
-        (lambda: PrefixTuningConfig(2, init_weights="one"), "init_weights is 'one'"),
+        (
+            "prompt",
+            {"num_virtual_tokens": 2, "prompt_tuning_init": "TEXT"},
+            "TEXT needs prompt_tuning_init_text and tokenizer_name_or_path",
+        ),
+        (
+            "prompt",
+            {"num_virtual_tokens": 2, "prompt_tuning_init": "NOISE"},
+            "prompt_tuning_init must be RANDOM, SAMPLE_VOCAB or TEXT, got NOISE",
+        ),
+        (
+            "prefix",
+            {"num_virtual_tokens": 2, "init_weights": "one"},
+            "init_weights must be None or 'zero', got 'one'",
+        ),
     ],
 )
-def test_a_wrong_prompt_config_is_refused(make, message):
+def test_a_prompt_config_names_a_bad_setting_and_its_value(kind, settings, message):
+    config = type(CONFIGS[kind]())
     with pytest.raises(ValueError, match=message):
-        make()
+        config(**settings)
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_a_prompt_that_leaves_no_room_is_refused_and_nothing_is_changed(gpt, ids, name):
+def test_a_prompt_that_leaves_no_room_in_the_context_is_refused(gpt, ids, name):
     config = CONFIGS[name]()
     config.num_virtual_tokens = 32
     with pytest.raises(ValueError, match="32 virtual tokens leave no room in a context of 32"):
@@ -452,16 +624,16 @@ def test_a_prompt_that_leaves_no_room_is_refused_and_nothing_is_changed(gpt, ids
     model = get_peft_model(gpt, config)
     with pytest.raises(ValueError, match="the context holds 32"):
         model(ids)
-    with pytest.raises(ValueError, match="a prompt of 27 and 6 new tokens exceed the context"):
+    with pytest.raises(ValueError, match="27 tokens and 6 new tokens exceed the context of 32"):
         model.generate(ids[:, :2], max_new_tokens=6)
 
 
-def test_a_model_without_embeddings_or_cache_is_refused():
+def test_a_model_without_embeddings_is_refused():
     with pytest.raises(ValueError, match="Linear has no get_input_embeddings"):
         get_peft_model(nn.Linear(2, 2), CONFIGS["prompt"]())
 
 
-def test_loaded_prompts_without_their_network_train_as_they_are(gpt, ids, tmp_path):
+def test_a_prompt_loaded_without_its_network_can_be_trained(gpt, ids, tmp_path):
     from safetensors.torch import load_file, save_file
 
     base = copy.deepcopy(gpt)

@@ -1,30 +1,43 @@
-"""BitFit and bottleneck adapters: what must hold for each."""
+"""BitFit and bottleneck adapters: what both share, then each on its own."""
 
 import copy
 import json
 import math
+import threading
 
 import pytest
 import torch
 from conftest import BASE, tiny_config
 from torch import nn
 
-from minipeft import GPT, BitFitConfig, BottleneckConfig, LoraConfig, PeftModel, get_peft_model
-from minipeft.bitfit import BitFitLayer, add_bitfit, bitfit_layers
-from minipeft.bottleneck import BottleneckLayer, add_bottleneck, bottleneck_layers
-from minipeft.lab import finetune
-from minipeft.lora import add_lora
+from minipeft import (
+    GPT,
+    BitFitConfig,
+    BottleneckConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    quantize_model,
+)
+from minipeft.lab import recipes
+from minipeft.lab.finetune import build_model
+from minipeft.lab.recipes import RECIPES, RunConfig
+from minipeft.methods.bitfit import BitFitLayer, add_bitfit
+from minipeft.methods.bottleneck import BottleneckLayer, add_bottleneck
+from minipeft.methods.lora import add_lora
+from minipeft.targets import find_targets
 
 CONFIGS = {
     "bitfit": lambda: BitFitConfig(),
     "bottleneck": lambda: BottleneckConfig(["attn.c_proj", "mlp.c_proj"], bottleneck_size=5),
 }
 ADD = {"bitfit": add_bitfit, "bottleneck": add_bottleneck}
+PART = {"bitfit": "bias", "bottleneck": "weight"}
 OWN = (".delta", ".down.weight", ".down.bias", ".up.weight", ".up.bias")
 
 
 def filled(model: nn.Module) -> nn.Module:
-    """Give all that is trained values of its own: at the start an adapter does nothing."""
+    """Randomize every trainable parameter: a new adapter changes nothing."""
     generator = torch.Generator().manual_seed(3)
     for p in model.parameters():
         if p.requires_grad:
@@ -50,15 +63,15 @@ def train(model, ids, steps=10) -> list[float]:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-6), (torch.float64, 1e-12)])
-def test_merge_gives_the_same_logits(trained_base, dtype, bound):
+def test_merging_does_not_change_the_logits(trained_base, dtype, bound):
     model = trained_base.to(dtype)
     ids = torch.randint(1, 2048, (4, 64), generator=torch.Generator().manual_seed(0))
     base_logits = model(ids).logits
     model = filled(get_peft_model(model, BitFitConfig())).eval()
     logits = model(ids).logits
     largest = logits.abs().max()
-    assert (logits - base_logits).abs().max() > 0.05 * largest, "the adapter must do something"
-    for _ in range(3):  # again and again, nothing drifts
+    assert (logits - base_logits).abs().max() > 0.05 * largest, "the adapter has no effect"
+    for _ in range(3):  # repeated merging must not drift
         model.merge_adapter()
         assert (model(ids).logits - logits).abs().max() < bound * largest
         model.unmerge_adapter()
@@ -73,17 +86,17 @@ def test_merge_gives_the_same_logits(trained_base, dtype, bound):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [  # the formulas of the docstrings, with d 24 and 2 layers: all biases; r 5, two a layer
+    [  # the docstrings' formulas with d 24 and 2 blocks: all biases; r 5, two adapters per block
         ("bitfit", 2 * (24 + 72 + 24 + 24 + 96 + 24) + 24),
         ("bottleneck", 2 * 2 * (2 * 5 * 24 + 5 + 24)),
     ],
 )
-def test_the_count_is_the_formulas(gpt, name, count):
+def test_the_parameter_count_follows_the_formula(gpt, name, count):
     assert get_peft_model(gpt, CONFIGS[name]()).get_nb_trainable_parameters()[0] == count
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_at_first_nothing_has_changed_to_the_bit(gpt, ids, name):
+def test_a_new_adapter_does_not_change_the_logits(gpt, ids, name):
     before = gpt(ids).logits
     assert torch.equal(get_peft_model(gpt, CONFIGS[name]())(ids).logits, before)
 
@@ -101,7 +114,7 @@ def test_only_the_adapter_gets_gradients(gpt, ids, name, alone):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_training_lowers_the_loss_and_leaves_the_base_to_the_bit(gpt, ids, name):
+def test_training_lowers_the_loss_and_does_not_change_the_base(gpt, ids, name):
     plain, before = gpt(ids).logits, copy.deepcopy(gpt.state_dict())
     model = get_peft_model(gpt, CONFIGS[name]())
     losses = train(model, ids)
@@ -115,7 +128,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_to_the_bit(gpt, ids, name)
 
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_saved_and_read_back_it_gives_the_same_bits(gpt, ids, tmp_path, name, trainable):
+def test_saving_and_loading_gives_identical_logits(gpt, ids, tmp_path, name, trainable):
     base = copy.deepcopy(gpt)
     model = filled(get_peft_model(gpt, CONFIGS[name]()))
     model.save_pretrained(tmp_path)
@@ -130,7 +143,7 @@ def test_saved_and_read_back_it_gives_the_same_bits(gpt, ids, tmp_path, name, tr
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_targets_may_be_a_set_and_layers_come_in_the_models_order(gpt, tmp_path, name):
+def test_targets_may_be_a_set_and_layers_are_in_the_models_order(gpt, tmp_path, name):
     config = CONFIGS[name]()
     config.target_modules = {"mlp.c_proj", "attn.c_proj", "c_fc"}
     model = get_peft_model(gpt, config)
@@ -142,16 +155,16 @@ def test_targets_may_be_a_set_and_layers_come_in_the_models_order(gpt, tmp_path,
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_file_of_another_shape_is_refused(gpt, tmp_path, name):
+def test_a_file_of_a_model_of_another_width_is_refused(gpt, tmp_path, name):
     get_peft_model(gpt, CONFIGS[name]()).save_pretrained(tmp_path)
     wider = GPT(tiny_config(n_embd=36))
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match=r"adapter does not match this model: .* is .* not .*"):
         PeftModel.from_pretrained(wider, tmp_path)
     assert all(p.requires_grad for p in wider.parameters())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_it_trains_a_step_under_bfloat16_autocast_and_with_checkpointing(gpt, ids, name):
+def test_gradients_under_autocast_are_close_and_with_checkpointing_identical(gpt, ids, name):
     model = filled(get_peft_model(gpt, CONFIGS[name]())).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     exact = model(ids, labels=ids)[0]
@@ -175,7 +188,7 @@ def test_a_bfloat16_base_gets_a_float32_adapter(gpt, ids, name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_it_takes_turns_with_lora_on_one_base(gpt, ids, name):
+def test_it_can_be_switched_with_lora_on_one_base(gpt, ids, name):
     base = gpt(ids).logits
     model = filled(get_peft_model(gpt, CONFIGS[name]()))
     first = model(ids).logits
@@ -186,45 +199,71 @@ def test_it_takes_turns_with_lora_on_one_base(gpt, ids, name):
     assert torch.equal(model(ids).logits, first)
 
 
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_targets_are_named_by_ending_or_regex(gpt, name):
-    make, config = {
-        "bitfit": (bitfit_layers, BitFitConfig),
-        "bottleneck": (bottleneck_layers, BottleneckConfig),
-    }[name]
-
+def test_targets_are_found_by_ending_by_regex_and_by_all_linear(gpt, name, strict):
     def found(targets):
-        return list(make(gpt, config(targets)))
+        if strict:
+            return list(find_targets(gpt, targets, PART[name]))
+        config = CONFIGS[name]()
+        config.target_modules = targets
+        return list(ADD[name](copy.deepcopy(gpt), config))
 
     assert found(["mlp.c_proj"]) == [f"transformer.h.{i}.mlp.c_proj" for i in range(2)]
     one = [f"transformer.h.1.attn.{n}" for n in ("c_attn", "c_proj")]
     assert found(r".*h\.1\.attn\.c_.*") == one
+    assert len(found("all-linear")) == 8, "all-linear must leave out the output head and the norms"
     assert not any(hasattr(m, "base_layer") for m in gpt.modules())
+
+
+KNOWN = {
+    "bitfit": "layers with a bias: c_attn, c_fc, c_proj, ln_1, ln_2, ln_f$",
+    "bottleneck": "linear layers: c_attn, c_fc, c_proj, lm_head$",
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["c_attn", "c_porj"], "'c_porj' matches no layer with a .*: c_attn, c_fc, c_proj, .*ln_1"),
-        ([], "'' matches no layer with a"),
-        (["h.0.attn"], r"'h\.0\.attn' matches no layer"),
+        (["c_attn", "c_porj"], "target_modules: 'c_porj' matches no module; "),
+        ([], "target_modules: '' matches no module; "),
+        (["h.0.attn"], r"target transformer\.h\.0\.attn is a Attention; this method adapts "),
+        ("c_attn", "target_modules: 'c_attn' matches no module; "),  # a regex for the whole name
     ],
 )
-def test_targets_without_a_match_are_refused_and_nothing_is_changed(gpt, name, targets, message):
+def test_targets_that_cannot_be_adapted_are_refused(gpt, name, targets, message):
     config = CONFIGS[name]()
     config.target_modules = targets
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message + KNOWN[name]):
+        get_peft_model(gpt, config)
+    assert all(p.requires_grad for p in gpt.parameters())
+    assert not any(hasattr(m, "base_layer") for m in gpt.modules())
+
+
+@pytest.mark.parametrize("targets", [[], ["c_porj"], "c_attn", ["h.0.attn"]])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_adding_without_any_match_is_refused(gpt, name, targets):
+    config = CONFIGS[name]()
+    config.target_modules = targets
+    with pytest.raises(ValueError, match=r"target_modules=.* matches no (linear )?layer"):
         ADD[name](gpt, config)
     assert all(p.requires_grad for p in gpt.parameters())
     assert not any(hasattr(m, "base_layer") for m in gpt.modules())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_second_adapter_in_place_is_refused(gpt, name):
+def test_adding_ignores_an_entry_without_a_match_next_to_one_that_matches(gpt, name):
+    config = CONFIGS[name]()
+    config.target_modules = ["c_attn", "c_porj"]
+    assert list(ADD[name](gpt, config)) == [f"transformer.h.{i}.attn.c_attn" for i in range(2)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_second_adapter_on_the_same_model_is_refused(gpt, name):
     add_lora(gpt, LoraConfig(target_modules=["c_attn"]))
-    with pytest.raises(ValueError, match="in place already"):
-        ADD[name](gpt, CONFIGS[name]())
+    with pytest.raises(ValueError, match="already has an adapter: remove it before adding another"):
+        get_peft_model(gpt, CONFIGS[name]())
 
 
 class Attention(nn.Module):
@@ -242,34 +281,34 @@ class Attention(nn.Module):
         (Attention(), "out_proj"),
     ],
 )
-def test_targets_that_pytorch_would_skip_are_refused(name, model, target):
+def test_layers_that_pytorchs_fast_path_reads_are_refused(name, model, target):
     config = CONFIGS[name]()
     config.target_modules = [target]
-    with pytest.raises(ValueError, match=f"{target}: another module reads its .* past an adapter"):
-        ADD[name](model, config)
+    message = f"{target}: PyTorch reads its {PART[name]} itself and skips an adapter"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, config)
     assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_layer_that_stands_at_two_places_is_refused(name):
+def test_a_layer_with_two_names_is_refused(name):
     block = nn.Sequential(nn.Linear(4, 4))
     config = CONFIGS[name]()
     config.target_modules = "0.0"
-    with pytest.raises(ValueError, match=r"target 0\.0: another module reads its"):
-        ADD[name](nn.Sequential(block, block), config)
+    message = rf"target 0\.0 shares its {PART[name]} with another module: untie it first"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(nn.Sequential(block, block), config)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_conv1d_is_a_linear_layer(name):
-    """transformers' Conv1D is linear with (in, out) weights; a square one looks like any other."""
+    """transformers' Conv1D is linear with an (in, out) weight; only its class name tells."""
 
     class Conv1D(nn.Module):
         def __init__(self, n_out: int, n_in: int):
             super().__init__()
-            self.weight, self.bias = (
-                nn.Parameter(torch.randn(n_in, n_out)),
-                nn.Parameter(torch.ones(n_out)),
-            )
+            self.weight = nn.Parameter(torch.randn(n_in, n_out))
+            self.bias = nn.Parameter(torch.ones(n_out))
 
         def forward(self, x):
             return x @ self.weight + self.bias
@@ -287,7 +326,7 @@ def test_a_conv1d_is_a_linear_layer(name):
 # --- BitFit ---
 
 
-def test_bitfit_trains_every_bias_and_looks_like_the_layer(gpt):
+def test_bitfit_trains_every_bias_and_has_the_layers_attributes(gpt):
     biases = {n.removesuffix(".bias"): p for n, p in gpt.named_parameters() if "bias" in n}
     layers = add_bitfit(gpt, BitFitConfig())
     assert layers.keys() == biases.keys()
@@ -307,21 +346,21 @@ def test_bitfit_trains_every_bias_and_looks_like_the_layer(gpt):
         (nn.Conv2d(5, 7, 3), torch.randn(2, 5, 4, 4)),
     ],
 )
-def test_the_output_is_that_of_the_layer_with_the_changed_bias(layer, x):
+def test_the_output_is_that_of_the_layer_with_the_new_bias(layer, x):
     layer, x = layer.double(), x.double()
     by_hand = copy.deepcopy(layer)
-    adapted = BitFitLayer(layer)
+    adapted = BitFitLayer(layer, BitFitConfig())
     nn.init.normal_(adapted.delta)
     with torch.no_grad():
         by_hand.bias += adapted.delta
     assert torch.equal(adapted(x), by_hand(x))
     gradients = torch.autograd.grad(adapted(x).square().sum(), adapted.delta)
-    wanted = torch.autograd.grad(by_hand(x).square().sum(), by_hand.bias)
-    assert torch.equal(gradients[0], wanted[0])
+    expected = torch.autograd.grad(by_hand(x).square().sum(), by_hand.bias)
+    assert torch.equal(gradients[0], expected[0])
 
 
-def test_bitfit_is_fine_tuning_of_the_biases_alone(gpt, ids):
-    """Δb gets the gradients that the biases would get, and plain descent goes where theirs goes."""
+def test_bitfit_equals_fine_tuning_only_the_biases(gpt, ids):
+    """Δb has the biases' gradients, and plain gradient descent takes the same path."""
     gpt = gpt.double()
     plain = copy.deepcopy(gpt).requires_grad_(False)
     free = {n: p.requires_grad_() for n, p in plain.named_parameters() if n.endswith("bias")}
@@ -332,16 +371,16 @@ def test_bitfit_is_fine_tuning_of_the_biases_alone(gpt, ids):
     assert deltas.keys() == free.keys()
     for _ in range(5):
         losses = [m(ids, labels=ids)[0] for m in (plain, model)]
-        wanted = torch.autograd.grad(losses[0], list(free.values()))
+        expected = torch.autograd.grad(losses[0], list(free.values()))
         found = torch.autograd.grad(losses[1], [deltas[n] for n in free])
         with torch.no_grad():
-            for (name, p), a, b in zip(free.items(), wanted, found, strict=True):
+            for (name, p), a, b in zip(free.items(), expected, found, strict=True):
                 assert torch.allclose(a, b, rtol=0, atol=1e-12 * a.abs().max().item()), name
                 p -= 0.1 * a
                 deltas[name] -= 0.1 * b
 
 
-def test_training_while_merged_is_an_error(gpt, ids):
+def test_training_while_merged_raises_an_error(gpt, ids):
     model = get_peft_model(gpt, BitFitConfig()).train()
     model.merge_adapter()
     with pytest.raises(RuntimeError, match="unmerge"):
@@ -355,35 +394,39 @@ def test_training_while_merged_is_an_error(gpt, ids):
 
 def test_a_model_without_biases_is_refused():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4, bias=False), nn.RMSNorm(4))
-    with pytest.raises(ValueError, match="matches no layer with a bias; those are: none"):
+    with pytest.raises(ValueError, match="matches no module; layers with a bias: none"):
+        get_peft_model(model, BitFitConfig())
+    with pytest.raises(ValueError, match="target_modules=None matches no layer with a bias"):
         add_bitfit(model, BitFitConfig())
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_bias_that_two_layers_share_is_refused(gpt):
-    a, b = gpt.transformer.h[0].mlp.c_proj, gpt.transformer.h[1].mlp.c_proj
-    b.bias = a.bias
-    with pytest.raises(ValueError, match=r"c_proj: another module reads its bias"):
-        add_bitfit(gpt, BitFitConfig())
-    assert add_bitfit(gpt, BitFitConfig(["c_attn"])), "the others' own are free"
+    gpt.transformer.h[1].mlp.c_proj.bias = gpt.transformer.h[0].mlp.c_proj.bias
+    message = r"h\.0\.mlp\.c_proj shares its bias with another module: untie it first"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(gpt, BitFitConfig())
+    assert get_peft_model(gpt, BitFitConfig(["c_attn"])), "layers that share nothing can be adapted"
 
 
-def test_bitfit_takes_layers_and_not_what_holds_layers():
-    """Wrapped, a module would hide those inside from whoever looks for them by name."""
+@pytest.mark.parametrize("strict", [False, True])
+def test_bitfit_adapts_layers_and_not_their_containers(strict):
+    """An adapter around a container would change the names of the layers inside it."""
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
     model[0].bias = nn.Parameter(torch.zeros(4))
-    assert list(add_bitfit(model, BitFitConfig())) == ["0.0"]
+    found = find_targets(model, None, "bias") if strict else add_bitfit(model, BitFitConfig())
+    assert list(found) == ["0.0"]
 
 
-def test_a_tied_weight_is_none_of_bitfits_business():
+@pytest.mark.parametrize("strict", [False, True])
+def test_bitfit_accepts_a_layer_whose_weight_is_tied(strict):
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
     model[1].weight = model[0].weight
-    assert list(add_bitfit(model, BitFitConfig())) == ["1"]
+    found = find_targets(model, None, "bias") if strict else add_bitfit(model, BitFitConfig())
+    assert list(found) == ["1"]
 
 
-def test_bitfit_trains_the_biases_of_a_4_bit_base(gpt, ids):
-    from minipeft import quantize_model
-
+def test_bitfit_trains_the_biases_of_a_4bit_base(gpt, ids):
     quantize_model(gpt)
     plain = gpt(ids).logits
     model = get_peft_model(gpt, BitFitConfig())
@@ -395,7 +438,111 @@ def test_bitfit_trains_the_biases_of_a_4_bit_base(gpt, ids):
     assert torch.allclose(model.merge_and_unload()(ids).logits, logits, atol=1e-4)
 
 
+class Waiting(nn.Linear):
+    """A linear layer that a thread enters and then stays in until it is released."""
+
+    def forward(self, x):
+        if threading.current_thread() is not threading.main_thread():
+            self.entered.set()
+            assert self.released.wait(10)
+        return super().forward(x)
+
+
+def test_bitfit_does_not_touch_the_base_layer_during_forward():
+    """While one thread is inside the adapted layer, another one still gets the base's output."""
+    torch.manual_seed(0)
+    base = Waiting(4, 4)
+    base.entered, base.released = threading.Event(), threading.Event()
+    x = torch.randn(3, 4)
+    plain, bias = base(x), base.bias
+    before = bias.detach().clone()
+    layer = BitFitLayer(base, BitFitConfig())
+    nn.init.ones_(layer.delta)
+    outputs = []
+    thread = threading.Thread(target=lambda: outputs.append(layer(x)))
+    thread.start()
+    try:
+        assert base.entered.wait(10)
+        assert base.bias is bias, "the forward pass replaced the base layer's bias"
+        assert torch.equal(bias, before), "the forward pass wrote into the base layer's bias"
+        assert torch.equal(base(x), plain)
+        assert torch.allclose(layer(x), plain + 1)
+    finally:
+        base.released.set()
+        thread.join()
+    assert torch.equal(outputs[0], layer(x)), "two threads must get the same output"
+    assert base.bias is bias
+    assert torch.equal(bias, before)
+
+
+def test_two_threads_give_the_same_bitfit_outputs(gpt, ids):
+    before = copy.deepcopy(gpt.state_dict())
+    model = filled(get_peft_model(gpt, BitFitConfig())).eval()
+    expected = model(ids).logits.detach()
+    outputs = []
+
+    def run():
+        with torch.no_grad():
+            outputs.extend(model(ids).logits for _ in range(20))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outputs) == 40
+    assert all(torch.equal(logits, expected) for logits in outputs)
+    base = model.unload()
+    assert all(torch.equal(before[key], value) for key, value in base.state_dict().items())
+
+
+def test_merging_bitfit_on_a_plain_module_and_into_the_base():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.LayerNorm(30)).eval()
+    x = torch.randn(5, 20)
+    y = model(x)
+    layers = add_bitfit(model, BitFitConfig())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 30 + 30
+    assert torch.equal(model(x), y), "Δb must start at zero"
+    nn.init.ones_(layers["1"].delta)
+    trained = model(x)
+    assert torch.allclose(trained, y + 1)
+    layers["1"].merge()
+    assert torch.equal(model(x), trained)
+    layers["1"].unmerge()
+    assert torch.equal(model(x), trained)
+    model.set_submodule("1", layers["1"].merge_into_base())
+    assert type(model[1]) is nn.LayerNorm
+    assert torch.equal(model(x), trained)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_constructors_do_not_write_into_the_config(name):
+    config = CONFIGS[name]()
+    before = copy.deepcopy(vars(config))
+    {"bitfit": BitFitLayer, "bottleneck": BottleneckLayer}[name](nn.Linear(4, 4), config)
+    config.target_modules = before["target_modules"] = ["0"]
+    ADD[name](nn.Sequential(nn.Linear(4, 4)), config)
+    assert vars(config) == before
+
+
 # --- bottleneck adapters ---
+
+
+def test_a_bottleneck_changes_only_the_output_of_its_own_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10))
+    x = torch.randn(5, 20)
+    y = model(x)
+    layers = add_bottleneck(model, BottleneckConfig(["0"], bottleneck_size=4))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 4 * 30 + 4 + 30
+    assert torch.equal(model(x), y), "W_up and b_up must start at zero"
+    nn.init.ones_(layers["0"].up.bias)
+    assert torch.allclose(model(x), model[1](layers["0"].base_layer(x) + 1))
+
+
+def test_a_bottleneck_of_size_1_is_allowed():
+    assert BottleneckConfig(["c_proj"], bottleneck_size=1).bottleneck_size == 1
 
 
 @pytest.mark.parametrize("name", ["gelu", "relu"])
@@ -414,7 +561,7 @@ def test_the_output_of_a_bottleneck_is_equation_1(name):
     assert torch.allclose(layer(x), y, rtol=0, atol=1e-13)
 
 
-def test_a_bottleneck_cannot_be_merged_and_says_why(gpt, ids):
+def test_merging_a_bottleneck_raises_an_error_that_says_why(gpt, ids):
     model = filled(get_peft_model(gpt, CONFIGS["bottleneck"]()))
     before = model(ids).logits
     for act in (
@@ -423,33 +570,36 @@ def test_a_bottleneck_cannot_be_merged_and_says_why(gpt, ids):
         model.merge_and_unload,
         lambda: model.merge_and_unload(inplace=True),
     ):
-        with pytest.raises(ValueError, match="a bottleneck is not linear, so it cannot be merged"):
+        with pytest.raises(ValueError, match="cannot merge BOTTLENECK: a bottleneck is not linear"):
             act()
     assert torch.equal(model(ids).logits, before)
 
 
 @pytest.mark.parametrize("target", ["ln_1", "wpe"])
-def test_a_bottleneck_after_another_layer_than_a_linear_one_is_refused(gpt, target):
-    with pytest.raises(ValueError, match=r"is a (LayerNorm|Embedding), not a linear layer"):
+def test_a_bottleneck_after_a_layer_that_is_not_linear_is_refused(gpt, target):
+    message = r"is a (LayerNorm|Embedding); this method adapts linear layers"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(gpt, BottleneckConfig([target]))
+    with pytest.raises(ValueError, match="matches no linear layer"):
         add_bottleneck(gpt, BottleneckConfig([target]))
     assert all(p.requires_grad for p in gpt.parameters())
 
 
 def test_a_bottleneck_after_a_tied_head_is_refused(gpt):
-    with pytest.raises(ValueError, match="lm_head: another module reads its weight"):
-        add_bottleneck(gpt, BottleneckConfig(["lm_head"]))
+    with pytest.raises(ValueError, match="lm_head shares its weight with another module"):
+        get_peft_model(gpt, BottleneckConfig(["lm_head"]))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bottleneck_size": 0}, "bottleneck_size is 0"),
-        ({"bottleneck_size": 2.0}, "bottleneck_size is 2.0"),
-        ({"bottleneck_size": True}, "bottleneck_size is True"),
-        ({"non_linearity": "tanh"}, "non_linearity is 'tanh': give gelu or relu"),
+        ({"bottleneck_size": 0}, "bottleneck_size must be a positive integer, got 0"),
+        ({"bottleneck_size": 2.0}, "bottleneck_size must be a positive integer, got 2.0"),
+        ({"bottleneck_size": True}, "bottleneck_size must be a positive integer, got True"),
+        ({"non_linearity": "tanh"}, "non_linearity must be gelu or relu, got 'tanh'"),
     ],
 )
-def test_a_wrong_setting_is_named(changes, message):
+def test_the_config_names_a_bad_setting_and_its_value(changes, message):
     with pytest.raises(ValueError, match=message):
         BottleneckConfig(["c_proj"], **changes)
 
@@ -457,31 +607,35 @@ def test_a_wrong_setting_is_named(changes, message):
 # --- in the lab ---
 
 
-def test_a_size_is_refused_where_a_method_has_none(base):
-    with pytest.raises(ValueError, match="bitfit has no size: 4 was given"):
-        finetune.finetune(base, None, "bitfit", 1, learning_rate=1e-3, size=4)
+@pytest.mark.parametrize("name", ["bitfit", "full"])
+def test_a_method_without_a_size_refuses_one(name):
+    with pytest.raises(ValueError, match=f"{name} has no size, got 4"):
+        RECIPES[name].with_size(4)
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, "prompt_tuning", "full"])
-def test_places_are_refused_where_a_method_has_no_rank(base, name):
-    with pytest.raises(ValueError, match=f"{name} takes no targets; these do: lora, adalora"):
-        finetune.build_model(base, name, 0, 10, targets="mlp")
+def test_a_method_without_a_rank_refuses_a_placement(name):
+    with pytest.raises(ValueError, match=f"{name} has no rank, so its layers cannot be chosen"):
+        RECIPES[name].placed("mlp")
 
 
 @pytest.mark.parametrize(("name", "size"), [("bitfit", None), ("bottleneck", 3)])
-def test_the_labs_setting_fits_our_base(base, name, size):
-    model = finetune.build_model(base, name, seed=0, steps=1, size=size)
-    count, d, n = model.get_nb_trainable_parameters()[0], model.config.n_embd, model.config.n_layer
+def test_the_labs_recipe_has_the_expected_number_of_parameters(base, name, size):
+    recipe = RECIPES[name] if size is None else RECIPES[name].with_size(size)
+    model = build_model(base, recipe, RunConfig(steps=1))
+    count = model.get_nb_trainable_parameters()[0]
+    d = model.config.n_embd
+    n = model.config.n_layer
     formula = {"bitfit": n * 11 * d + d, "bottleneck": n * 2 * (2 * 3 * d + 3 + d)}
     assert count == formula[name]
 
 
-def test_compare_runs_what_was_swept_unless_told_otherwise(tmp_path, monkeypatch):
-    from minipeft.__main__ import parser
+def test_compare_runs_the_swept_methods_by_default(tmp_path, monkeypatch):
+    from minipeft.lab.cli import parser
 
     file = tmp_path / "sweep.json"
     file.write_text(json.dumps([{"method": "lora"}, {"method": "bitfit"}, {"method": "full"}]))
-    monkeypatch.setattr(finetune, "SWEEPS", file)
+    monkeypatch.setattr(recipes, "SWEEPS", file)
     assert parser().parse_args(["compare"]).methods == "frozen,full,lora,bitfit"
     file.unlink()
     assert parser().parse_args(["compare"]).methods == "frozen"
@@ -502,7 +656,7 @@ def test_it_trains_transformers_models(ids, tmp_path, name, kind):
         pdrop = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "initializer_range": 0.2}
         base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **pdrop, **small))
         targets, count = ["attn.c_proj", "mlp.c_proj"], 2 * 11 * 24 + 24
-    else:  # Llama's linear layers have no bias unless asked for, its norms never
+    else:  # Llama's linear layers have a bias only with attention_bias, its norms never
         shape = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
         heads |= {"max_position_embeddings": 32, "initializer_range": 0.2}
@@ -530,8 +684,8 @@ def test_it_trains_transformers_models(ids, tmp_path, name, kind):
         merged = model.merge_and_unload()
         assert torch.equal(merged(ids).logits, logits)
         merged.save_pretrained(tmp_path / "merged")
-        read = type(base).from_pretrained(tmp_path / "merged").eval()
-        assert torch.equal(read(ids).logits, logits)
+        loaded = type(base).from_pretrained(tmp_path / "merged").eval()
+        assert torch.equal(loaded(ids).logits, logits)
     with torch.autocast("cpu", torch.bfloat16):
         loss = again.train()(ids, labels=ids)[0]
     assert loss.isfinite()
@@ -539,7 +693,7 @@ def test_it_trains_transformers_models(ids, tmp_path, name, kind):
 
 @pytest.mark.conformance
 @pytest.mark.parametrize("name", CONFIGS)
-def test_ours_and_transformers_gpt2_are_adapted_alike(ids, tmp_path, name):
+def test_an_adapter_gives_the_same_logits_on_our_gpt_and_on_transformers(ids, tmp_path, name):
     """An adapter trained on our GPT gives the same logits on the GPT-2 of transformers."""
     transformers = pytest.importorskip("transformers")
     ours = GPT.from_pretrained(BASE)
@@ -553,11 +707,11 @@ def test_ours_and_transformers_gpt2_are_adapted_alike(ids, tmp_path, name):
 
 
 @pytest.mark.conformance
-def test_a_llama_as_it_comes_has_no_bias_for_bitfit():
+def test_a_default_llama_has_no_bias_for_bitfit():
     transformers = pytest.importorskip("transformers")
     shape = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 61}
     llama = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2)
     )
-    with pytest.raises(ValueError, match="matches no layer with a bias; those are: none"):
+    with pytest.raises(ValueError, match="matches no module; layers with a bias: none"):
         get_peft_model(llama, BitFitConfig())

@@ -1,4 +1,4 @@
-"""Two processes compute what one computes, and send no more than they must."""
+"""Two processes give the same losses as one, and send only the gradients of trained parameters."""
 
 import json
 import os
@@ -16,7 +16,7 @@ LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": 
 
 
 def run(processes: int, folder, *words: str, fails: bool = False) -> dict | str:
-    job = ["-m", "minipeft", "finetune", "--base", str(SMALL), "--steps", "4", "--generated", "2"]
+    job = ["-m", "minipeft", "finetune", "--base", str(SMALL), "--steps", "4", "--n-generate", "2"]
     job += ["--device", "cpu", "--output", str(folder), *words]
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(several if processes > 1 else []), *job]
@@ -33,31 +33,31 @@ def run(processes: int, folder, *words: str, fails: bool = False) -> dict | str:
     [("full", []), ("lora", []), ("lora", ["--accumulation", "2"]),
      ("full", ["--shard"]), ("lora", ["--shard"])],
 )  # fmt: skip
-def test_two_processes_train_as_one_does(tmp_path, method, words):
+def test_two_processes_give_the_same_losses_as_one(tmp_path, method, words):
     one = run(1, tmp_path / "one", "--method", method)
     two = run(2, tmp_path / "two", "--method", method, *words)
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-6)
     assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-5)
     if not words:
-        sent = {"full": 1_421_856, "lora": 110_592}[method]  # the README says so
+        sent = {"full": 1_421_856, "lora": 110_592}[method]  # as the README says
         assert two["bytes_sent_per_step"] == 4 * two["trainable"] == sent
     assert two["disk_bytes"] == one["disk_bytes"]
 
 
 @pytest.mark.slow
-def test_what_cannot_be_shared_is_refused(tmp_path):
-    (tmp_path / "log.csv").write_text("an earlier run's")
+def test_unequal_shares_and_sharded_4bit_weights_are_refused(tmp_path):
+    (tmp_path / "log.csv").write_text("from an earlier run")
     error = run(2, tmp_path, "--batch-size", "5", fails=True)
-    assert "error: a batch of 5 cannot be shared by 2 processes: make it a multiple" in error
+    assert "error: batch_size 5 must be a multiple of the 2 processes" in error
     error = run(2, tmp_path, "--method", "qlora", "--shard", fails=True)
     assert "4-bit weights are buffers, which are not sharded" in error
-    assert [file.read_text() for file in tmp_path.iterdir()] == ["an earlier run's"]
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["from an earlier run"]
 
 
-def test_one_process_needs_nothing(gpt):
+def test_a_single_process_needs_no_process_group(gpt):
     assert (parallel.world(), parallel.rank()) == (1, 0)
     assert parallel.share([1, 2, 3]) == [1, 2, 3]
     assert parallel.total(2.5, torch.device("cpu")) == 2.5
-    assert parallel.Replicated(gpt).run is gpt
+    assert parallel.Replicas(gpt).run is gpt
     with pytest.raises(ValueError, match="--shard needs several processes"):
         parallel.shard(gpt, "lora")

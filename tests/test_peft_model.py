@@ -1,20 +1,30 @@
+"""PeftModel: switching, merging, saving and loading adapters, and behaving like the base model."""
+
+import copy
+import dataclasses
+import inspect
 import json
 
 import pytest
 import torch
 from test_lora import ALL, filled
+from torch import nn
 
 from minipeft import (
     GPT,
+    AdaLoraConfig,
+    BitFitConfig,
+    BottleneckConfig,
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     TaskType,
     get_peft_model,
+    quantize_model,
 )
-from minipeft.peft_model import quantize_model
 
 
 def adapted(gpt, name="default", **changes) -> PeftModel:
@@ -23,7 +33,7 @@ def adapted(gpt, name="default", **changes) -> PeftModel:
     return model
 
 
-def test_disable_adapter_gives_the_bases_bits(gpt, ids):
+def test_disable_adapter_restores_the_base_exactly(gpt, ids):
     before = gpt(ids).logits
     model = adapted(gpt)
     with_adapter = model(ids).logits
@@ -37,7 +47,7 @@ def test_disable_adapter_gives_the_bases_bits(gpt, ids):
     assert torch.equal(model.unload()(ids).logits, before)
 
 
-def test_what_is_done_while_disabled_waits_until_it_is_over(gpt, ids):
+def test_changes_inside_disable_adapter_take_effect_when_it_ends(gpt, ids):
     before = gpt(ids).logits
     model = adapted(gpt)
     model.add_adapter("other", LoraConfig(r=2, target_modules=["c_fc"]))
@@ -45,7 +55,7 @@ def test_what_is_done_while_disabled_waits_until_it_is_over(gpt, ids):
     with model.disable_adapter():
         model.set_adapter("other")
         assert torch.equal(model(ids).logits, before)
-        with pytest.raises(RuntimeError, match="merge it outside"):
+        with pytest.raises(RuntimeError, match=r"merge it outside disable_adapter\(\)"):
             model.merge_and_unload()
         model.delete_adapter("other")
         model.add_adapter("third", LoraConfig(r=2, target_modules=["c_fc"]))
@@ -57,7 +67,7 @@ def test_what_is_done_while_disabled_waits_until_it_is_over(gpt, ids):
     assert torch.equal(model(ids).logits, before)
 
 
-def test_merge_and_unload_leaves_the_model_as_it_was(gpt, ids):
+def test_merge_and_unload_returns_a_merged_copy_or_merges_in_place(gpt, ids):
     model = adapted(gpt)
     logits = model(ids).logits
     names = [name for name, _ in gpt.named_parameters()]
@@ -72,7 +82,7 @@ def test_merge_and_unload_leaves_the_model_as_it_was(gpt, ids):
     assert torch.equal(merged(ids).logits, plain(ids).logits)
 
 
-def test_merge_adapter_and_back(gpt, ids):
+def test_unmerging_restores_the_logits_exactly(gpt, ids):
     model = adapted(gpt).eval()
     logits = model(ids).logits
     model.merge_adapter()
@@ -81,7 +91,7 @@ def test_merge_adapter_and_back(gpt, ids):
     assert torch.equal(model(ids).logits, logits)
 
 
-def test_two_adapters_take_turns(gpt, ids):
+def test_two_adapters_can_be_switched(gpt, ids):
     model = adapted(gpt)
     first = model(ids).logits
     model.add_adapter("other", LoraConfig(r=2, target_modules=["c_fc"]))
@@ -89,33 +99,33 @@ def test_two_adapters_take_turns(gpt, ids):
     model.set_adapter("other")
     with model.disable_adapter():
         base = model(ids).logits
-    assert torch.equal(model(ids).logits, base), "its B is zero"
+    assert torch.equal(model(ids).logits, base), "B must start at zero"
     assert model.get_nb_trainable_parameters()[0] == 2 * 2 * (24 + 96)
-    model.double()  # reaches the adapter that is not in place
+    model.double()  # reaches the adapter that is not attached
     assert {t.dtype for t in model.adapters["default"].tensors().values()} == {torch.float64}
     model.set_adapter("default")
     assert torch.allclose(model(ids).logits.float(), first, atol=1e-4)
     model.delete_adapter("default")
     assert model.active_adapter == "other"
-    with pytest.raises(ValueError, match="no adapter 'default'; there are: other"):
+    with pytest.raises(ValueError, match="there is no adapter 'default'; known adapters: other"):
         model.set_adapter("default")
-    with pytest.raises(ValueError, match="already"):
+    with pytest.raises(ValueError, match="there already is an adapter 'other'"):
         model.add_adapter("other", LoraConfig(target_modules=ALL))
 
 
-def test_an_adapter_that_is_put_in_takes_the_models_mode(gpt, ids):
+def test_an_attached_adapter_takes_the_mode_of_the_model(gpt, ids):
     model = adapted(gpt, lora_dropout=0.5)
     model.add_adapter("prompt", PromptEncoderConfig(num_virtual_tokens=2))
     model.train().set_adapter("prompt")
-    model.eval().set_adapter("default")  # it was in training mode when it was taken out
+    model.eval().set_adapter("default")  # it was in training mode when it was detached
     assert not any(module.training for module in model.modules())
     assert torch.equal(model(ids).logits, model(ids).logits)
     model.train().set_adapter("prompt")
     assert all(module.training for module in model.modules())
 
 
-def test_saving_and_loading_gives_the_same_bits(gpt, ids, tmp_path):
-    model = adapted(gpt, use_rslora=True, rank_pattern={"c_fc": 2})
+def test_saving_and_loading_gives_identical_logits(gpt, ids, tmp_path):
+    model = adapted(gpt, use_rslora=True)
     model.add_adapter("second", LoraConfig(r=1, target_modules=["c_attn"]))
     filled(model.adapters["second"].layers)
     logits = model(ids).logits
@@ -127,16 +137,16 @@ def test_saving_and_loading_gives_the_same_bits(gpt, ids, tmp_path):
     drawn = torch.rand(1)
     torch.manual_seed(5)
     again = PeftModel.from_pretrained(base, tmp_path)
-    assert torch.equal(torch.rand(1), drawn), "loading leaves no trace in the random numbers"
+    assert torch.equal(torch.rand(1), drawn), "loading must not change the random number generator"
     assert torch.equal(again(ids).logits, logits)
-    assert again.get_nb_trainable_parameters()[0] == 0, "frozen unless asked"
+    assert again.get_nb_trainable_parameters()[0] == 0, "must be frozen by default"
     again.load_adapter(tmp_path / "second", "second", is_trainable=True)
     again.set_adapter("second")
     assert torch.equal(again(ids).logits, second)
     assert again.get_nb_trainable_parameters()[0] > 0
 
 
-def test_a_config_of_peft_is_taken_or_refused_by_name(gpt, tmp_path):
+def test_a_config_of_peft_is_loaded_or_refused_by_the_setting(gpt, tmp_path):
     adapted(gpt, task_type=TaskType.CAUSAL_LM).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     found = json.loads(file.read_text())
@@ -152,13 +162,19 @@ def test_a_config_of_peft_is_taken_or_refused_by_name(gpt, tmp_path):
     again.save_pretrained(tmp_path / "again")
     written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert written == json.loads(file.read_text())
-    for key, value in [("use_dora", True), ("bias", "all"), ("init_lora_weights", False)]:
+    for key, value in [
+        ("use_dora", True),
+        ("bias", "all"),
+        ("init_lora_weights", False),
+        ("rank_pattern", {"c_fc": 2}),
+        ("alpha_pattern", {"c_fc": 32}),
+    ]:
         file.write_text(json.dumps(found | {key: value}))
-        with pytest.raises(ValueError, match=f"{key} is {value!r}, and that is not implemented"):
+        with pytest.raises(ValueError, match=f"{key}={value!r} is not implemented here"):
             PeftConfig.from_pretrained(tmp_path)
 
 
-def test_bad_folders_are_one_clear_error(gpt, tmp_path):
+def test_bad_folders_raise_one_clear_error(gpt, tmp_path):
     base = adapted(gpt)
     base.save_pretrained(tmp_path)
     gpt = base.unload()
@@ -172,15 +188,18 @@ def test_bad_folders_are_one_clear_error(gpt, tmp_path):
         assert list(dict(gpt.named_modules())) == names
 
     for change, message in [
-        ({"r": 4}, "does not fit"),
-        ({"target_modules": ["c_attn"]}, "has no place"),
+        ({"r": 4}, "adapter does not match this model: .* is "),
+        ({"target_modules": ["c_attn"]}, "has no place in this model"),
         ({"target_modules": ["q_proj"]}, "'q_proj' matches no module"),
-        ({"target_modules": "all-linear", "rank_pattern": {"nope": 2}}, "nope"),
-        ({"peft_type": "MAGIC"}, "peft_type is 'MAGIC'"),
-        ({"r": "eight"}, "r is 'eight', and not int"),
-        ({"r": True}, "r is True, and not int"),
-        ({"target_modules": [7]}, r"target_modules is \[7\], and not list\[str\]"),
-        ({"rank_pattern": {"c_fc": 2.5}}, "rank_pattern"),
+        (
+            {"target_modules": "all-linear", "rank_pattern": {"nope": 2}},
+            r"rank_pattern=\{'nope': 2\} is not implemented here",
+        ),
+        ({"peft_type": "MAGIC"}, "peft_type must be one of LORA, ADALORA, .*, got 'MAGIC'"),
+        ({"r": "eight"}, "adapter_config.json: r must be of type int, got 'eight'"),
+        ({"r": True}, "r must be of type int, got True"),
+        ({"target_modules": [7]}, r"target_modules must be of type list\[str\].*, got \[7\]"),
+        ({"rank_pattern": {"c_fc": 2.5}}, r"rank_pattern=\{'c_fc': 2.5\} is not implemented"),
         ({"target_modules": "("}, r"adapter_config.json: missing \)"),
         ({"r": 10**15}, "adapter_config.json: "),  # more than any memory
         ({"r": 10**40}, "adapter_config.json: "),  # more than a tensor's shape can be
@@ -196,7 +215,7 @@ def test_bad_folders_are_one_clear_error(gpt, tmp_path):
     refused("never read")
 
 
-def test_the_printed_line(gpt, capsys):
+def test_print_trainable_parameters_prints_pefts_line(gpt, capsys):
     model = adapted(gpt)
     model.print_trainable_parameters()
     n, total = model.get_nb_trainable_parameters()
@@ -208,12 +227,14 @@ def test_the_printed_line(gpt, capsys):
 def test_wrong_configs_and_models_are_refused(gpt):
     with pytest.raises(TypeError, match="not a config"):
         get_peft_model(gpt, {"r": 8})
-    with pytest.raises(ValueError, match="already"):
+    with pytest.raises(TypeError, match="not a config of a method: LORA, ADALORA"):
+        get_peft_model(gpt, object())
+    with pytest.raises(ValueError, match="already a PeftModel: use its add_adapter"):
         get_peft_model(adapted(gpt), LoraConfig(target_modules=ALL))
 
 
 def three_loras(gpt) -> PeftModel:
-    """LoRAs of ranks 3, 2 and 3, on other layers each, the last by an expression."""
+    """LoRAs of ranks 3, 2 and 3 on different layers; the last one's targets are a regex."""
     model = adapted(gpt.double(), "a", lora_alpha=5).double()
     model.add_adapter("b", LoraConfig(r=2, target_modules=["c_fc"], use_rslora=True))
     model.add_adapter("c", LoraConfig(r=3, target_modules=r".*\.1\.attn\.c_\w+"))
@@ -222,15 +243,15 @@ def three_loras(gpt) -> PeftModel:
     return model
 
 
-def changes(model, name) -> dict:
+def updates(model, name) -> dict:
     """ΔW by layer."""
     return {key: layer.delta() for key, layer in model.adapters[name].layers.items()}
 
 
-def wanted_sum(model, weights: dict) -> dict:
+def expected_sum(model, weights: dict) -> dict:
     total = {}
     for name, w in weights.items():
-        for key, delta in changes(model, name).items():
+        for key, delta in updates(model, name).items():
             total[key] = total.get(key, 0) + w * delta
     return total
 
@@ -239,13 +260,13 @@ def wanted_sum(model, weights: dict) -> dict:
     ("names", "kind", "rank", "r"),
     [("abc", "cat", None, 8), ("bc", "cat", None, 5), ("abc", "svd", 8, 8), ("a", "svd", 1, 3)],
 )
-def test_a_weighted_adapter_adds_the_changes_up(gpt, names, kind, rank, r):
-    """Exact where the rank suffices; one adapter keeps its own."""
+def test_a_weighted_adapter_is_the_weighted_sum_of_the_updates(gpt, names, kind, rank, r):
+    """Exact if the rank is large enough; a single adapter keeps its rank."""
     model = three_loras(gpt)
     weights = dict(zip(names, (0.7, -1.5, 0.25), strict=False))
     before = {n: {k: t.clone() for k, t in model.adapters[n].tensors().items()} for n in names}
     model.add_weighted_adapter(list(weights), list(weights.values()), "sum", kind, rank)
-    found, expected = changes(model, "sum"), wanted_sum(model, weights)
+    found, expected = updates(model, "sum"), expected_sum(model, weights)
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[key], expected[key], atol=1e-12) for key in expected)
     assert {layer.r for layer in model.adapters["sum"].layers.values()} == {r}
@@ -255,31 +276,30 @@ def test_a_weighted_adapter_adds_the_changes_up(gpt, names, kind, rank, r):
         assert all(torch.equal(found[key], tensor) for key, tensor in before[name].items())
 
 
-def test_svd_is_the_nearest_of_its_rank_and_linear_is_not_a_sum(gpt):
+def test_svd_is_the_nearest_of_its_rank_and_linear_has_cross_terms(gpt):
     model = three_loras(gpt)
     weights = {"a": 0.7, "c": -1.5}
-    expected = wanted_sum(model, weights)
+    expected = expected_sum(model, weights)
     model.add_weighted_adapter(list(weights), list(weights.values()), "svd")  # the default; rank 3
-    for key, delta in changes(model, "svd").items():
+    for key, delta in updates(model, "svd").items():
         u, s, v = torch.linalg.svd(expected[key])
         assert torch.allclose(delta, u[:, :3] * s[:3] @ v[:3], atol=1e-12)
         missed = torch.linalg.norm(delta - expected[key])
         assert torch.allclose(missed, s[3:].square().sum().sqrt(), atol=1e-12)
     model.add_weighted_adapter(list(weights), list(weights.values()), "linear", "linear")
-    (a, c), shared = (model.adapters[n].layers for n in "ac"), "transformer.h.1.attn.c_attn"
-    (p, q), root = (
-        (a[shared], c[shared]),
-        (1.5 * c[shared].scaling * 0.7 * a[shared].scaling) ** 0.5,
-    )
+    shared = "transformer.h.1.attn.c_attn"
+    p = model.adapters["a"].layers[shared]
+    q = model.adapters["c"].layers[shared]
+    root = (1.5 * q.scaling * 0.7 * p.scaling) ** 0.5
     cross = root * (q.lora_B.weight @ p.lora_A.weight - p.lora_B.weight @ q.lora_A.weight)
-    off = changes(model, "linear")[shared] - expected[shared]
+    off = updates(model, "linear")[shared] - expected[shared]
     assert torch.allclose(off, cross, atol=1e-12)
     assert off.norm() > 0.5 * expected[shared].norm()
-    alone = "transformer.h.0.mlp.c_fc"  # one of the two has nothing here: exact
-    assert torch.allclose(changes(model, "linear")[alone], expected[alone], atol=1e-12)
+    alone = "transformer.h.0.mlp.c_fc"  # only one of the two adapts this layer: exact
+    assert torch.allclose(updates(model, "linear")[alone], expected[alone], atol=1e-12)
 
 
-def test_a_weighted_adapter_is_one_like_any_other(gpt, ids, tmp_path):
+def test_a_weighted_adapter_can_be_merged_saved_and_loaded(gpt, ids, tmp_path):
     model = three_loras(gpt)
     model.add_weighted_adapter(["a", "b"], [1.0, 2.0], "sum", "cat")
     model.set_adapter("sum")
@@ -293,34 +313,432 @@ def test_a_weighted_adapter_is_one_like_any_other(gpt, ids, tmp_path):
     assert torch.equal(again(ids).logits, logits)
 
 
-def test_loras_on_a_4bit_base_add_up_too(gpt, ids):
+def test_loras_on_a_4bit_base_have_weighted_sums(gpt, ids):
     quantize_model(gpt)
     model = adapted(gpt, "a").eval()
     model.add_weighted_adapter(["a", "a"], [1.5, -0.5], "sum", "svd")
-    told = model(ids).logits
+    expected = model(ids).logits
     model.set_adapter("sum")
-    assert model.peft_config["sum"].peft_type == "QLORA"
-    assert torch.allclose(model(ids).logits, told, atol=1e-5)
+    assert model.peft_config["sum"].peft_type == "LORA"
+    assert torch.allclose(model(ids).logits, expected, atol=1e-5)
     with model.disable_adapter():
-        assert not torch.allclose(model(ids).logits, told, atol=1e-3)
+        assert not torch.allclose(model(ids).logits, expected, atol=1e-3)
 
 
-def test_weighted_sums_that_cannot_be_are_refused(gpt):
+def test_impossible_weighted_sums_are_refused(gpt):
     model = three_loras(gpt)
     model.add_adapter("prompt", PromptTuningConfig(num_virtual_tokens=2))
     for arguments, message in [
-        ((["a", "d"], [1, 1], "sum"), "no adapter 'd'; there are: a, b, c, prompt"),
-        ((["a", "b"], [1], "sum"), r"weights are \[1\]: give a number for each"),
-        (([], [], "sum"), "give a number for each"),
-        ((["a", "b"], [1, float("nan")], "sum"), r"weights are \[1, nan\]"),
-        ((["a", "b"], [1, "2"], "sum"), r"weights are \[1, '2'\]"),
+        ((["a", "d"], [1, 1], "sum"), "there is no adapter 'd'; known adapters: a, b, c, prompt"),
+        ((["a", "b"], [1], "sum"), r"weights must be one number per adapter, got \[1\]"),
+        (([], [], "sum"), r"weights must be one number per adapter, got \[\]"),
+        ((["a", "b"], [1, float("nan")], "sum"), r"one number per adapter, got \[1, nan\]"),
+        ((["a", "b"], [1, "2"], "sum"), r"one number per adapter, got \[1, '2'\]"),
         ((["a", "prompt"], [1, 1], "sum"), "PROMPT_TUNING has no weighted sum"),
-        ((["a", "b"], [1, 1], "sum", "ties"), "'ties'; there are: svd, linear, cat"),
-        ((["a", "b"], [1, 1], "sum", "linear"), r"have \[3, 2\]: take svd or cat"),
-        ((["a", "b"], [1, 1], "sum", "svd", -1), "r is -1"),
-        ((["a", "b"], [1, 1], "c"), "there is an adapter 'c' already"),
+        ((["a", "b"], [1, 1], "sum", "ties"), "one of svd, linear, cat, got 'ties'"),
+        ((["a", "b"], [1, 1], "sum", "linear"), r"of equal rank, got \[3, 2\]: use svd or cat"),
+        ((["a", "b"], [1, 1], "sum", "svd", -1), "r must be a positive integer, got -1"),
+        ((["a", "b"], [1, 1], "c"), "there already is an adapter 'c'"),
     ]:
         with pytest.raises(ValueError, match=message):
             model.add_weighted_adapter(*arguments)
         assert list(model.adapters) == ["a", "b", "c", "prompt"]
-        assert model.in_place
+        assert model.is_active
+
+
+# --- state_dict ---
+
+ADALORA = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 2, "total_step": 10}
+CONFIGS = {
+    "lora": lambda: LoraConfig(r=2, target_modules=["c_fc"]),
+    "rows": lambda: LoraConfig(r=1, target_modules=["c_attn"], trainable_token_indices=[26, 60]),
+    "adalora": lambda: AdaLoraConfig(target_modules=["c_attn", "c_fc"], **ADALORA),
+    "bitfit": lambda: BitFitConfig(["ln_1"]),
+    "bottleneck": lambda: BottleneckConfig(["mlp.c_proj"], bottleneck_size=3),
+    "prompt": lambda: PromptTuningConfig(num_virtual_tokens=2),
+    "p_tuning": lambda: PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=3),
+    "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=2),
+}
+
+
+def all_methods(gpt, seed: int) -> PeftModel:
+    """One adapter of every method on one base; all their parameters are random."""
+    model = PeftModel(gpt).eval()
+    for name, config in CONFIGS.items():
+        model.add_adapter(name, config())
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in model.state_dict().values():  # shares memory with the parameters
+        tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+def logits_by_adapter(model, ids) -> dict:
+    found = {}
+    for name in model.adapters:
+        model.set_adapter(name)
+        found[name] = model(ids).logits
+    return found
+
+
+def test_state_dict_holds_all_adapters_and_nothing_of_the_base(gpt):
+    model = adapted(gpt, r=2, target_modules=["c_fc"])
+    model.add_adapter("bias", BitFitConfig(["ln_f"]))
+    model.add_adapter("prompt", PromptTuningConfig(num_virtual_tokens=5))
+    blocks = [f"default.transformer.h.{i}.mlp.c_fc" for i in range(2)]
+    shapes = {f"{name}.lora_A.weight": (2, 24) for name in blocks}
+    shapes |= {f"{name}.lora_B.weight": (96, 2) for name in blocks}
+    shapes["bias.transformer.ln_f.delta"] = (24,)
+    shapes["prompt.prompt_encoder.embedding.weight"] = (5, 24)
+
+    def check():
+        state = model.state_dict()
+        assert {key: tuple(tensor.shape) for key, tensor in state.items()} == shapes
+        assert not any(tensor.requires_grad for tensor in state.values())
+
+    for name in model.adapters:  # whichever adapter is attached
+        model.set_adapter(name)
+        check()
+        with model.disable_adapter():
+            check()
+    assert model.state_dict(prefix="model.").keys() == {f"model.{key}" for key in shapes}
+    model.unload()
+    assert model.state_dict() == {}
+
+
+@pytest.mark.parametrize("attached", CONFIGS)
+def test_load_state_dict_restores_every_adapter(gpt, ids, attached):
+    model = all_methods(gpt, seed=1)
+    expected = logits_by_adapter(model, ids)
+    state = copy.deepcopy(model.state_dict())
+    model.unload()
+    other = all_methods(gpt, seed=2)
+    changed = logits_by_adapter(other, ids)
+    assert not any(torch.allclose(changed[name], expected[name], atol=1e-3) for name in expected)
+    other.set_adapter(attached)
+    other.load_state_dict(state)
+    assert other.active_adapter == attached
+    found = logits_by_adapter(other, ids)
+    for name, logits in expected.items():
+        assert torch.equal(found[name], logits), f"{name} was not restored"
+
+
+@pytest.mark.parametrize("while_merged", ["attached", "detached", "disabled"])
+def test_load_state_dict_on_a_merged_model_unmerges_it_first(gpt, ids, while_merged):
+    model = adapted(gpt).eval()
+    model.add_adapter("other", CONFIGS["lora"]())
+    logits = model(ids).logits
+    state = copy.deepcopy(model.state_dict())
+    for layer in model.adapters["default"].layers.values():
+        nn.init.ones_(layer.lora_B.weight)
+    model.merge_adapter()
+    if while_merged == "detached":
+        model.set_adapter("other")
+    if while_merged == "disabled":
+        with model.disable_adapter():
+            model.load_state_dict(state)
+    else:
+        model.load_state_dict(state)
+    model.set_adapter("default")
+    assert torch.equal(model(ids).logits, logits), "the layers still compute with the old W'"
+
+
+def test_a_state_dict_that_does_not_match_is_refused_before_anything_changes(gpt, ids):
+    model = adapted(gpt).eval()
+    model.merge_adapter()
+    merged = model(ids).logits
+    state = {key: torch.zeros_like(tensor) for key, tensor in model.state_dict().items()}
+    key = next(iter(state))
+    for wrong, message in [
+        ({k: t for k, t in state.items() if k != key}, f"{key} is missing"),
+        (state | {"third.lora_A": torch.zeros(1)}, "third.lora_A has no place in this model"),
+        (state | {key: torch.zeros(2, 2)}, rf"{key} is \(2, 2\) of torch.float32, not \(3, 24\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.load_state_dict(wrong)
+        assert torch.equal(model(ids).logits, merged)
+
+
+# --- AdaLoRA's allocator in the state dict ---
+
+
+def adalora_run(gpt, ids, first: int, last: int, checkpoint: dict | None = None):
+    """Train steps first to last, from a checkpoint if there is one."""
+    torch.manual_seed(7)
+    model = get_peft_model(gpt, CONFIGS["adalora"]()).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    for step in range(first, last + 1):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        model.update_and_allocate(step)
+        optimizer.zero_grad()
+    return model, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+@pytest.mark.parametrize("stop", [1, 5, 9])
+def test_adalora_continued_from_a_state_dict_ends_in_the_same_tensors(gpt, ids, stop, tmp_path):
+    """stop: before the first pruning, while pruning, and after the ranks are fixed."""
+    whole, expected = adalora_run(copy.deepcopy(gpt), ids, 1, 10)
+    _, checkpoint = adalora_run(copy.deepcopy(gpt), ids, 1, stop)
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    checkpoint = torch.load(tmp_path / "checkpoint.pt")
+    continued, found = adalora_run(copy.deepcopy(gpt), ids, stop + 1, 10, checkpoint)
+    assert found["model"].keys() == expected["model"].keys()
+    for key, tensor in expected["model"].items():
+        assert torch.equal(found["model"][key], tensor), key
+    assert continued.ranks() == whole.ranks()
+    assert sum(continued.ranks().values()) == 8
+
+
+def test_adalora_restored_at_the_end_of_its_schedule_can_be_saved(gpt, ids, tmp_path):
+    base = copy.deepcopy(gpt)
+    trained, checkpoint = adalora_run(copy.deepcopy(gpt), ids, 1, 10)
+    model = get_peft_model(gpt, CONFIGS["adalora"]()).eval()
+    model.load_state_dict(checkpoint["model"])
+    logits = model(ids).logits
+    assert torch.equal(logits, trained.eval()(ids).logits)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.allclose(again(ids).logits, logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("stop", [0, 1])
+def test_a_state_dict_from_before_the_pruning_restores_the_full_ranks(gpt, ids, stop):
+    _, checkpoint = adalora_run(copy.deepcopy(gpt), ids, 1, stop)
+    pruned, _ = adalora_run(gpt, ids, 1, 10)
+    pruned.load_state_dict(checkpoint["model"])
+    assert set(pruned.ranks().values()) == {4}, "the old mask is still there"
+    assert pruned.allocator.step == (stop or None)
+    assert pruned.state_dict().keys() == checkpoint["model"].keys()
+
+
+@pytest.mark.parametrize("damage", ["missing", "misshapen", "surplus", "no step"])
+def test_a_damaged_allocator_state_is_refused_before_anything_changes(gpt, ids, damage):
+    _, checkpoint = adalora_run(copy.deepcopy(gpt), ids, 1, 5)
+    state = dict(checkpoint["model"])
+    key = next(key for key in state if ".allocator.importance." in key)
+    if damage == "missing":
+        del state[key]
+    elif damage == "misshapen":
+        state[key] = state[key][:1]
+    elif damage == "surplus":
+        state["default.allocator.importance.nowhere.A"] = state[key]
+    else:
+        del state["default.allocator.step"]
+    model = get_peft_model(gpt, CONFIGS["adalora"]())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="allocator"):
+        model.load_state_dict(state)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+# --- disable_adapter ---
+
+
+def test_an_adapter_added_inside_disable_adapter_stays_detached(gpt, ids, tmp_path):
+    before = gpt(ids).logits
+    model = adapted(gpt)
+    model.save_pretrained(tmp_path)
+    with_adapter = model(ids).logits
+
+    def check():
+        assert not model.is_active
+        assert torch.equal(model(ids).logits, before)
+
+    with model.disable_adapter():
+        with model.disable_adapter():
+            model.add_adapter("added", CONFIGS["prompt"]())
+            check()
+            model.load_adapter(tmp_path, "loaded")
+            check()
+            model.add_weighted_adapter(["default"], [2.0], "summed")
+            check()
+            model.set_adapter("loaded")
+            check()
+        check()
+        model.set_adapter("added")
+        with pytest.raises(KeyError), model.disable_adapter():
+            raise KeyError
+        check()
+        model.set_adapter("summed")
+        check()
+    assert model.is_active
+    assert not torch.allclose(model(ids).logits, before, atol=1e-3)
+    assert not torch.allclose(model(ids).logits, with_adapter, atol=1e-3)
+    model.set_adapter("loaded")
+    assert torch.equal(model(ids).logits, with_adapter)
+
+
+def test_the_first_adapter_added_inside_disable_adapter_is_attached_when_it_ends(gpt, ids):
+    before = gpt(ids).logits
+    model = adapted(gpt)
+    with model.disable_adapter():
+        model.unload()
+        model.add_adapter("new", CONFIGS["lora"]())
+        filled(model.adapters["new"].layers)
+        assert torch.equal(model(ids).logits, before)
+    assert model.active_adapter == "new"
+    assert not torch.allclose(model(ids).logits, before, atol=1e-3)
+
+
+def test_a_copy_of_a_disabled_or_unloaded_model_has_no_adapter_attached(gpt):
+    model = adapted(gpt)
+    assert copy.deepcopy(model).is_active
+    with model.disable_adapter():
+        assert not copy.deepcopy(model).is_active
+    model.unload()
+    assert not copy.deepcopy(model).is_active
+
+
+# --- behaving like the base ---
+
+
+class OtherNames(nn.Module):
+    """A model whose forward has other parameter names, as nanoGPT's."""
+
+    bias_sum = 3.0
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.calls = []
+
+    def forward(self, idx, targets=None):
+        self.calls.append((idx, targets))
+        return self.layer(idx)
+
+    def crop(self, n: int) -> int:
+        return n + 1
+
+
+def test_forward_publishes_the_signature_of_the_base(gpt):
+    assert inspect.signature(adapted(gpt).forward) == inspect.signature(gpt.forward)
+    model = get_peft_model(OtherNames(), LoraConfig(r=1, target_modules=["layer"]))
+    assert list(inspect.signature(model.forward).parameters) == ["idx", "targets"]
+
+
+def test_arguments_reach_the_base_as_they_were_passed():
+    base = OtherNames()
+    model = get_peft_model(base, LoraConfig(r=1, target_modules=["layer"]))
+    x = torch.randn(2, 4)
+    y = torch.randn(2, 4)
+    model(x, y)
+    model(x, targets=y)
+    model(idx=x, targets=y)
+    model(x)
+    assert [call[0] is x for call in base.calls] == [True] * 4
+    assert [call[1] for call in base.calls[3:]] == [None]
+    assert all(call[1] is y for call in base.calls[:3])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'labels'"):
+        model(x, labels=y)
+
+
+@pytest.mark.parametrize("name", ["prompt", "p_tuning", "prefix"])
+def test_positional_and_keyword_arguments_give_the_same_with_a_prompt(gpt, ids, name):
+    model = get_peft_model(gpt, CONFIGS[name]()).eval()
+    mask = torch.ones_like(ids)
+    loss, logits = model(ids, mask, ids)
+    named = model(input_ids=ids, attention_mask=mask, labels=ids)
+    assert torch.equal(loss, named.loss)
+    assert torch.equal(logits, named.logits)
+    assert torch.equal(model(ids, None, ids).logits, model(ids).logits), "None means no mask"
+
+
+def test_a_prompt_works_whatever_the_base_calls_its_further_arguments(gpt, ids):
+    class Wrapper(GPT):
+        def forward(self, input_ids=None, **more):
+            return super().forward(input_ids, **more)
+
+    base = Wrapper(gpt.config)
+    base.load_state_dict(gpt.state_dict())
+    config = CONFIGS["prompt"]()
+    torch.manual_seed(0)
+    expected = get_peft_model(gpt, config).eval()(ids, labels=ids)
+    torch.manual_seed(0)
+    found = get_peft_model(base, config).eval()(ids, labels=ids)
+    assert torch.equal(found.loss, expected.loss)
+
+
+def test_unknown_attributes_are_those_of_the_base(gpt):
+    base = OtherNames()
+    model = get_peft_model(base, LoraConfig(r=1, target_modules=["layer"]))
+    assert model.bias_sum == 3.0
+    assert model.crop(3) == 4
+    assert model.calls is base.calls
+    with pytest.raises(AttributeError, match="'OtherNames' object has no attribute 'nothing'"):
+        _ = model.nothing
+    model = adapted(gpt)
+    assert model.config is gpt.config
+    assert model.get_input_embeddings() is gpt.get_input_embeddings()
+    assert model.get_base_model() is gpt
+    model.gradient_checkpointing_enable()
+    assert gpt.gradient_checkpointing
+
+
+def test_generate_is_that_of_the_base_with_the_adapter(gpt, ids):
+    plain = gpt.generate(ids, max_new_tokens=5)
+    model = adapted(gpt)
+    text = model.generate(ids, max_new_tokens=5)
+    merged = model.merge_and_unload()
+    assert torch.equal(text, merged.generate(ids, max_new_tokens=5))
+    assert not torch.equal(text, plain)
+    with model.disable_adapter():
+        assert torch.equal(model.generate(ids, max_new_tokens=5), plain)
+
+
+# --- folders and configs ---
+
+
+def test_only_the_default_adapter_is_written_to_the_root(gpt, ids, tmp_path):
+    model = adapted(gpt, "first")
+    model.add_adapter("default", CONFIGS["lora"]())
+    model.save_pretrained(tmp_path / "both")
+    names = sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file())
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    assert names == [f"both/{file}" for file in files] + [f"both/first/{file}" for file in files]
+    assert PeftConfig.from_pretrained(tmp_path / "both").r == 2
+    assert PeftConfig.from_pretrained(tmp_path / "both" / "first").r == 3
+    logits = model(ids).logits
+    model.delete_adapter("default")
+    model.save_pretrained(tmp_path / "one")
+    assert [file.name for file in (tmp_path / "one").iterdir()] == ["first"]
+    again = PeftModel.from_pretrained(model.unload(), tmp_path / "one" / "first")
+    assert torch.equal(again(ids).logits, logits)
+
+
+def test_the_name_of_the_base_is_written(gpt, tmp_path):
+    def written(model, folder) -> str | None:
+        model.save_pretrained(folder)
+        return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+    gpt.save_pretrained(tmp_path / "base")
+    assert written(adapted(gpt), tmp_path / "unnamed") is None
+    base = GPT.from_pretrained(tmp_path / "base")
+    model = adapted(base)
+    assert written(model, tmp_path / "named") == str(tmp_path / "base")
+    unnamed = GPT(gpt.config)  # a folder's own entry is kept if the base has no name
+    again = PeftModel.from_pretrained(unnamed, tmp_path / "named")
+    assert written(again, tmp_path / "again") == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_callers_config_is_never_changed(gpt, ids, tmp_path, name):
+    config = CONFIGS[name]()
+    before = copy.deepcopy(vars(config))
+    model = get_peft_model(gpt, config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(1, 11):
+        model(ids, labels=ids)[0].backward()
+        optimizer.step()
+        model.update_and_allocate(step)
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
+    model.add_adapter("second", config)
+    assert vars(config) == before
+    assert dataclasses.asdict(config) == dataclasses.asdict(CONFIGS[name]())
+    configs = [config, *model.peft_config.values()]
+    assert len({id(one) for one in configs}) == 3, "each adapter has a config of its own"

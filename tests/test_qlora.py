@@ -1,6 +1,7 @@
-"""QLoRA: the quantizer, the 4-bit layers, the adapter on them, the paged optimizer."""
+"""QLoRA: the quantizer, the quantized layers, and LoRA on 4-bit layers."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,22 +10,24 @@ from torch import nn
 from minipeft import (
     GPT,
     AdaLoraConfig,
+    BottleneckConfig,
     LoraConfig,
     PagedAdamW,
     PeftModel,
-    QLoraConfig,
     get_peft_model,
     prepare_model_for_kbit_training,
     quantize_model,
 )
-from minipeft.qlora import (
+from minipeft.methods.qlora import (
     NF4_CODEBOOK,
     Linear4bit,
     Linear8bit,
     QLoraLinear,
+    add_qlora,
     bits_per_weight,
     dequantize_nf4,
     quantize_nf4,
+    quantized_layers,
 )
 
 # bitsandbytes' constants
@@ -39,14 +42,17 @@ CONSTANTS = [
 # --- the quantizer ---
 
 
-def test_the_computed_codebook_is_the_constants():
+def test_the_computed_codebook_is_bitsandbytes_table():
     assert torch.equal(NF4_CODEBOOK, torch.tensor(CONSTANTS))
 
 
 def test_the_first_weight_is_in_the_high_half_of_a_byte():
     assert quantize_nf4(torch.tensor([1.0, -1.0])).codes.tolist() == [0xF0]
     assert quantize_nf4(torch.zeros(4)).codes.tolist() == [0x77, 0x77]
-    assert quantize_nf4(torch.tensor([1.0, 0.0, -1.0])).codes.tolist() == [0xF7, 0x07]  # odd: a 0
+    assert quantize_nf4(torch.tensor([1.0, 0.0, -1.0])).codes.tolist() == [
+        0xF7,
+        0x07,
+    ]  # padded with 0
 
 
 def test_each_weight_gets_its_nearest_level():
@@ -64,7 +70,7 @@ def test_each_weight_gets_its_nearest_level():
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1,), (7, 11), (64, 64), (3, 5, 50)])
-def test_any_shape_and_dtype_comes_back(shape, dtype, double_quant):
+def test_dequantizing_keeps_shape_and_dtype(shape, dtype, double_quant):
     torch.manual_seed(0)
     w = torch.randn(shape).to(dtype)
     back = dequantize_nf4(quantize_nf4(w, double_quant=double_quant))
@@ -73,7 +79,7 @@ def test_any_shape_and_dtype_comes_back(shape, dtype, double_quant):
     assert (back - w).abs().max() < 0.2 * w.abs().max()
 
 
-def test_bits_and_error_are_the_known_figures():
+def test_bits_and_error_on_normal_weights_are_the_published_figures():
     torch.manual_seed(0)
     w = torch.randn(1024, 1024)
     plain, double = quantize_nf4(w, double_quant=False), quantize_nf4(w)
@@ -84,12 +90,12 @@ def test_bits_and_error_are_the_known_figures():
         assert found.item() == pytest.approx(error, abs=3e-4)
 
 
-def test_blocks_that_are_zero_tiny_or_huge_survive():
+def test_zero_tiny_and_huge_blocks_stay_finite():
     for scale in (0.0, 1e-40, 1e-30, 1e37):
         w = torch.linspace(-1, 1, 128) * scale
         back = dequantize_nf4(quantize_nf4(w, double_quant=False))
         assert back.isfinite().all()
-        assert (back - w).abs().max() <= max(0.16 * scale, 1e-38)  # below that all is rounded to 0
+        assert (back - w).abs().max() <= max(0.16 * scale, 1e-38)  # smaller weights may become 0
 
 
 @pytest.mark.parametrize(
@@ -97,12 +103,12 @@ def test_blocks_that_are_zero_tiny_or_huge_survive():
     [
         (torch.tensor([1.0, torch.nan]), 64, "NaN or infinite"),
         (torch.tensor([1.0, torch.inf]), 64, "NaN or infinite"),
-        (torch.ones(4, dtype=torch.long), 64, "give floats"),
-        (torch.ones(4), 63, "blocksize is 63"),
-        (torch.ones(4), 0, "blocksize is 0"),
+        (torch.ones(4, dtype=torch.long), 64, "only floating-point weights .* got torch.int64"),
+        (torch.ones(4), 63, "blocksize must be a positive even integer, got 63"),
+        (torch.ones(4), 0, "blocksize must be a positive even integer, got 0"),
     ],
 )
-def test_what_cannot_be_quantized_is_refused(weight, blocksize, message):
+def test_impossible_weights_and_block_sizes_are_refused(weight, blocksize, message):
     with pytest.raises(ValueError, match=message):
         quantize_nf4(weight, blocksize)
 
@@ -110,7 +116,7 @@ def test_what_cannot_be_quantized_is_refused(weight, blocksize, message):
 # --- the layers ---
 
 
-def test_a_4bit_layer_is_the_layer_of_its_dequantized_weight():
+def test_a_4bit_layer_equals_a_linear_layer_with_the_dequantized_weight():
     torch.manual_seed(0)
     layer = nn.Linear(70, 30)
     coarse = Linear4bit(layer)
@@ -127,7 +133,7 @@ def test_a_4bit_layer_is_the_layer_of_its_dequantized_weight():
     assert torch.allclose(coarse.bias.grad, plain.bias.grad, rtol=1e-5)
 
 
-def test_nothing_of_full_size_is_kept_for_the_backward_pass():
+def test_no_full_size_weight_is_kept_for_the_backward_pass():
     coarse = Linear4bit(nn.Linear(512, 512)).requires_grad_(False)
     x, kept = torch.randn(2, 512, requires_grad=True), []
     hooks = torch.autograd.graph.saved_tensors_hooks(
@@ -154,7 +160,7 @@ def test_the_state_dict_holds_the_4bit_form_and_casting_keeps_the_scales():
     assert wide(torch.randn(3, 70)).dtype == torch.float32
 
 
-def test_an_8bit_layer_is_close():
+def test_an_8bit_layer_is_close_to_the_original():
     torch.manual_seed(0)
     layer, x = nn.Linear(70, 30), torch.randn(5, 70)
     coarse = Linear8bit(layer)
@@ -164,20 +170,21 @@ def test_an_8bit_layer_is_close():
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(4, Linear4bit), (8, Linear8bit)])
-def test_a_quantized_model_keeps_head_embeddings_and_norms(gpt, ids, bits, kind):
+def test_quantize_model_keeps_head_embeddings_and_norms(gpt, ids, bits, kind):
     plain = gpt(ids).logits
-    layers = quantize_model(gpt, bits)
+    assert quantize_model(gpt, bits) is gpt
+    layers = quantized_layers(gpt)
     assert len(layers) == 8
     assert all(type(gpt.get_submodule(name)) is kind for name in layers)
     assert type(gpt.lm_head) is nn.Linear
     assert gpt.lm_head.weight is gpt.transformer.wte.weight
     assert (gpt(ids).logits - plain).abs().max() < 0.5 * plain.abs().max()
     assert not torch.equal(gpt(ids).logits, plain)
-    with pytest.raises(ValueError, match="bits is 3"):
+    with pytest.raises(ValueError, match="bits must be 4 or 8, got 3"):
         quantize_model(gpt, 3)
 
 
-def test_a_weight_with_nan_is_refused_before_anything_is_changed(gpt):
+def test_a_weight_with_nan_is_refused_before_anything_changes(gpt):
     gpt.transformer.h[1].mlp.c_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         quantize_model(gpt)
@@ -189,7 +196,7 @@ def test_a_weight_with_nan_is_refused_before_anything_is_changed(gpt):
 
 def trained(gpt, ids) -> PeftModel:
     quantize_model(gpt)
-    model = get_peft_model(gpt, QLoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"]))
+    model = get_peft_model(gpt, LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"]))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = PagedAdamW(parameters, lr=2e-2, page_bytes=512, device_budget_bytes=2048)
     losses = []
@@ -203,15 +210,16 @@ def trained(gpt, ids) -> PeftModel:
     return model.eval()
 
 
-def test_qlora_needs_a_quantized_model_and_says_how(gpt):
-    with pytest.raises(ValueError, match=r"call quantize_model\(model\) first"):
-        get_peft_model(gpt, QLoraConfig(target_modules=["c_attn"]))
+def test_add_qlora_needs_a_quantized_model_and_says_how_to_get_one(gpt):
+    with pytest.raises(ValueError, match="matches no 4-bit layer: call quantize_model"):
+        add_qlora(gpt, LoraConfig(target_modules=["c_attn"]))
+    assert all(p.requires_grad for p in gpt.parameters())
 
 
-def test_qlora_starts_as_the_4bit_base_and_trains_only_the_adapter(gpt, ids):
+def test_a_new_adapter_equals_the_4bit_base_and_only_it_is_trained(gpt, ids):
     quantize_model(gpt)
     plain = gpt(ids).logits
-    model = get_peft_model(gpt, QLoraConfig(r=4, target_modules=["c_attn", "c_fc"]))
+    model = get_peft_model(gpt, LoraConfig(r=4, target_modules=["c_attn", "c_fc"]))
     assert torch.equal(model(ids).logits, plain)
     count = 2 * 4 * (24 + 72) + 2 * 4 * (24 + 96)
     assert model.get_nb_trainable_parameters()[0] == count
@@ -219,8 +227,8 @@ def test_qlora_starts_as_the_4bit_base_and_trains_only_the_adapter(gpt, ids):
     assert all((p.grad is not None) == ("lora_" in name) for name, p in model.named_parameters())
 
 
-def test_a_plain_lora_on_a_4bit_model_is_qlora_and_adalora_is_refused(gpt, ids):
-    """Writing a merged weight into the computed one would lose it without a word."""
+def test_lora_on_a_4bit_model_is_qlora_and_adalora_is_refused(gpt, ids):
+    """Writing a merged weight into a 4-bit layer would lose it without an error."""
     quantize_model(gpt)
     model = get_peft_model(gpt, LoraConfig(r=4, target_modules=["c_attn"]))
     assert all(isinstance(one, QLoraLinear) for one in model.adapters["default"].layers.values())
@@ -228,12 +236,24 @@ def test_a_plain_lora_on_a_4bit_model_is_qlora_and_adalora_is_refused(gpt, ids):
         nn.init.normal_(layer.lora_B.weight)
     logits = model.eval()(ids).logits
     assert torch.allclose(model.merge_and_unload()(ids).logits, logits, atol=1e-4)
-    config = AdaLoraConfig(target_modules=["c_attn"], total_step=10)
-    with pytest.raises(ValueError, match="Linear4bit, not a linear layer"):
-        get_peft_model(model.unload(), config)
+    base = model.unload()
+    message = r"c_attn is a Linear4bit: only LoRA works on quantized layers, and only on 4-bit ones"
+    for config in (
+        AdaLoraConfig(target_modules=["c_attn"], total_step=10),
+        BottleneckConfig(target_modules=["c_attn"]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(base, config)
 
 
-def test_switched_off_the_4bit_base_is_back_and_merging_is_exact(gpt, ids):
+@pytest.mark.parametrize("config", [LoraConfig, BottleneckConfig])
+def test_no_weight_method_works_on_8bit_layers(gpt, config):
+    quantize_model(gpt, 8)
+    with pytest.raises(ValueError, match="is a Linear8bit: only LoRA works on quantized layers"):
+        get_peft_model(gpt, config(target_modules=["c_attn"]))
+
+
+def test_disabling_restores_the_4bit_base_and_merging_is_exact(gpt, ids):
     base = copy.deepcopy(gpt)
     quantize_model(base)
     model = trained(gpt, ids)
@@ -242,7 +262,7 @@ def test_switched_off_the_4bit_base_is_back_and_merging_is_exact(gpt, ids):
         assert torch.equal(model(ids).logits, base(ids).logits)
     model.merge_adapter()
     assert torch.allclose(model(ids).logits, before, atol=1e-5)
-    with pytest.raises(RuntimeError, match="unmerge it before training"):
+    with pytest.raises(RuntimeError, match="this layer is merged: call unmerge before training"):
         model.train()(ids)
     model.eval().unmerge_adapter()
     assert torch.equal(model(ids).logits, before)
@@ -253,15 +273,16 @@ def test_switched_off_the_4bit_base_is_back_and_merging_is_exact(gpt, ids):
     assert torch.equal(model(ids).logits, before)
 
 
-def test_rounding_a_merged_weight_again_loses_much_of_what_was_learned(gpt, ids):
+def test_quantizing_a_merged_weight_again_loses_much_of_the_update(gpt, ids):
     layers = trained(gpt, ids).adapters["default"].layers
     lost = [layer.lost_by_rounding() for layer in layers.values()]
     assert all(0.1 < share < 10 for share in lost)
 
 
-def test_preparing_freezes_casts_to_float32_and_checkpoints_without_changing_gradients(gpt, ids):
+def test_preparing_for_training_casts_and_checkpoints_without_changing_gradients(gpt, ids):
     quantize_model(gpt.bfloat16())
-    config, gradients = QLoraConfig(r=2, target_modules="all-linear"), []
+    config = LoraConfig(r=2, target_modules="all-linear")
+    gradients = []
     for checkpointing in (False, True):
         base = prepare_model_for_kbit_training(copy.deepcopy(gpt), checkpointing)
         assert {p.dtype for p in base.parameters()} == {torch.float32}
@@ -277,27 +298,96 @@ def test_preparing_freezes_casts_to_float32_and_checkpoints_without_changing_gra
         assert torch.equal(a, b)
 
 
-def test_counts_and_bits_of_a_quantized_model(gpt):
+def test_quantized_weights_are_counted_in_full_and_take_4_bits(gpt):
     plain = sum(p.numel() for p in gpt.parameters())
     assert bits_per_weight(gpt) is None
     quantize_model(gpt)
     assert 4.125 < bits_per_weight(gpt) < 4.2
-    model = get_peft_model(gpt, QLoraConfig(r=2, target_modules="all-linear"))
+    model = get_peft_model(gpt, LoraConfig(r=2, target_modules="all-linear"))
     trainable, total = model.get_nb_trainable_parameters()
     assert total == plain + trainable
 
 
-def test_on_disk_it_is_a_lora_and_a_lora_loads_on_a_4bit_model(gpt, ids, tmp_path):
+def test_a_lora_trained_on_a_4bit_base_loads_on_full_and_4bit_bases(gpt, ids, tmp_path):
     full, base = copy.deepcopy(gpt), copy.deepcopy(gpt)
     quantize_model(base)
     model = trained(gpt, ids)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base, tmp_path).eval()
-    assert again.peft_config["default"].peft_type == "QLORA"
+    assert again.peft_config["default"].peft_type == "LORA"
     assert torch.equal(again(ids).logits, model(ids).logits)
     on_full = PeftModel.from_pretrained(full, tmp_path)
     assert isinstance(on_full.peft_config["default"], LoraConfig)
     on_full.peft_config["default"].use_rslora = True
     on_full.save_pretrained(tmp_path / "rs")
-    with pytest.raises(ValueError, match="not implemented: use_rslora"):
-        PeftModel.from_pretrained(again.unload(), tmp_path / "rs")
+    rslora = PeftModel.from_pretrained(again.unload(), tmp_path / "rs")
+    layers = rslora.adapters["default"].layers.values()
+    assert {layer.scaling for layer in layers} == {8 / math.sqrt(4)}
+
+
+def test_a_model_with_an_adapter_cannot_be_quantized(gpt, ids):
+    model = get_peft_model(gpt, LoraConfig(r=2, target_modules=["c_attn"]))
+    before = model(ids).logits
+    for adapted in (model, gpt):
+        with pytest.raises(ValueError, match="has an adapter: quantize it before adding one"):
+            quantize_model(adapted)
+    assert not quantized_layers(gpt)
+    assert torch.equal(model(ids).logits, before)
+    assert quantized_layers(quantize_model(model.unload()))
+
+
+def test_rslora_on_a_4bit_base_scales_by_the_root_of_the_rank(gpt, ids):
+    quantize_model(gpt)
+    config = LoraConfig(r=9, lora_alpha=6, use_rslora=True, target_modules=["c_attn"])
+    model = get_peft_model(gpt, config).eval()
+    layers = model.adapters["default"].layers
+    assert all(isinstance(layer, QLoraLinear) for layer in layers.values())
+    assert {layer.scaling for layer in layers.values()} == {6 / math.sqrt(9)}
+    for layer in layers.values():
+        nn.init.normal_(layer.lora_B.weight)
+        update = 6 / 3 * layer.lora_B.weight @ layer.lora_A.weight
+        assert torch.allclose(layer.delta(), update, atol=1e-6)
+        x = torch.randn(3, 24)
+        y = x @ (layer.weight + update).T + layer.bias
+        assert torch.allclose(layer(x), y, atol=1e-4)
+    logits = model(ids).logits
+    assert torch.allclose(model.merge_and_unload()(ids).logits, logits, atol=1e-4)
+
+
+def test_add_qlora_trains_and_merges_on_a_plain_module():
+    torch.manual_seed(0)
+    x = torch.randn(32, 192)
+    model = nn.Sequential(nn.Linear(192, 256), nn.Tanh(), nn.Linear(256, 64))
+    quantize_model(model)
+    plain = model(x)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    before = copy.deepcopy(vars(config))
+    layers = add_qlora(model, config)
+    assert vars(config) == before, "the config is the caller's"
+    assert torch.equal(model(x), plain), "B must start at zero"
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trainable) == 4 * (192 + 256) + 4 * (256 + 64)
+    optimizer = torch.optim.AdamW(trainable, lr=1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    trained = model.eval()(x)
+    assert trained.square().mean() < plain.square().mean()
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.merge_into_base())
+    assert torch.allclose(model(x), trained, atol=1e-5)
+
+
+def test_add_qlora_finds_targets_by_ending_by_regex_and_by_all_linear(gpt):
+    quantize_model(gpt)
+
+    def found(targets):
+        return list(add_qlora(copy.deepcopy(gpt), LoraConfig(target_modules=targets)))
+
+    assert found(["mlp.c_proj"]) == [f"transformer.h.{i}.mlp.c_proj" for i in range(2)]
+    one = [f"transformer.h.1.attn.{n}" for n in ("c_attn", "c_proj")]
+    assert found(r".*h\.1\.attn\.c_.*") == one
+    assert len(found("all-linear")) == 8
+    with pytest.raises(ValueError, match="matches no 4-bit layer"):
+        found("c_attn")  # a string is a regex for the whole name

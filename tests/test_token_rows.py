@@ -1,4 +1,4 @@
-"""Trainable token rows beside a LoRA: some tokens' embeddings are trained, all others stay."""
+"""Trainable token rows next to a LoRA: some tokens' embeddings are trained, all others frozen."""
 
 import pytest
 import torch
@@ -7,10 +7,15 @@ from test_lora import ALL
 from test_methods import train
 from torch import nn
 
-from minipeft import GPT, LoraConfig, PeftModel, get_peft_model
-from minipeft.lab import finetune, tasks
-from minipeft.lora import add_lora
-from minipeft.peft_model import quantize_model
+from minipeft import GPT, LoraConfig, PeftModel, get_peft_model, quantize_model
+from minipeft.lab import tasks
+from minipeft.lab.base import load_base
+from minipeft.lab.evaluate import complete
+from minipeft.lab.recipes import RunConfig
+from minipeft.lab.train import train as train_in_lab
+from minipeft.methods.lora import add_lora
+from minipeft.methods.qlora import QLoraLinear
+from minipeft.token_rows import TokenRows
 
 TOKENS = [26, 60, 1]  # the first two are in `ids`
 
@@ -19,7 +24,7 @@ def config(tokens=TOKENS) -> LoraConfig:
     return LoraConfig(r=2, target_modules=ALL, trainable_token_indices=tokens)
 
 
-def test_they_start_as_the_base_and_are_counted_once(gpt, ids):
+def test_new_rows_do_not_change_the_logits_and_are_counted_once(gpt, ids):
     plain = gpt(ids).logits
     model = get_peft_model(gpt, config())
     assert torch.equal(model(ids).logits, plain)
@@ -30,14 +35,15 @@ def test_they_start_as_the_base_and_are_counted_once(gpt, ids):
         assert p.requires_grad == own == (p.grad is not None), key
 
 
-def test_trained_rows_are_read_and_predicted_and_no_other_row_moves(gpt, ids):
-    """A step on the rows alone; the head is tied, so it has them too."""
+def test_trained_rows_change_embedding_and_head_and_no_other_row(gpt, ids):
+    """One step on the rows only. The head is tied to the embedding, so it uses them too."""
     model = get_peft_model(gpt, config()).eval()
     wte, head = model.base_model.transformer.wte, model.base_model.lm_head
     before = wte.base_layer.weight.clone()
     model(ids, labels=ids)[0].backward()
     rows = wte.token_adapter["trainable_tokens_delta"]
-    assert (rows.grad.abs().sum(1) > 0).all()  # the third is in no text: the head alone moves it
+    # The third token is not in `ids`: its gradient comes from the head alone.
+    assert (rows.grad.abs().sum(1) > 0).all()
     rows.data -= 0.1 * rows.grad
     after = before.clone()
     after[TOKENS] = rows.detach()
@@ -47,14 +53,14 @@ def test_trained_rows_are_read_and_predicted_and_no_other_row_moves(gpt, ids):
     by_hand = GPT(gpt.config).eval()
     by_hand.load_state_dict(model.unload().state_dict())
     by_hand.transformer.wte.weight.data = after
-    told = by_hand(ids).logits
+    expected = by_hand(ids).logits
     with torch.no_grad():
         model = get_peft_model(gpt, config()).eval()
         model.base_model.transformer.wte.token_adapter["trainable_tokens_delta"].copy_(rows)
-        assert torch.equal(model(ids).logits, told)
+        assert torch.equal(model(ids).logits, expected)
 
 
-def test_switched_off_merged_saved_and_read_back(gpt, ids, tmp_path):
+def test_disabling_merging_saving_and_loading_trained_rows(gpt, ids, tmp_path):
     plain = gpt(ids).logits
     model = get_peft_model(gpt, config())
     train(model, ids)
@@ -78,32 +84,95 @@ def test_switched_off_merged_saved_and_read_back(gpt, ids, tmp_path):
     assert again.get_nb_trainable_parameters()[0] == 0
     again.add_adapter("other", config())
     assert not base.transformer.wte.base_layer.weight.requires_grad
-    with pytest.raises(ValueError, match="trained token rows have no weighted sum"):
+    with pytest.raises(ValueError, match="a LoRA with trained token rows has no weighted sum"):
         again.add_weighted_adapter(["default", "other"], [1, 1], "sum")
 
 
-def test_what_cannot_be_is_refused(gpt):
+def test_impossible_tokens_and_models_are_refused(gpt):
     for tokens in ([3, 61], [-1], [3, 3]):
-        with pytest.raises(ValueError, match="give different ones from 0 to 60"):
+        with pytest.raises(ValueError, match="must be distinct and below 61, got"):
             get_peft_model(gpt, config(tokens))
-    with pytest.raises(ValueError, match="Sequential has no get_output_embeddings"):
+    with pytest.raises(ValueError, match=r"Sequential has no get_output_embeddings\(\)"):
         get_peft_model(
             nn.Sequential(nn.Linear(2, 2)),
             LoraConfig(target_modules=["0"], trainable_token_indices=[0]),
         )
-    with pytest.raises(ValueError, match="add_lora does not"):
+    with pytest.raises(ValueError, match="trainable_token_indices needs get_peft_model"):
         add_lora(gpt, config())
     assert all(p.requires_grad for p in gpt.parameters())
+
+
+def test_rows_of_a_bfloat16_base_are_float32(gpt, ids):
+    """A step too small for bfloat16 must not be lost."""
+    gpt.bfloat16()
+    plain = gpt(ids).logits
+    model = get_peft_model(gpt, config())
+    rows = model.base_model.transformer.wte.token_adapter["trainable_tokens_delta"]
+    assert rows.dtype == torch.float32
+    assert torch.equal(model(ids).logits, plain)
+    assert model(ids).logits.dtype == torch.bfloat16
+    model(ids, labels=ids).loss.backward()
+    assert rows.grad.dtype == torch.float32
+    before = rows.detach().clone()
+    rows.data *= 1 + 2**-12
+    assert not torch.equal(rows, before)
+    assert torch.equal(rows.bfloat16(), before.bfloat16())
+
+
+def test_rows_of_a_float64_base_are_float64(gpt):
+    model = get_peft_model(gpt.double(), config())
+    rows = model.base_model.transformer.wte.token_adapter["trainable_tokens_delta"]
+    assert rows.dtype == torch.float64
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As in Gemma, the embedding does more than look up rows."""
+
+    def forward(self, ids):
+        return 2 * super().forward(ids)
+
+
+def test_an_embedding_that_does_more_than_look_up_rows_is_refused(gpt):
+    scaled = ScaledEmbedding(61, 24)
+    scaled.weight = gpt.transformer.wte.weight
+    limited = nn.Embedding(61, 24, max_norm=1.0)
+    limited.weight = gpt.transformer.wte.weight
+    for embedding in (scaled, limited):
+        gpt.transformer.wte = embedding
+        with pytest.raises(ValueError, match="not supported for the embedding of GPT"):
+            get_peft_model(gpt, config())
+        assert gpt.transformer.wte is embedding
+        assert all(p.requires_grad for p in gpt.parameters())
+
+
+def test_rows_are_trained_merged_and_saved_on_a_4bit_base(gpt, ids, tmp_path):
     quantize_model(gpt)
-    with pytest.raises(ValueError, match="not implemented: trainable_token_indices"):
-        get_peft_model(gpt, config())
+    plain = gpt(ids).logits
+    model = get_peft_model(gpt, config())
+    assert {type(layer) for layer in model.adapters["default"].layers.values()} == {
+        QLoraLinear,
+        TokenRows,
+    }
+    assert torch.equal(model(ids).logits, plain)
+    assert model.get_nb_trainable_parameters()[0] == 2 * 2 * 384 + 3 * 24
+    losses = train(model, ids)
+    assert losses[-1] < losses[0]
+    logits = model(ids).logits
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, plain)
+    merged = model.merge_and_unload()
+    assert torch.allclose(merged(ids).logits, logits, atol=1e-4)
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(model.unload(), tmp_path).eval()
+    assert torch.equal(again(ids).logits, logits)
 
 
 @pytest.mark.slow
-def test_trained_rows_cure_what_an_adapter_alone_cannot_learn():
-    """`sentiment_unseen`: the answers are tokens that pretraining never had."""
-    base = finetune.load_base(BASE)
-    task = tasks.load_task(base.tokenizer, base.end, 256, "sentiment_unseen")
+def test_trained_rows_learn_what_a_lora_alone_cannot():
+    """`sentiment_unseen`: the answers are tokens that pretraining never saw."""
+    base = load_base(BASE)
+    task = tasks.load_task(base, "sentiment_unseen")
     unseen = sorted({i for e in task.train for i in e.completion_ids} - {base.end})
     for ids, score in ((None, 0.0), (unseen, 1.0)):
         torch.manual_seed(0)
@@ -112,7 +181,8 @@ def test_trained_rows_cure_what_an_adapter_alone_cannot_learn():
         )
         model = get_peft_model(base.model(), lora)
         batches = ([tasks.collate(b, base.end, "cpu")] for b in tasks.shuffled(task.train, 16, 0))
-        finetune.train(model, batches, 100, 5e-3, quiet=True)
-        texts = finetune.complete(model, base, task.test[:64])
+        run = RunConfig(steps=100, learning_rate=5e-3, warmup=0, quiet=True)
+        train_in_lab(model, batches, run)
+        texts = complete(model, base, task.test[:64])
         right = [text == e.completion for text, e in zip(texts, task.test[:64], strict=True)]
         assert sum(right) / 64 == pytest.approx(score, abs=0.05)

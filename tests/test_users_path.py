@@ -1,4 +1,4 @@
-"""A user's own GPT-2 folder, tokenizer and data, by commands alone, and back to transformers."""
+"""From a user's own GPT-2 folder, tokenizer and data through our commands back to transformers."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from minipeft import GPT
-from minipeft.lab import tasks
+from minipeft.lab import DATA
 
 pytestmark = pytest.mark.conformance
 transformers = pytest.importorskip("transformers")
@@ -23,7 +23,7 @@ STEMS = ("Frage: was sagt »{}«?\nAntwort:", "### A riddle\nWho am I? I am the 
 
 
 def lines() -> list[dict]:
-    """Prompts over several lines, completions that open with and without a space, a spare key."""
+    """Multi-line prompts, completions with and without a leading space, an unused key."""
     return [
         {"id": "a\u2028b", "prompt": stem.format(animal), "completion": f"{' ' * (1 - i)}{noise}…"}
         for animal, noise in ANIMALS.items()
@@ -32,7 +32,7 @@ def lines() -> list[dict]:
 
 
 def save_tokenizer(folder) -> int:
-    """Byte-level BPE with a beginning, an end and a padding of its own; the number of tokens."""
+    """Save a byte-level BPE with its own start, end and padding tokens; return its size."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def save_tokenizer(folder) -> int:
     )
     tokenizer.train_from_iterator([r["prompt"] + r["completion"] for r in lines()], trainer)
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 2)])
-    tokenizer.enable_padding(pad_id=0, pad_token="<pad>", pad_to_multiple_of=8)  # left in the file
+    tokenizer.enable_padding(pad_id=0, pad_token="<pad>", pad_to_multiple_of=8)  # stays in the file
     tokenizer.enable_truncation(7)
     wrapped = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
@@ -53,14 +53,14 @@ def save_tokenizer(folder) -> int:
     return len(wrapped)
 
 
-@pytest.fixture(params=["its config names the end", "only its tokenizer names the end"])
+@pytest.fixture(params=["the config names the end token", "only the tokenizer names it"])
 def user(request, tmp_path):
-    """A folder with `gpt2`, as transformers saves it, and two JSONL files."""
+    """A folder with a GPT-2 saved by transformers and two JSONL files."""
     vocab_size = save_tokenizer(tmp_path / "gpt2")
     named = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     config = transformers.GPT2Config(
         vocab_size=vocab_size, n_positions=72, n_embd=48, n_layer=2, n_head=3,
-        **(named if request.param.startswith("its") else {}),
+        **(named if request.param.startswith("the") else {}),
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
@@ -71,9 +71,9 @@ def user(request, tmp_path):
 
 
 def run(folder, words: str, *more: str) -> str:
-    """What a command prints, run in a folder."""
+    """Run a command in a folder and return what it prints."""
     command = [sys.executable, "-m", "minipeft", *words.split(), *more]
-    root = str(tasks.DATA.parent)
+    root = str(DATA.parent)
     settings = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(
         command, cwd=folder, env=settings, capture_output=True, text=True, timeout=120
@@ -82,8 +82,10 @@ def run(folder, words: str, *more: str) -> str:
     return done.stdout
 
 
-def told_by_transformers(folder, prompt: str, limit: int) -> tuple[str, torch.Tensor, torch.Tensor]:
-    """The greedy text, and ids and logits of the prompt."""
+def completed_by_transformers(
+    folder, prompt: str, limit: int
+) -> tuple[str, torch.Tensor, torch.Tensor]:
+    """The greedy completion, and the ids and logits of the prompt."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt", truncation=False, padding=False)
@@ -97,24 +99,24 @@ def told_by_transformers(folder, prompt: str, limit: int) -> tuple[str, torch.Te
 
 JOB = (
     "finetune --train mine.jsonl --validation held.jsonl --base gpt2 --learning-rate 1e-2 "
-    "--steps 60 --generated 2 --device cpu"
+    "--steps 60 --n-generate 2 --device cpu"
 )
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_from_a_users_folder_to_transformers_by_commands_alone(user, method):
+def test_a_users_folder_is_trained_and_loaded_in_transformers_by_commands_alone(user, method):
     run(user, f"{JOB} --method {method} --output out")
     row = lines()[1]
-    asked = ("--prompt", row["prompt"], "--max-new-tokens", "20")
+    prompt = ("--prompt", row["prompt"], "--max-new-tokens", "20")
     merged = user / "out"
     if method == "lora":
-        told = run(user, "generate --base gpt2 --adapter out --device cpu", *asked)
+        printed = run(user, "generate --base gpt2 --adapter out --device cpu", *prompt)
         assert "wrote merged" in run(user, "merge --base gpt2 --adapter out --output merged")
         merged = user / "merged"
     else:
-        told = run(user, "generate --base out --device cpu", *asked)
-    text, ids, logits = told_by_transformers(merged, row["prompt"], 20)
-    assert told == text + "\n" == f"{row['prompt']}{row['completion']}\n"
+        printed = run(user, "generate --base out --device cpu", *prompt)
+    text, ids, logits = completed_by_transformers(merged, row["prompt"], 20)
+    assert printed == text + "\n" == f"{row['prompt']}{row['completion']}\n"
     with torch.no_grad():
         ours = GPT.from_pretrained(merged)(ids).logits
     assert (ours - logits).abs().max() < 1e-5

@@ -16,23 +16,22 @@
 import inspect
 import json
 import math
-import sys
 from random import Random
 
 import matplotlib.pyplot as plt
 import torch
+from minipeft.data import card, text  # the probes, and the generator of the text
+from minipeft.data.words import NEW_PEOPLE, PEOPLE
 
 from minipeft import GPT, GPTConfig, gpt
-from minipeft.lab import compare, finetune, tasks
+from minipeft.lab import DATA, evaluate, report, tasks
+from minipeft.lab.base import load_base, windows
+from minipeft.lab.recipes import RunConfig
+from minipeft.lab.train import train
 
-sys.path.insert(0, str(tasks.DATA))  # the generator of the text, and the probes
-import card
-import text
-from words import NEW_PEOPLE, PEOPLE
-
-BLUE, GREY = compare.COLORS["full"], compare.COLORS["frozen"]
+BLUE, GREY = report.COLORS["full"], report.COLORS["frozen"]
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
-base = finetune.load_base(tasks.DATA / "base" / "1m")
+base = load_base(DATA / "base" / "1m")
 model = base.model().eval()
 for seed in (13, 34, 20):
     print(text.document(Random(seed)), "\n")
@@ -199,13 +198,13 @@ plt.show()
 # First the loss, for the whole of held-out text. A loss means little without the loss of somebody who knows less:
 
 # %%
-known = json.loads((tasks.DATA / "results" / "bases.json").read_text())
-print(f"all tokens alike       {math.log(c.vocab_size):.2f} nats a token")
+known = json.loads((DATA / "results" / "bases.json").read_text())
+print(f"all tokens alike       {math.log(c.vocab_size):.2f} nats per token")
 print(f"counting tokens        {known['unigram']:.2f}")
 print(f"counting five in a row {known['5-gram']:.2f}")
 for name, row in known["bases"].items():
     print(f"the {name:4} base          {row['loss']:.2f}")
-live = finetune.text_loss(model, base.held_out)
+live = evaluate.text_loss(model, base.held_out)
 assert abs(live - known["bases"]["1m"]["loss"]) < 1e-3
 assert live < 0.6 * known["5-gram"]
 
@@ -291,11 +290,11 @@ def a_list(writer, names, returning):
     return f"The names: {', '.join(told[:n])}. Again: {', '.join(again)}."
 
 
-def windows(names, returning, n, seed):
+def list_windows(names, returning, n, seed):
     writer = text.Writer(Random(seed))
     lists = [a_list(writer, names, returning) for _ in range(n)]
     encoded = [e.ids for e in base.tokenizer.encode_batch(lists)]
-    return tasks.windows(encoded, 64, base.end)  # lists follow each other, so places vary
+    return windows(encoded, 64, base.end)  # lists follow each other, so places vary
 
 
 seen, new = few(PEOPLE), few(NEW_PEOPLE)
@@ -326,14 +325,14 @@ def names_again(rows):
     return mask
 
 
-test = windows(new, True, n=150, seed=99)
+test = list_windows(new, True, n=150, seed=99)
 where = names_again(test)
 
 
 def copied(model, shift=0):
     """The share of names copied, with every position pushed along by `shift` places."""
     rows, marks = test[:, : 64 - shift], where[:, 1 : 64 - shift]
-    with finetune.evaluating(model):
+    with evaluate.evaluating(model):
         logits = model(rows, position_ids=torch.arange(shift, 64)[None]).logits
     return (logits[:, :-1].argmax(-1) == rows[:, 1:])[marks].float().mean().item()
 
@@ -341,7 +340,7 @@ def copied(model, shift=0):
 # %%
 def learn(returning, layers=2, steps=600, seed=0):
     """A tiny GPT trained on lists, and how much it copied, by step."""
-    rows = windows(seen, returning, n=9000, seed=seed)
+    rows = list_windows(seen, returning, n=9000, seed=seed)
     torch.manual_seed(seed)
     config = GPTConfig(
         vocab_size=c.vocab_size, n_positions=64, n_embd=64, n_layer=layers, n_head=4, initializer_range=0.08,
@@ -357,18 +356,10 @@ def learn(returning, layers=2, steps=600, seed=0):
     order = tasks.shuffled(list(range(len(rows))), 16, seed)
     batches = ([{"input_ids": rows[i], "labels": rows[i]}] for i in order)
     title = f"{layers} layers, names {'return' if returning else 'never return'}"
-    finetune.train(
-        model,
-        batches,
-        steps,
-        6e-3,
-        warmup=60,
-        final=0.05,
-        weight_decay=0.1,
-        betas=(0.9, 0.95),
-        each_step=look,
-        title=title,
+    run = RunConfig(
+        steps=steps, learning_rate=6e-3, warmup=60, lr_end=0.05, weight_decay=0.1, beta2=0.95
     )
+    train(model, batches, run, after_step=look, title=title)
     return model, points
 
 

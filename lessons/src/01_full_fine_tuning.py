@@ -3,7 +3,7 @@
 #
 # After this lesson you can
 # - say where the bytes of training go, and compute them before you train;
-# - read a loss: what is frame, what is knowledge, and what a model that ignores the question would score;
+# - read a loss: what is template, what is knowledge, and what a model that ignores the question would score;
 # - compare two methods fairly: their learning rates, their seeds, a random base as a control;
 # - see a model forget, and see it overfit, and say which number tells you.
 #
@@ -15,7 +15,6 @@
 # %%
 import inspect
 import itertools
-import json
 import math
 import re
 import statistics
@@ -26,13 +25,18 @@ import matplotlib.pyplot as plt
 import torch
 from IPython.display import Markdown, display
 
-from minipeft.lab import compare, finetune, memory, tasks
+from minipeft.lab import DATA, compare, memory, report, tasks
+from minipeft.lab.base import load_base
+from minipeft.lab.evaluate import complete, task_loss, text_loss
+from minipeft.lab.finetune import build_model
+from minipeft.lab.recipes import RECIPES, RunConfig, load_sweeps
+from minipeft.lab.train import train
 
-BLUE, ORANGE = compare.COLORS["full"], compare.COLORS["lora"]
-GREY = compare.COLORS["random"]
+BLUE, ORANGE = report.COLORS["full"], report.COLORS["lora"]
+GREY = report.COLORS[compare.RANDOM]
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
-base = finetune.load_base(tasks.DATA / "base" / "1m")
-task = tasks.load_task(base.tokenizer, base.end, 256, "describe")
+base = load_base(DATA / "base" / "1m")
+task = tasks.load_task(base, "describe")
 print(task.train[0].prompt, "\n ->", task.train[0].completion)
 
 # %% [markdown]
@@ -44,13 +48,13 @@ print(task.train[0].prompt, "\n ->", task.train[0].completion)
 # **Your first guess.** The weights of our small GPT take some four megabytes. How many times as much does the memory
 # hold *while it is trained* on batches of sixteen texts, the weights themselves included?
 #
-# **Your second guess.** In the example above, most of the answer is *frame*: "This is the story of" stands in half of
+# **Your second guess.** In the example above, most of the answer is *template*: "This is the story of" stands in half of
 # all answers. The rest are *values*: the names. Which does the model learn first, and after how many steps of sixteen
 # examples does it have each?
 
 # %%
 guess_times = 2  # times the weights: put your own numbers here before you go on
-guess_frame, guess_values = 25, 75  # steps
+guess_template, guess_values = 25, 75  # steps
 
 # %% [markdown]
 # ## Where the bytes go
@@ -132,7 +136,8 @@ print("ten steps by hand and by torch.optim.AdamW: the same weights")
 # then falls along a cosine, large gradients are clipped, and a batch may come in parts.
 
 # %%
-print(inspect.getsource(finetune.train))
+print(inspect.getsource(train))
+print(inspect.getsource(RunConfig.learning_rate_at))
 
 # %% [markdown]
 # ## On the GPT
@@ -140,7 +145,7 @@ print(inspect.getsource(finetune.train))
 # It starts as the base, every tensor gets a gradient, and the count is the formula of `minipeft/gpt.py`.
 
 # %%
-model, c = finetune.build_model(base, "full", seed=0, steps=100), base.model().config
+model, c = build_model(base, RECIPES["full"], RunConfig(seed=0)), base.model().config
 ids = torch.tensor([base.tokenizer.encode(task.test[0].prompt).ids])
 assert torch.equal(model(ids).logits, base.model()(ids).logits)
 model(ids, labels=ids).loss.backward()
@@ -152,27 +157,28 @@ print(f"{formula:,} parameters, and all of them are free")
 
 # %% [markdown]
 # Now train it: a hundred steps of sixteen examples, at the learning rate that was best in a sweep. On the way
-# we measure, on examples about names that stand in no training prompt: the loss on frame tokens, the loss on value
+# we measure, on examples about names that stand in no training prompt: the loss on template tokens, the loss on value
 # tokens (`slot`), and the score: the share of facts that the written text states rightly.
 
 
 # %%
 def watch(examples, seed=0, steps=100, rate=1e-3, title="all examples"):
     """Fine-tune everything; what was measured every five steps, and the model."""
-    model, points = finetune.build_model(base, "full", seed, steps), []
+    run = RunConfig(seed=seed, steps=steps, learning_rate=rate, warmup=10)
+    model, points = build_model(base, RECIPES["full"], run), []
 
     def look(row):
         step = row["step"]
         if step % 5 == 0:
-            points.append({"step": step} | finetune.task_loss(model, task.validation, base.end))
+            points.append({"step": step} | task_loss(model, task.validation, base.end))
         if step % 10 == 0:
             some = task.validation[:32]
-            points[-1] |= task.score(some, finetune.complete(model, base, some))
+            points[-1]["score"] = task.score(some, complete(model, base, some))
 
     look({"step": 0})
     order = tasks.shuffled(examples, 16, seed)
     batches = ([tasks.collate(batch, base.end, model.device)] for batch in order)
-    finetune.train(model, batches, steps, rate, warmup=10, each_step=look, title=title)
+    train(model, batches, run, after_step=look, title=title)
     return points, model
 
 
@@ -221,29 +227,29 @@ assert blind[-1]["score"] < 0.1
 assert full[-1]["score"] > 0.85
 
 # %% [markdown]
-# That is the trap: by the loss alone, a model that has learned nothing but the frame looks nearly done. So we report
-# frame and slot tokens apart, and count facts in written text.
+# That is the trap: by the loss alone, a model that has learned nothing but the template looks nearly done. So we report
+# template and slot tokens apart, and count facts in written text.
 #
-# How low can each go? A value stands in the prompt, so a perfect reader has slot loss zero. The frame has a floor: each
+# How low can each go? A value stands in the prompt, so a perfect reader has slot loss zero. The template has a floor: each
 # fact has two phrasings, chosen by a coin, and nobody can know which will come. That costs ln 2 for each fact.
 
 # %%
 facts = sum(len(task.facts(example.prompt)) for example in task.validation)
-frame_tokens = sum(not slot for example in task.validation for slot in example.is_slot)
-floor = facts * math.log(2) / frame_tokens
-print(f"the floor of the frame loss: {floor:.3f}; reached: {full[-1]['frame_loss']:.3f}")
-assert floor < full[-1]["frame_loss"] < 2 * floor
+template_tokens = sum(not slot for example in task.validation for slot in example.is_slot)
+floor = facts * math.log(2) / template_tokens
+print(f"the floor of the template loss: {floor:.3f}; reached: {full[-1]['template_loss']:.3f}")
+assert floor < full[-1]["template_loss"] < 2 * floor
 
 # %%
-records = compare.load(tasks.DATA / "results" / "1m" / "compare.json")
+records = compare.load(DATA / "results" / "1m" / "compare.json")
 rows = compare.rows(records)
 random_base = [  # the control: the same training on a model that was never pretrained, mean of the seeds
     {key: statistics.mean(p[key] for p in points) for key in points[0]}
-    for points in zip(*(record["validation"] for record in rows[compare.RANDOM]), strict=True)
+    for points in zip(*(record.validation for record in rows[compare.RANDOM]), strict=True)
 ]
 figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
 for axis, key, guess in zip(
-    axes, ("frame_loss", "slot_loss"), (guess_frame, guess_values), strict=True
+    axes, ("template_loss", "slot_loss"), (guess_template, guess_values), strict=True
 ):
     for points, color, style, label in [
         (full, BLUE, "o-", "full fine-tuning"),
@@ -256,7 +262,7 @@ for axis, key, guess in zip(
     axis.set(xlabel="step", title=f"{key.split('_')[0]} tokens", yscale="log")
 axes[0].axhline(floor, color="black", linewidth=0.7)
 axes[0].text(40, 0.75 * floor, "nobody can be below this")
-axes[0].set_ylabel("validation loss (nats a token, log scale)")
+axes[0].set_ylabel("validation loss (nats per token, log scale)")
 axes[0].legend(frameon=False, loc="upper right")
 plt.show()
 
@@ -269,29 +275,31 @@ def reached(points, key, bottom):
 
 
 for title, points in (("full", full), ("blind", blind), ("random base", random_base)):
-    steps = reached(points, "frame_loss", floor), reached(points, "slot_loss", 0)
-    print(f"{title:12} frame after {steps[0]} steps, values after {steps[1]}")
+    steps = reached(points, "template_loss", floor), reached(points, "slot_loss", 0)
+    print(f"{title:12} template after {steps[0]} steps, values after {steps[1]}")
 long = sum(sum(e.is_slot) for e in task.validation) / facts  # tokens in a value
 p = next(p for p in full if p["step"] == 20)
 alone, whole = math.exp(-p["slot_loss"]), math.exp(-long * p["slot_loss"])
 late = next(p["step"] for p in full if p.get("score", 0) >= 0.9)
-print(f"you guessed {guess_frame} and {guess_values}; nine tenths of the facts stated after {late}")
+print(
+    f"you guessed {guess_template} and {guess_values}; nine tenths of the facts stated after {late}"
+)
 print(
     f"step 20: slot loss {p['slot_loss']:.2f}, so a chance of about {alone:.2f} a token, but a value"
 )
 print(
     f"has {long:.1f} tokens, and {alone:.2f} to that power is {whole:.2f}; the score was {p['score']:.2f}"
 )
-assert reached(full, "slot_loss", 0) <= reached(full, "frame_loss", floor) + 5
-assert all(reached(p, "frame_loss", floor) <= 40 for p in (full, blind, random_base))
+assert reached(full, "slot_loss", 0) <= reached(full, "template_loss", floor) + 5
+assert all(reached(p, "template_loss", floor) <= 40 for p in (full, blind, random_base))
 assert all(reached(p, "slot_loss", 0) is None for p in (blind, random_base))
 assert late > reached(full, "slot_loss", 0)
 
 # %% [markdown]
-# We expected to tell you: first the frame, and the values much later. An earlier base of ours, which could hardly copy, behaved so.
+# We expected to tell you: first the template, and the values much later. An earlier base of ours, which could hardly copy, behaved so.
 # By the loss, this one does not. It could look names up before we began (lesson 00), so there was nothing to learn about values but
-# *where* to put them, and they come together with the frame. What comes late, or never, is what pretraining did not bring: the random
-# base has the frame almost as soon, and no values at all.
+# *where* to put them, and they come together with the template. What comes late, or never, is what pretraining did not bring: the random
+# base has the template almost as soon, and no values at all.
 #
 # One thing does come late: *whole* facts. A value is several tokens, and all must be right. The loss is an average over tokens, and looks nearly
 # done when half of the facts still go wrong somewhere.
@@ -309,10 +317,10 @@ shown = [record for name in ("frozen", "full", compare.RANDOM) for record in row
 display(Markdown(compare.table(shown, task)))
 
 # %%
-score = task.score(task.test[:64], finetune.complete(model, base, task.test[:64]))["score"]
-others = [record["score"] for record in rows["full"] if record["seed"] != 0]
-print(f"here {score:.2f}; other seeds {[f'{other:.2f}' for other in others]}")
-assert compare.in_spread({"score": score}, [{"score": other} for other in others])
+score = task.score(task.test[:64], complete(model, base, task.test[:64]))
+others = [record for record in rows["full"] if record.seed != 0]
+print(f"here {score:.2f}; other seeds {[f'{other.score:.2f}' for other in others]}")
+assert compare.in_spread(replace(others[0], score=score), others)
 
 # %% [markdown]
 # ## Comparing fairly, 2: learning rates
@@ -321,11 +329,10 @@ assert compare.in_spread({"score": score}, [{"score": other} for other in others
 # method of the next lesson; what matters is what you would say about it had you tried one rate alone.
 
 # %%
-sweeps = json.loads(finetune.SWEEPS.read_text())
 like = {"base": "1m", "task": "describe", "steps": 100, "examples": 400}
 wanted = {("full", False): "full", ("lora", False): "lora", ("full", True): compare.RANDOM}
 swept = {}
-for entry in sweeps:
+for entry in load_sweeps():
     name = wanted.get((entry["method"], entry["random_base"]))
     if name and like.items() <= entry.items():
         swept[name] = entry
@@ -338,9 +345,9 @@ for name, color, style in [
     for axis, key in zip(axes, ("slot_loss", "score", "forgetting"), strict=True):
         if key != "forgetting" or name != compare.RANDOM:
             axis.plot(rates, [p[key] for p in points], style, color=color, label=name)
-axes[0].set(ylabel="slot loss (nats a token, log scale)", yscale="log")
+axes[0].set(ylabel="slot loss (nats per token, log scale)", yscale="log")
 axes[1].set(ylabel="slot accuracy", ylim=(-0.03, 1.03))
-axes[2].set(ylabel="forgetting (nats a token)", ylim=(0, None))
+axes[2].set(ylabel="forgetting (nats per token)", ylim=(0, None))
 for axis in axes:
     axis.set(xlabel="learning rate", xscale="log")
 handles, labels = axes[0].get_legend_handles_labels()
@@ -374,10 +381,10 @@ assert by_rate[0.004]["forgetting"] > 3 * by_rate[0.001]["forgetting"]
 # are gone; there is no switch to bring them back, except to keep the base as well. And each task needs a whole model.
 
 # %%
-forgot = finetune.text_loss(model, base.held_out) - finetune.text_loss(base.model(), base.held_out)
-print(f"loss on pretraining text: +{forgot:.2f} nats a token (expect 0.8 to 1.3)")
+forgot = text_loss(model, base.held_out) - text_loss(base.pretrained, base.held_out)
+print(f"loss on pretraining text: +{forgot:.2f} nats per token (expect 0.8 to 1.3)")
 assert 0.6 < forgot < 1.6
-on_disk = {name: rows[name][0]["disk_bytes"] for name in ("full", "lora")}
+on_disk = {name: rows[name][0].disk_bytes for name in ("full", "lora")}
 ten = {"full": 10 * on_disk["full"], "lora": on_disk["full"] + 10 * on_disk["lora"]}
 print(
     f"ten tasks: {ten['full'] / 1e6:.1f} MB as ten models, {ten['lora'] / 1e6:.1f} MB as a base and ten LoRAs"
@@ -393,7 +400,7 @@ print(f"at the shape of Llama-2-7B: {ten[0] / 1e9:.0f} GB, or {ten[1] / 1e9:.0f}
 
 # %% tags=["timing"]
 batch = tasks.collate(task.train[:16], base.end, "cpu")
-clone = finetune.build_model(base, "full", seed=0, steps=100).train()
+clone = build_model(base, RECIPES["full"], RunConfig(seed=0)).train()
 optimizer, seconds = torch.optim.AdamW(clone.parameters(), lr=1e-5), []
 for _ in range(7):
     t = [time.perf_counter()]
@@ -428,7 +435,7 @@ for (n, points), style in zip(little.items(), ("o-", "s--", "^:"), strict=True):
         axis.plot(steps, values, style, color=BLUE, markersize=4, label=f"{n} examples")
         axis.axvline(lowest["step"], color=GREY, linewidth=1, linestyle=style[1:])
 axes[0].set(
-    xlabel="step (upright: lowest loss)", ylabel="validation loss (nats a token)", ylim=(0, 2)
+    xlabel="step (upright: lowest loss)", ylabel="validation loss (nats per token)", ylim=(0, 2)
 )
 axes[1].set(xlabel="step", ylabel="slot accuracy", ylim=(-0.03, 1.03))
 axes[0].legend(frameon=False, loc="upper center")
@@ -436,10 +443,10 @@ plt.show()
 for n in (50, 16):
     lowest = min((p for p in little[n] if "score" in p), key=lambda p: p["loss"])
     for p in (lowest, little[n][-1]):
-        each = {key: f"{p[key]:.2f}" for key in ("loss", "frame_loss", "slot_loss", "score")}
+        each = {key: f"{p[key]:.2f}" for key in ("loss", "template_loss", "slot_loss", "score")}
         print(f"{n} examples, step {p['step']:3}: {each}")
     assert little[n][-1]["loss"] > 1.1 * lowest["loss"]
-    assert little[n][-1]["frame_loss"] > lowest["frame_loss"]
+    assert little[n][-1]["template_loss"] > lowest["template_loss"]
     assert little[n][-1]["score"] > lowest["score"] - 0.15
 assert full[-1]["loss"] < 1.05 * min(p["loss"] for p in full)
 assert full[-1]["score"] > little[16][-1]["score"] + 0.1
@@ -447,7 +454,7 @@ assert full[-1]["score"] > little[16][-1]["score"] + 0.1
 # %% [markdown]
 # With few examples the validation loss turns and climbs: the model grows sure of what it learned by heart. With all
 # examples it does not. But look at the right panel: while the loss climbs, the score does *not* fall, with fifty examples it may even
-# rise. It is mostly the frame that gets worse: the loss punishes being sure of the wrong phrasing. The facts are stated at least as rightly as before. **The loss is not the score.** Stop by what you care about.
+# rise. It is mostly the template that gets worse: the loss punishes being sure of the wrong phrasing. The facts are stated at least as rightly as before. **The loss is not the score.** Stop by what you care about.
 #
 # ## Exercises
 #
@@ -601,7 +608,7 @@ def chance(a, b):
 
 # %% tags=["check"]
 scores = {
-    name: [record["score"] for record in rows[name]] for name in ("full", "lora", "prefix_tuning")
+    name: [record.score for record in rows[name]] for name in ("full", "lora", "prefix_tuning")
 }
 answer = chance([1, 2, 3, 4], [5, 6, 7, 8])
 if answer is None:
@@ -630,8 +637,8 @@ else:
 # ## Summary, at this size
 #
 # - Training holds weights, gradients, two averages for each weight, and activations; on a small model activations are most, on a large one the optimizer is.
-# - At this size a model that ignores every value makes most of the loss's improvement and states no fact: report frame and slots apart.
-# - At this size values come as soon as the frame, because the base could copy; a random base learns the frame alone.
+# - At this size a model that ignores every value makes most of the loss's improvement and states no fact: report template and slots apart.
+# - At this size values come as soon as the template, because the base could copy; a random base learns the template alone.
 # - At this size the learning rate can decide more than the method: each gets its own sweep, and no optimum at an edge.
 # - At this size sixteen examples overfit: the loss climbs while the score stays; and every task costs a whole model, and what the base knew.
 #

@@ -20,13 +20,19 @@ import torch
 from IPython.display import Markdown, display
 
 from minipeft import GPT, GPTConfig, LoraConfig, PeftModel, get_peft_model, lora
-from minipeft.lab import compare, finetune, tasks
+from minipeft.lab import DATA, compare, report, tasks
+from minipeft.lab.base import load_base
+from minipeft.lab.evaluate import task_loss
+from minipeft.lab.finetune import build_model, finetune
+from minipeft.lab.recipes import RECIPES, RunConfig
+from minipeft.lab.train import train
+from minipeft.targets import find_targets
 
-BLUE, ORANGE, GREY = compare.COLORS["full"], compare.COLORS["lora"], compare.COLORS["frozen"]
+BLUE, ORANGE, GREY = (report.COLORS[name] for name in ("full", "lora", "frozen"))
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
-OUT = tasks.DATA.parent / "out" / "02"  # what this lesson saves; git does not look there
-base = finetune.load_base(tasks.DATA / "base" / "1m")
-task = tasks.load_task(base.tokenizer, base.end, 256, "describe")
+OUT = DATA.parent / "out" / "02"  # what this lesson saves; git does not look there
+base = load_base(DATA / "base" / "1m")
+task = tasks.load_task(base, "describe")
 print(task.train[5].prompt, "\n ->", task.train[5].completion)
 
 # %% [markdown]
@@ -34,7 +40,7 @@ print(task.train[5].prompt, "\n ->", task.train[5].completion)
 # facts into sentences. Owner, cook and guest are all people, so it must read which name belongs to which word,
 # and the names in the test stand in no training prompt.
 #
-# The tokens that the sentences take from the facts are the *slots*, all others the *frame*. *Slot accuracy* is the share
+# The tokens that the sentences take from the facts are the *slots*, all others the *template*. *Slot accuracy* is the share
 # of facts that the model's own text states rightly. *Slot loss* is milder: there the model is given the right
 # words so far, and only has to go on.
 #
@@ -51,12 +57,12 @@ guess = 64  # directions out of 128: put your own number here before you go on
 
 # %%
 # full fine-tuning, a hundred steps of sixteen examples: we keep what was measured, and the model
-full = finetune.finetune(base, task, "full", 100, output=OUT / "full")
+full = finetune(base, task, RECIPES["full"], RunConfig(seed=0, output=OUT / "full"))
 tuned, start = GPT.from_pretrained(OUT / "full"), base.model()
-print(f"{task.metric} {full['score']:.2f}   (expect above 0.9)")
+print(f"{task.metric} {full.score:.2f}   (expect above 0.9)")
 
 # %%
-names = list(lora.find_targets(start, "all-linear"))
+names = list(find_targets(start, "all-linear"))
 before, after = dict(start.named_modules()), dict(tuned.named_modules())
 deltas = {name: (after[name].weight - before[name].weight).detach() for name in names}
 
@@ -105,7 +111,7 @@ for r in ranks:
     modules = dict(thin.named_modules())
     for name, delta in deltas.items():
         modules[name].weight.data = before[name].weight + cut(delta, r)
-    losses.append(finetune.task_loss(thin, task.validation, base.end)["slot_loss"])
+    losses.append(task_loss(thin, task.validation, base.end)["slot_loss"])
 for r, loss in zip(ranks, losses, strict=True):
     print(f"rank {r:3}: slot loss {loss:.3f}")
 assert losses[-1] < losses[ranks.index(8)] < losses[0] / 4
@@ -153,7 +159,7 @@ assert torch.allclose(beside, merged, atol=1e-5)
 
 layer = torch.nn.Linear(4, 6, bias=False)
 layer.weight.data = W
-ours = lora.LoraLinear(layer, r=2, lora_alpha=4)
+ours = lora.LoraLinear(layer, LoraConfig(r=2, lora_alpha=4))
 ours.lora_A.weight.data, ours.lora_B.weight.data = A, B
 assert torch.allclose(ours(x), beside, atol=1e-5)
 print("by hand, merged, and minipeft's layer: the same numbers")
@@ -161,7 +167,7 @@ print("by hand, merged, and minipeft's layer: the same numbers")
 # %% [markdown]
 # ## The real file
 #
-# `minipeft/lora.py` imports torch and nothing else; copy it where you like. This is its layer. Beyond the two
+# `minipeft/methods/lora.py` imports torch and nothing else; copy it where you like. This is its layer. Beyond the two
 # lines above, its equations (1) and (3), it knows dropout, another scale (`use_rslora`), a base of either layout
 # (`matrix` gives its W as (out, in)), and merging that can be taken back to the bit. It does not freeze W:
 # `get_peft_model` does that, for the whole model at once.
@@ -202,33 +208,29 @@ model.print_trainable_parameters()
 # them: within three standard deviations of their mean, and a small margin.
 
 # %%
-thin = finetune.finetune(base, task, "lora", 100, output=OUT / "lora")
-frozen = finetune.finetune(base, task, "frozen", 100)
-print(f"LoRA: {task.metric} {thin['score']:.2f}   (expect above 0.85)")
-print(f"the frozen base: {frozen['score']:.2f}")
+thin = finetune(base, task, RECIPES["lora"], RunConfig(seed=0, output=OUT / "lora"))
+frozen = finetune(base, task, RECIPES["frozen"], RunConfig(seed=0))
+print(f"LoRA: {task.metric} {thin.score:.2f}   (expect above 0.85)")
+print(f"the frozen base: {frozen.score:.2f}")
 
 # %%
-records = compare.load(tasks.DATA / "results" / "1m" / "compare.json")
+records = compare.load(DATA / "results" / "1m" / "compare.json")
 for live in (full, thin):
-    same = {"method": live["method"], "random_base": False}
-    others = [r for r in records if same.items() <= r.items() and r["seed"] != live["seed"]]
+    others = [
+        r for r in records if r.method == live.method and not r.random_base and r.seed != live.seed
+    ]
     assert compare.in_spread(live, others), "this run is unlike the other seeds"
-    print(
-        live["method"],
-        [f"{record['score']:.2f}" for record in others],
-        f"and here {live['score']:.2f}",
-    )
+    print(live.method, [f"{record.score:.2f}" for record in others], f"and here {live.score:.2f}")
 
 # %% tags=["timing"]
 display(Markdown(compare.table([frozen, full, thin], task)))
 
 # %%
-compare.picture([frozen, full, thin], task)
+report.compare_figure(compare.rows([frozen, full, thin]), task)
 
 # %% [markdown]
 # Read the table from left to right. LoRA trains a few percent of the numbers, and its file is as much smaller.
-# (BLEU-4 counts runs of up to four words that the text shares with the reference.) It comes close in slot
-# accuracy: look above how far its own seeds lie apart. *Share of gap* puts the frozen base at zero and full
+# It comes close in slot accuracy: look above how far its own seeds lie apart. *Share of gap* puts the frozen base at zero and full
 # fine-tuning at one.
 #
 # Now look at *forgetting*, the rise of the loss on the pretraining text: with its adapter on, LoRA has forgotten
@@ -238,15 +240,15 @@ compare.picture([frozen, full, thin], task)
 
 # %%
 share = compare.share_of_gap([frozen, full, thin], [thin])
-forgotten = thin["forgetting"]
+forgotten = thin.forgetting
 print(f"LoRA closes {share:.0%} of the gap")
 print("loss on the pretraining text:", {name: f"{loss:.3f}" for name, loss in forgotten.items()})
-print(f"full fine-tuning: {full['forgetting']['on']:.3f}")
-trained, made = thin["validation"][-1]["slot_loss"], losses[ranks.index(8)]
+print(f"full fine-tuning: {full.forgetting['on']:.3f}")
+trained, made = thin.validation[-1]["slot_loss"], losses[ranks.index(8)]
 print(f"slot loss at rank 8: trained as LoRA {trained:.3f}, cut out of full fine-tuning {made:.3f}")
 assert share > 0.7
 assert trained < made
-assert forgotten["on"] > full["forgetting"]["on"]
+assert forgotten["on"] > full.forgetting["on"]
 assert forgotten["off"] == forgotten["base"] < forgotten["on"]
 
 # %% [markdown]
@@ -268,57 +270,60 @@ assert difference < 5e-6
 # GPT with random weights, the same task, the same steps. Full fine-tuning can change every weight.
 # LoRA must make do with a thin change of random ones.
 #
-# **Guess again** before you run it: where do the two dashed lines end, on the tokens of the frame, which are the
+# **Guess again** before you run it: where do the two dashed lines end, on the tokens of the template, which are the
 # same few phrases in all examples?
 
 # %%
-full_random = finetune.finetune(base, task, "full", 100, random_base=True)
-thin_random = finetune.finetune(base, task, "lora", 100, random_base=True)
+full_random = finetune(base, task, RECIPES["full"], RunConfig(seed=0, random_base=True))
+thin_random = finetune(base, task, RECIPES["lora"], RunConfig(seed=0, random_base=True))
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
-for axis, key in zip(axes, ("frame_loss", "slot_loss"), strict=True):
+for axis, key in zip(axes, ("template_loss", "slot_loss"), strict=True):
     for record, color, style in [
         (full, BLUE, "o-"), (thin, ORANGE, "s-"), (full_random, BLUE, "o--"), (thin_random, ORANGE, "s--"),
     ]:  # fmt: skip
-        where = "on a random base" if record["random_base"] else "on the pretrained base"
-        points = record["validation"]
-        label = f"{record['method']}, {where}"
+        where = "on a random base" if record.random_base else "on the pretrained base"
+        points = record.validation
+        label = f"{record.method}, {where}"
         axis.plot(
             [p["step"] for p in points], [p[key] for p in points], style, color=color, label=label
         )
     axis.set(xlabel="step", title=f"{key.split('_')[0]} tokens", ylim=(0, None))
-axes[0].set_ylabel("validation loss (nats a token)")
+axes[0].set_ylabel("validation loss (nats per token)")
 axes[0].legend(frameon=False)
 plt.show()
 
 # %%
 for record in (full_random, thin_random):
     print(
-        f"{record['method']:5} on a random base: frame loss {record['test_frame_loss']:.2f}, "
-        f"slot loss {record['test_slot_loss']:.2f}, {task.metric} {record['score']:.2f}"
+        f"{record.method:5} on a random base: template loss {record.test_template_loss:.2f}, "
+        f"slot loss {record.test_slot_loss:.2f}, {task.metric} {record.score:.2f}"
     )
-assert full_random["score"] < 0.5 * full["score"]
-assert thin_random["score"] < 0.5 * full["score"]
-assert thin_random["test_frame_loss"] > full_random["test_frame_loss"]
+assert full_random.score < 0.5 * full.score
+assert thin_random.score < 0.5 * full.score
+assert thin_random.test_template_loss > full_random.test_template_loss
 
 # %%
 # Is it that the change is thin? LoRA also freezes the embeddings, which are the output head too,
 # and here they are random. Set them free, beside the same A and B, and train again.
-free = finetune.build_model(base, "lora", 0, 100, random_base=True)
+run = RunConfig(seed=0, random_base=True, learning_rate=thin_random.learning_rate)
+free = build_model(base, RECIPES["lora"], run)
 for name, parameter in free.named_parameters():
     if name.endswith(("wte.weight", "wpe.weight")):
         parameter.requires_grad_(True)
 order = tasks.shuffled(task.train, 16, 0)
 batches = ([tasks.collate(part, base.end, free.device)] for part in order)
-finetune.train(free, batches, 100, thin_random["learning_rate"], warmup=10, title="embeddings free")
-freed = finetune.task_loss(free, task.test, base.end)
-print(f"embeddings free: frame loss {freed['frame_loss']:.2f}, slot loss {freed['slot_loss']:.2f}")
-assert freed["frame_loss"] < thin_random["test_frame_loss"] / 4
-assert freed["slot_loss"] < thin_random["test_slot_loss"] - 1
+train(free, batches, run, title="embeddings free")
+freed = task_loss(free, task.test, base.end)
+print(
+    f"embeddings free: template loss {freed['template_loss']:.2f}, slot loss {freed['slot_loss']:.2f}"
+)
+assert freed["template_loss"] < thin_random.test_template_loss / 4
+assert freed["slot_loss"] < thin_random.test_slot_loss - 1
 
 # %% [markdown]
-# Without pretraining neither learns names in a hundred steps, and LoRA does not even learn the frame as well as
+# Without pretraining neither learns names in a hundred steps, and LoRA does not even learn the template as well as
 # full fine-tuning does. But the rank is not to blame: once the embeddings may move, the same thin A and B come
 # close to full fine-tuning of the random model. LoRA needs something *worth freezing*. That is why it works on
 # models that know a lot, and it is no way to pretrain one.
@@ -420,7 +425,7 @@ both_zero = {"A": False, "B": False}  # so nothing would ever move
 
 def moved(a, b):
     """Whether A and B get gradients that are not zero, starting from these values."""
-    layer = lora.LoraLinear(torch.nn.Linear(4, 6), r=2, lora_alpha=2)
+    layer = lora.LoraLinear(torch.nn.Linear(4, 6), LoraConfig(r=2, lora_alpha=2))
     layer.lora_A.weight.data, layer.lora_B.weight.data = a, b
     layer(torch.ones(3, 4)).square().sum().backward()
     return {"A": bool(layer.lora_A.weight.grad.any()), "B": bool(layer.lora_B.weight.grad.any())}

@@ -21,15 +21,18 @@ import torch
 from IPython.display import Markdown, display
 
 from minipeft import GPT, GPTConfig, PromptTuningConfig, get_peft_model, prompt_tuning
-from minipeft.lab import compare, finetune, tasks
+from minipeft.lab import DATA, compare, tasks
+from minipeft.lab.base import load_base
+from minipeft.lab.evaluate import task_loss
+from minipeft.lab.finetune import finetune
+from minipeft.lab.recipes import RECIPES, RunConfig
+from minipeft.lab.report import COLORS
+from minipeft.lab.train import train
 
-COLORS = compare.COLORS
 GREEN, GREY = COLORS["prompt_tuning"], COLORS["frozen"]
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
-base = finetune.load_base(tasks.DATA / "base" / "1m")
-steer, skill = (
-    tasks.load_task(base.tokenizer, base.end, 256, name) for name in ("sentiment", "describe")
-)
+base = load_base(DATA / "base" / "1m")
+steer, skill = (tasks.load_task(base, name) for name in ("sentiment", "describe"))
 for task in (steer, skill):
     print(f"{task.name}: {task.train[0].prompt}\n -> {task.train[0].completion}\n")
 
@@ -102,7 +105,7 @@ logits = logits[:, 5:]  # (b, t, v)
 loss.backward()
 stepped = (P - 0.1 * P.grad).detach()
 
-ours = prompt_tuning.PromptEmbedding(PromptTuningConfig(num_virtual_tokens=5), model)
+ours = prompt_tuning.PromptEmbedding(model, PromptTuningConfig(num_virtual_tokens=5))
 ours.embedding.weight.data = P.detach().clone()
 out = ours(model, ids, labels=labels)
 out.loss.backward()
@@ -136,7 +139,7 @@ assert behind_moves < 1e-5
 #
 # ## The real file
 #
-# `minipeft/prompt_tuning.py` imports torch and nothing else. Beyond the lines above it knows three ways to
+# `minipeft/methods/prompt_tuning.py` imports torch and nothing else. Beyond the lines above it knows three ways to
 # start, the mask of a padded batch, positions, and `generate`. There is no `merge`: P is no part of any weight.
 
 # %%
@@ -206,9 +209,10 @@ def train_prompt(start, rate, p=20, steps=50):
     first = prompt_of(model)
     order = tasks.shuffled(steer.train, 16, 0)
     batches = ([tasks.collate(part, base.end, model.device)] for part in order)
-    finetune.train(model, batches, steps, rate, warmup=5, title=f"{start}, rate {rate:g}")
+    run = RunConfig(steps=steps, learning_rate=rate, warmup=5)
+    train(model, batches, run, title=f"{start}, rate {rate:g}")
     moved = ((prompt_of(model) - first).norm() / first.norm()).item()
-    return finetune.task_loss(model, steer.validation, base.end)["loss"], moved
+    return task_loss(model, steer.validation, base.end)["loss"], moved
 
 
 RATES = [0.003, 0.03, 0.3, 3.0]
@@ -252,15 +256,16 @@ plt.show()
 # LoRA's row and the other seeds of both tasks have run before, by `python -m minipeft compare --base data/base/1m --task NAME --seeds 4`.
 
 # %%
-results = tasks.DATA / "results" / "1m"
+results = DATA / "results" / "1m"
 shipped = {
     "sentiment": compare.load(results / "sentiment" / "compare.json"),
     "describe": compare.load(results / "compare.json"),
 }
-by_name = {"frozen": finetune.finetune(base, steer, "frozen", 100)}
+by_name = {"frozen": finetune(base, steer, RECIPES["frozen"], RunConfig())}
+run = RunConfig(steps=100, seed=0, n_evaluations=1)
 for method in ("full", "prompt_tuning"):
-    by_name[method] = finetune.finetune(base, steer, method, 100, validations=1)
-    print(f"{method}: {steer.metric} {by_name[method]['score']:.2f}")
+    by_name[method] = finetune(base, steer, RECIPES[method], run)
+    print(f"{method}: {steer.metric} {by_name[method].score:.2f}")
 by_name["lora"] = compare.rows(shipped["sentiment"])["lora"][0]
 METHODS = ["frozen", "full", "lora", "prompt_tuning"]
 
@@ -272,26 +277,26 @@ display(Markdown(compare.table([by_name[method] for method in METHODS], steer)))
 # shipped file.
 
 # %%
-stuck = finetune.finetune(base, skill, "prompt_tuning", 100, validations=1)
+stuck = finetune(base, skill, RECIPES["prompt_tuning"], run)
 scores = {
-    name: {m: [r["score"] for r in compare.rows(records)[m]] for m in METHODS}
+    name: {m: [r.score for r in compare.rows(records)[m]] for m in METHODS}
     for name, records in shipped.items()
 }
 for name in scores:
     for method in METHODS:
         print(f"{name:10} {method:14}", [f"{score:.2f}" for score in scores[name][method]])
-print(f"here: {by_name['prompt_tuning']['score']:.2f} and {stuck['score']:.2f}")
+print(f"here: {by_name['prompt_tuning'].score:.2f} and {stuck.score:.2f}")
 
 for record in (by_name["full"], by_name["prompt_tuning"], stuck):
-    rows = compare.rows(shipped[record["task"]])[record["method"]]
-    others = [other for other in rows if other["seed"] != record["seed"]]
+    rows = compare.rows(shipped[record.task])[record.method]
+    others = [other for other in rows if other.seed != record.seed]
     assert compare.in_spread(record, others), "this run is unlike the other seeds"
 mean = {name: {m: sum(s) / len(s) for m, s in by.items()} for name, by in scores.items()}
 assert mean["sentiment"]["full"] == mean["sentiment"]["lora"] == 1
 assert mean["sentiment"]["prompt_tuning"] > chance + 0.2  # it steers, on the mean of four seeds
 assert min(scores["sentiment"]["prompt_tuning"]) < 0.7  # but not with every seed
 assert min(mean["describe"]["full"], mean["describe"]["lora"]) > 0.9
-assert max(*scores["describe"]["prompt_tuning"], stuck["score"]) < 0.15  # no skill, with any seed
+assert max(*scores["describe"]["prompt_tuning"], stuck.score) < 0.15  # no skill, with any seed
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
@@ -301,7 +306,7 @@ for axis, (name, by_method), now in zip(
     for i, method in enumerate(METHODS):
         axis.bar(i, mean[name][method], color=COLORS[method], width=0.6)
         axis.plot([i] * len(by_method[method]), by_method[method], "_", color="black", ms=14)
-    axis.plot(3, now["score"], "D", color="white", mec="black", label="prompt tuning, here")
+    axis.plot(3, now.score, "D", color="white", mec="black", label="prompt tuning, here")
     axis.axhline(guess[name], color="black", linestyle=":", label="your guess")
     axis.axhline(
         chance if name == "sentiment" else 0, color=GREY, linestyle="--", label="learned nothing"
@@ -321,19 +326,19 @@ plt.show()
 # hundred steps: hardly a fact comes out right with any seed. What did they learn?
 
 # %%
-larger = compare.rows(compare.load(tasks.DATA / "results" / "sentiment" / "compare.json"))
-larger = [record["score"] for record in larger["prompt_tuning"]]
+larger = compare.rows(compare.load(DATA / "results" / "sentiment" / "compare.json"))
+larger = [record.score for record in larger["prompt_tuning"]]
 print("sentiment on the 3M base:", [f"{score:.2f}" for score in larger])
 assert min(larger) > mean["sentiment"]["prompt_tuning"]
-first, last = stuck["validation"][0], stuck["validation"][-1]
-for key in ("frame_loss", "slot_loss"):
+first, last = stuck.validation[0], stuck.validation[-1]
+for key in ("template_loss", "slot_loss"):
     print(f"{key}: {first[key]:.2f} before, {last[key]:.2f} after 100 steps")
-print("wanted: ", stuck["examples"][0]["reference"].strip())
-print("written:", stuck["examples"][0]["generated"].strip()[:200])
-assert last["frame_loss"] < 0.6 * first["frame_loss"]
+print("wanted: ", stuck.examples[0]["reference"].strip())
+print("written:", stuck.examples[0]["generated"].strip()[:200])
+assert last["template_loss"] < 0.6 * first["template_loss"]
 
 # %% [markdown]
-# The loss fell by much, above all on the frame: with the right words so far, the model often knows how to go on. Left to itself it
+# The loss fell by much, above all on the template: with the right words so far, the model often knows how to go on. Left to itself it
 # babbles, and the score stayed at nothing: the loss is not the score.
 #
 # ## Does a frozen model forget?
@@ -342,12 +347,12 @@ assert last["frame_loss"] < 0.6 * first["frame_loss"]
 
 # %%
 for record in (by_name["full"], by_name["lora"], by_name["prompt_tuning"], stuck):
-    states = ", ".join(f"{state} {value:.3f}" for state, value in record["forgetting"].items())
-    print(f"{record['task']:9} {record['method']:14} loss on pretraining text: {states}")
+    states = ", ".join(f"{state} {value:.3f}" for state, value in record.forgetting.items())
+    print(f"{record.task:9} {record.method:14} loss on pretraining text: {states}")
 for record in (by_name["prompt_tuning"], stuck):
-    assert record["forgetting"]["off"] == record["forgetting"]["base"]
-    assert record["forgetting"]["on"] > record["forgetting"]["base"] + 1
-assert by_name["prompt_tuning"]["forgetting"]["on"] > by_name["full"]["forgetting"]["on"] + 1
+    assert record.forgot("off") == 0
+    assert record.forgot("on") > 1
+assert by_name["prompt_tuning"].forgot("on") > by_name["full"].forgot("on") + 1
 
 # %% [markdown]
 # With the prompt before it, the frozen model is far worse at what it knew, and far worse than the model whose every
@@ -363,23 +368,23 @@ assert by_name["prompt_tuning"]["forgetting"]["on"] > by_name["full"]["forgettin
 single = train_prompt("SAMPLE_VOCAB", RATES[2], p=1)[0]
 print(f"sentiment, 50 steps: loss with 1 soft token {single:.3f}, with 20 {words[2][0]:.3f}")
 print(
-    f"undecided between the two words {unsure:.3f}; the base alone {by_name['frozen']['test_loss']:.3f}"
+    f"undecided between the two words {unsure:.3f}; the base alone {by_name['frozen'].test_loss:.3f}"
 )
-wide = finetune.finetune(base, skill, "prompt_tuning", 100, size=60, validations=1)
+wide = finetune(base, skill, RECIPES["prompt_tuning"].with_size(60), run)
 for record in (stuck, wide):
     print(
-        f"describe, {record['size']} soft tokens: frame loss {record['test_frame_loss']:.2f}, "
-        f"{skill.metric} {record['score']:.2f}"
+        f"describe, {record.size} soft tokens: template loss {record.test_template_loss:.2f}, "
+        f"{skill.metric} {record.score:.2f}"
     )
 print(f"(expect 0.05 to 0.4 with 60; LoRA in as many steps: {mean['describe']['lora']:.2f})")
 assert single < 2 * unsure
-assert wide["test_frame_loss"] < 0.8 * stuck["test_frame_loss"]
-assert 0.02 < wide["score"] < 0.6 * mean["describe"]["lora"]
+assert wide.test_template_loss < 0.8 * stuck.test_template_loss
+assert 0.02 < wide.score < 0.6 * mean["describe"]["lora"]
 
 # %% [markdown]
 # One vector goes most of the way when steering. And "stuck" was too strong a word: with three times the
 # vectors the facts begin to come. So it is not that vectors *cannot*; they are slow, and far behind LoRA in the
-# same number of steps. What do three times the *steps* do? `finetune.finetune(base, skill, "prompt_tuning", 300)` tells you in a
+# same number of steps. What do three times the *steps* do? `finetune(base, skill, RECIPES["prompt_tuning"], RunConfig(steps=300))` tells you in a
 # minute. More vectors cost, too: every soft token takes a place in the context and is computed in each forward pass, in training
 # and in use. Look at the seconds in the table above: hundreds of times fewer trained numbers do not make a step even twice as fast. The gradient
 # still goes through the whole model, and the text is twenty tokens longer.
@@ -587,7 +592,7 @@ else:
 # - Prompt tuning trains p · d numbers before the text; the weights stay, there is nothing to merge, and a batch may mix tasks.
 # - Noise is far longer than words, and needs a far larger learning rate: what counts is the step as a share of the length.
 # - Twenty vectors steer the model to answers that it knows, with noise as the start not with every seed; full fine-tuning and LoRA always do.
-# - A new skill they hardly teach in a hundred steps: the frame's loss falls, the facts do not come. Three times the vectors help, but stay far behind LoRA.
+# - A new skill they hardly teach in a hundred steps: the template's loss falls, the facts do not come. Three times the vectors help, but stay far behind LoRA.
 # - Frozen is not unforgetting: with the prompt on, the model is worse at its old text than after full fine-tuning on the same task; off, it is the base.
 #
 # **To read:** the paper's section 3, above all its figure on the size of the model; Petrov et al. 2023, *When Do Prompting and

@@ -29,14 +29,17 @@ from minipeft import (
     get_peft_model,
     p_tuning,
 )
-from minipeft.lab import compare, finetune, tasks
+from minipeft.lab import DATA, compare, tasks
+from minipeft.lab.base import load_base
+from minipeft.lab.evaluate import task_loss
+from minipeft.lab.finetune import finetune
+from minipeft.lab.recipes import RECIPES, RunConfig
+from minipeft.lab.report import COLORS
+from minipeft.lab.train import train
 
-COLORS = compare.COLORS
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
-base = finetune.load_base(tasks.DATA / "base" / "1m")
-steer, skill = (
-    tasks.load_task(base.tokenizer, base.end, 256, name) for name in ("sentiment", "describe")
-)
+base = load_base(DATA / "base" / "1m")
+steer, skill = (tasks.load_task(base, name) for name in ("sentiment", "describe"))
 print(steer.train[0].prompt, "->", steer.train[0].completion)
 
 # %% [markdown]
@@ -53,7 +56,7 @@ print(steer.train[0].prompt, "->", steer.train[0].completion)
 
 # %%
 guess = {"sentiment": 0.5, "describe": 0.5}  # from 0 to 1: put your own numbers before you go on
-results = tasks.DATA / "results" / "1m"
+results = DATA / "results" / "1m"
 shipped = {
     "sentiment": compare.rows(compare.load(results / "sentiment" / "compare.json")),
     "describe": compare.rows(compare.load(results / "compare.json")),
@@ -105,7 +108,7 @@ P = three(two(one(H).relu()).relu())  # (p, d)
 x = torch.cat([P[None], model.get_input_embeddings()(ids)], dim=1)  # (1, p + t, d)
 by_hand = model(inputs_embeds=x).logits[:, 5:]
 
-ours = p_tuning.PromptEncoder(PromptEncoderConfig(num_virtual_tokens=5), model)
+ours = p_tuning.PromptEncoder(model, PromptEncoderConfig(num_virtual_tokens=5))
 ours.embedding.weight.data = H
 for mine, layer in zip((one, two, three), ours.mlp_head[::2], strict=True):
     layer.load_state_dict(mine.state_dict())
@@ -115,7 +118,7 @@ print("by hand and minipeft: the same logits")
 # %% [markdown]
 # ## The real file
 #
-# `minipeft/p_tuning.py`. What it has beyond that: the LSTM, which reads H from both ends, and the throwing away. The paper mixes
+# `minipeft/methods/p_tuning.py`. What it has beyond that: the LSTM, which reads H from both ends, and the throwing away. The paper mixes
 # its soft tokens with words of a template; here, as in peft, they all stand first.
 
 # %%
@@ -222,10 +225,11 @@ def train_kind(kind, rate, seed=0, steps=50):
     order = tasks.shuffled(steer.train, 16, seed)
     batches = ([tasks.collate(part, base.end, model.device)] for part in order)
     try:
-        finetune.train(model, batches, steps, rate, warmup=5, title=f"{kind}, rate {rate:g}")
+        run = RunConfig(steps=steps, learning_rate=rate, warmup=5)
+        train(model, batches, run, title=f"{kind}, rate {rate:g}")
     except FloatingPointError:
         return math.inf, math.inf  # it broke down
-    loss = finetune.task_loss(model, steer.validation, base.end)["loss"]
+    loss = task_loss(model, steer.validation, base.end)["loss"]
     return loss, (prompt_of(model) - first).norm(dim=1).mean().item()
 
 
@@ -254,8 +258,8 @@ left.minorticks_off()
 left.legend(frameon=False)
 for method, mark in (("prompt_tuning", "o"), ("p_tuning", "^")):
     for name, line in (("sentiment", "-"), ("describe", "--")):
-        runs = [[p["loss"] for p in r["validation"]] for r in shipped[name][method]]
-        steps = [p["step"] for p in shipped[name][method][0]["validation"]]
+        runs = [[p["loss"] for p in r.validation] for r in shipped[name][method]]
+        steps = [p["step"] for p in shipped[name][method][0].validation]
         means = torch.tensor(runs).mean(0)
         right.plot(steps, means, mark + line, color=COLORS[method], label=f"{method}, {name}")
 right.set(yscale="log", xlabel="step", title="100 steps at the swept rate, mean of four seeds")
@@ -295,11 +299,12 @@ assert max(seeds["MLP"]) < 0.1  # and with one, no seed goes wrong
 # `python -m minipeft compare --base data/base/1m --task NAME --seeds 4`.
 
 # %%
-live = [finetune.finetune(base, steer, "frozen", 100)]
+live = [finetune(base, steer, RECIPES["frozen"], RunConfig())]
+run = RunConfig(steps=100, seed=0, n_evaluations=1)
 for method in ("full", "prompt_tuning", "p_tuning"):
-    live.append(finetune.finetune(base, steer, method, 100, validations=1))
-    print(f"{method}: {steer.metric} {live[-1]['score']:.2f}")
-stuck = finetune.finetune(base, skill, "p_tuning", 100, validations=1)
+    live.append(finetune(base, steer, RECIPES[method], run))
+    print(f"{method}: {steer.metric} {live[-1].score:.2f}")
+stuck = finetune(base, skill, RECIPES["p_tuning"], run)
 
 # %% tags=["timing"]
 display(Markdown(compare.table(live, steer)))
@@ -310,19 +315,17 @@ display(Markdown(compare.table(live, steer)))
 
 # %%
 for record in (*live[1:], stuck):
-    rows = shipped[record["task"]][record["method"]]
-    others = [other for other in rows if other["seed"] != record["seed"]]
+    rows = shipped[record.task][record.method]
+    others = [other for other in rows if other.seed != record.seed]
     assert compare.in_spread(record, others), "this run is unlike the other seeds"
 METHODS = ["frozen", "full", "prompt_tuning", "p_tuning"]
 good = sum(example.completion == " good." for example in steer.test[:64]) / 64
 chance = max(good, 1 - good)  # what always saying the same word scores
-scores = {
-    name: {m: [r["score"] for r in rows[m]] for m in METHODS} for name, rows in shipped.items()
-}
+scores = {name: {m: [r.score for r in rows[m]] for m in METHODS} for name, rows in shipped.items()}
 for name, by_method in scores.items():
     for method, values in by_method.items():
         print(f"{name:10} {method:14}", [f"{value:.2f}" for value in values])
-print(f"P-tuning here: {live[-1]['score']:.2f} and {stuck['score']:.2f}; you guessed {guess}")
+print(f"P-tuning here: {live[-1].score:.2f} and {stuck.score:.2f}; you guessed {guess}")
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
@@ -331,7 +334,7 @@ for axis, (name, by_method), now in zip(axes, scores.items(), (live[-1], stuck),
         values = by_method[method]
         axis.bar(i, sum(values) / len(values), color=COLORS[method], width=0.6)
         axis.plot([i] * len(values), values, "_", color="black", ms=14)
-    axis.plot(3, now["score"], "D", color="white", mec="black", label="P-tuning, here")
+    axis.plot(3, now.score, "D", color="white", mec="black", label="P-tuning, here")
     axis.axhline(guess[name], color="black", linestyle=":", label="your guess")
     axis.set_xticks(range(4), METHODS)
     nothing = chance if name == "sentiment" else 0
@@ -345,17 +348,17 @@ plt.show()
 
 steering, describing = scores["sentiment"], scores["describe"]
 assert min(steering["p_tuning"]) > 0.95 > min(steering["prompt_tuning"])
-assert max(*describing["p_tuning"], stuck["score"]) < 0.15
-frames = {m: compare.mean(shipped["describe"][m], "test_frame_loss") for m in METHODS}
-print("describe, loss on the frame:", {m: f"{loss:.2f}" for m, loss in frames.items()})
-assert frames["full"] < frames["prompt_tuning"] < frames["p_tuning"] < frames["frozen"]
-forgotten = live[-1]["forgetting"]
+assert max(*describing["p_tuning"], stuck.score) < 0.15
+template = {m: compare.mean(shipped["describe"][m], "test_template_loss") for m in METHODS}
+print("describe, loss on the template:", {m: f"{loss:.2f}" for m, loss in template.items()})
+assert template["full"] < template["prompt_tuning"] < template["p_tuning"] < template["frozen"]
+forgotten = live[-1].forgetting
 print("P-tuning on pretraining text:", {s: f"{loss:.3f}" for s, loss in forgotten.items()})
 assert forgotten["off"] == forgotten["base"] < forgotten["on"]
 
 # %% [markdown]
 # On the steering task every seed of P-tuning is safe where plain prompt tuning, from noise, is not. On the new skill it is
-# no help at all: both are stuck, and with the network the loss on the frame is even higher. And like every prompt it makes the
+# no help at all: both are stuck, and with the network the loss on the template is even higher. And like every prompt it makes the
 # frozen model worse at its old text while it is on.
 #
 # ## Version two is another method
@@ -468,7 +471,7 @@ def keep(H, network):
 # %% tags=["check"]
 torch.manual_seed(0)
 model = base.model().requires_grad_(False)
-writer = p_tuning.PromptEncoder(PromptEncoderConfig(num_virtual_tokens=5), model)
+writer = p_tuning.PromptEncoder(model, PromptEncoderConfig(num_virtual_tokens=5))
 H, network = writer.embedding.weight, writer.mlp_head
 answer = keep(H, network)
 if answer is None:
@@ -510,7 +513,7 @@ lstm_rows = [0, 1, 2, 3, 4]  # it reads in both directions
 def rows_that_change(kind):
     torch.manual_seed(0)
     config = PromptEncoderConfig(num_virtual_tokens=5, encoder_reparameterization_type=kind)
-    writer = p_tuning.PromptEncoder(config, base.model())
+    writer = p_tuning.PromptEncoder(base.model(), config)
     with torch.no_grad():
         before = writer.prompt().clone()
         writer.embedding.weight[4] += 1
@@ -605,7 +608,7 @@ else:
 # - P-tuning trains H and a network that writes the soft tokens; thrown away, it leaves p · d numbers and the very same logits.
 # - The network may be far larger than what it writes: with the LSTM more than half as large as the frozen model.
 # - It helps to steer: every seed arrives. Much of that is its small start and its larger steps; plain vectors with both do as well in a typical seed, not in the worst.
-# - It is no help for a new skill: with the network or without it the score is nothing, and the frame's loss is higher with it.
+# - It is no help for a new skill: with the network or without it the score is nothing, and the template's loss is higher with it.
 # - P-tuning works at the input alone; version two puts keys and values into every layer, without a network: a test tells them apart.
 #
 # **To read:** the paper's section 3; the P-Tuning v2 paper, sections 2 and 3, for what its authors say is new in it; and lesson 06.

@@ -14,11 +14,9 @@
 
 # %%
 import inspect
-import shutil
-import sys
+import json
 import time
 from dataclasses import replace
-from pathlib import Path
 from statistics import NormalDist, mean, median
 from unittest import mock
 
@@ -26,21 +24,25 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from IPython.display import Markdown, display
+from minipeft.data import bits  # the number formats of this lesson, and how their harm is measured
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from minipeft import PagedAdamW, PeftModel, QLoraConfig, get_peft_model, qlora, quantize_model
-from minipeft.lab import compare, finetune, tasks
-from minipeft.qlora import NF4_CODEBOOK, Linear4bit, dequantize_nf4, quantize_nf4
+from minipeft import LoraConfig, PagedAdamW, PeftModel, get_peft_model, qlora, quantize_model
+from minipeft.lab import DATA, compare, tasks
+from minipeft.lab.base import load_base
+from minipeft.lab.evaluate import complete
+from minipeft.lab.finetune import finetune
+from minipeft.lab.recipes import RECIPES, RunConfig
+from minipeft.lab.report import COLORS
+from minipeft.methods.qlora import NF4_CODEBOOK, Linear4bit, dequantize_nf4, quantize_nf4
+from minipeft.targets import find_targets
 
-sys.path.append(str(tasks.DATA))
-import bits  # data/bits.py: the number formats of this lesson, and how their harm is measured
-
-PINK, ORANGE, GREY = (compare.COLORS[name] for name in ("qlora", "lora", "frozen"))
+PINK, ORANGE, GREY = (COLORS[name] for name in ("qlora", "lora", "frozen"))
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
-OUT = tasks.DATA.parent / "out" / "07"  # what this lesson saves; git does not look there
-base = finetune.load_base(tasks.DATA / "base" / "1m")  # each `base.model()` opens it anew
-task = tasks.load_task(base.tokenizer, base.end, 256, "describe")
+OUT = DATA.parent / "out" / "07"  # what this lesson saves; git does not look there
+base = load_base(DATA / "base" / "1m")  # each `base.model()` is a fresh copy
+task = tasks.load_task(base, "describe")
 
 # %% [markdown]
 # ## A question first
@@ -90,9 +92,7 @@ assert torch.allclose(levels[codes] * absmax, dequantize_nf4(quantize_nf4(w, dou
 print("codes:", codes[0, :12].tolist(), "\nlevels:", [f"{level:.3f}" for level in levels.tolist()])
 
 # %%
-weights = [
-    layer.weight.detach() for layer in qlora.find_targets(base.model(), "all-linear").values()
-]
+weights = [layer.weight.detach() for layer in find_targets(base.model(), "all-linear").values()]
 scaled = torch.cat([qlora.in_blocks(w.reshape(-1), 64) for w in weights])  # (blocks, 64)
 scaled = (scaled / scaled.abs().amax(dim=1, keepdim=True)).view(-1)
 figure, (top, low) = plt.subplots(2, 1, figsize=(8, 4), sharex=True, height_ratios=[2, 1])
@@ -159,7 +159,7 @@ print(
 #
 # The loss cannot tell good formats from better ones (a cell below says how little it differs). So we ask how far the *predictions*
 # move. KL divergence, in nats a token, is zero if all probabilities are the same; agreement is the share of places with the
-# same likeliest token. All formats and bases are in `data/results/bits.json` (`python data/bits.py` makes it). Two of its
+# same likeliest token. All formats and bases are in `data/results/bits.json` (`python -m data.bits` makes it). Two of its
 # points we measure here.
 
 # %%
@@ -177,17 +177,18 @@ def moved(model):
 def coarse(code, blocksize=64, model=None):
     """The base, or another model, with its linear weights rounded to a format."""
     model = model or base.model()
-    for layer in qlora.find_targets(model, "all-linear").values():
+    for layer in find_targets(model, "all-linear").values():
         layer.weight.data = bits.rounded(layer.weight.detach(), bits.CODES[code][1], blocksize)
     return model
 
 
 four_bits = base.model()
-layers = quantize_model(four_bits)  # the real thing, with double quantization; in place
+quantize_model(four_bits)  # the real thing, with double quantization; in place
+layers = qlora.quantized_layers(four_bits)
 live = {"NF4": moved(four_bits), "int2": moved(coarse("int2"))}
 
 # %%
-shipped = compare.load(bits.RESULTS)
+shipped = json.loads(bits.RESULTS.read_text())
 of_1m = {(r["code"], r["blocksize"]): r for r in shipped if r["base"] == "1m"}
 for code, (divergence, agreement) in live.items():
     there = of_1m[code, 64]
@@ -200,7 +201,7 @@ print(f"always naming the commonest token would agree in {most:.3f} of the place
 assert of_1m["int3", 64]["agreement"] < 0.9 < of_1m["NF4", 64]["agreement"]
 print(f"one place of ten changes between 3 and 4 bits; you guessed {guess}")
 losses = {code: r["loss"] for (code, size), r in of_1m.items() if size and int(r["bits"]) == 4}
-unrounded = compare.load(tasks.DATA / "results" / "1m" / "compare.json")[0]["forgetting"]["base"]
+unrounded = compare.load(DATA / "results" / "1m" / "compare.json")[0].forgetting["base"]
 print(f"the loss of the base {unrounded:.4f}, with four bits {losses}")
 assert max(losses.values()) - min(losses.values()) < 0.01
 nf4 = []
@@ -335,8 +336,8 @@ print("(expect the layer in 4 bits to be the slower one)")
 #
 # ## The real file
 #
-# `minipeft/qlora.py` has this function (below), the packing of two codes a byte, double quantization, and LoRA on such a
-# layer. It needs torch alone, as does `minipeft/paged_adamw.py`, which we come to below.
+# `minipeft/methods/qlora.py` has this function (below), the packing of two codes a byte, double quantization, and LoRA on such a
+# layer. It needs torch alone, as does `minipeft/methods/paged_adamw.py`, which we come to below.
 #
 # ## On the GPT
 #
@@ -352,7 +353,7 @@ four_bits.requires_grad_(False).transformer.wte.weight.grad = None
 ids = torch.tensor([base.tokenizer.encode(task.test[0].prompt).ids])
 plain = four_bits(ids).logits
 shift = (plain - base.model()(ids).logits).abs().max() / plain.abs().max()
-config = QLoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 model = get_peft_model(four_bits, config)
 assert torch.equal(model(ids).logits, plain)
 model(ids, labels=ids).loss.backward()
@@ -381,7 +382,7 @@ print(
 #
 # AdamW keeps two numbers for each trained weight. A *paged* optimizer keeps them in host memory, cut into pages, and fetches
 # a page to the device when its turn comes. If the device is full, the page used longest ago goes back. The same numbers come out, to the bit.
-# Paging catches a spike of memory; it does not make the total smaller. (`minipeft/paged_adamw.py`; its `step` walks the pages.)
+# Paging catches a spike of memory; it does not make the total smaller. (`minipeft/methods/paged_adamw.py`; its `step` walks the pages.)
 #
 # Every step needs every page once, always in the same order. **Guess:** half of the pages fit. How often is a page still there when its
 # turn comes?
@@ -456,35 +457,34 @@ plt.show()
 #
 # ## Against LoRA, full fine-tuning and the frozen base
 #
-# The task is `describe` (lesson 01): facts in, sentences out. A *slot* is a value that has to stand in the right sentence, the *frame* all the other
+# The task is `describe` (lesson 01): facts in, sentences out. A *slot* is a value that has to stand in the right sentence, the *template* all the other
 # words; *forgetting* is by how much the loss on pretraining text has risen, with the adapter on and off. The same examples in the same order,
 # a hundred steps, each method at its own swept learning rate: the best of a grid, on validation examples. One seed here, the others
 # from `python -m minipeft compare --seeds 4 --output data/results/1m`.
 
 # %%
 print(f"{task.test[0].prompt}\n→{task.test[0].completion}\n")
-frozen = finetune.finetune(base, task, "frozen", 100)
-full = finetune.finetune(base, task, "full", 100)
-thin = finetune.finetune(base, task, "lora", 100, output=OUT / "lora")
-quantized = finetune.finetune(base, task, "qlora", 100, output=OUT / "qlora")
-print(
-    f"{task.metric} of the frozen base {frozen['score']:.2f}; QLoRA's pages: {quantized['paging']}"
-)
-records = compare.load(tasks.DATA / "results" / "1m" / "compare.json")
+seed_0 = RunConfig(steps=100, seed=0)
+frozen = finetune(base, task, RECIPES["frozen"], seed_0)
+full = finetune(base, task, RECIPES["full"], seed_0)
+thin = finetune(base, task, RECIPES["lora"], replace(seed_0, output=OUT / "lora"))
+quantized = finetune(base, task, RECIPES["qlora"], replace(seed_0, output=OUT / "qlora"))
+print(f"{task.metric} of the frozen base {frozen.score:.2f}; QLoRA's pages: {quantized.paging}")
+records = compare.load(DATA / "results" / "1m" / "compare.json")
+records = compare.rows([r for r in records if not r.random_base])
 for run in (full, thin, quantized):
-    like = {"method": run["method"], "random_base": False}
-    others = [r for r in records if like.items() <= r.items() and r["seed"] != run["seed"]]
+    others = [r for r in records[run.method] if r.seed != run.seed]
     assert compare.in_spread(run, others), "this run is unlike the other seeds"
-    print(run["method"], [f"{r['score']:.2f}" for r in others], f"and here {run['score']:.2f}")
+    print(run.method, [f"{r.score:.2f}" for r in others], f"and here {run.score:.2f}")
 
 more = []  # whether QLoRA has the larger rate, and whether it forgets more
 for folder, where in (("1m", "1M"), (".", "3M")):
     rates, rises, scores = {}, {}, {}
     for method in ("lora", "qlora"):
-        file = tasks.DATA / "results" / folder / "compare.json"
-        runs = [r for r in compare.load(file) if r["method"] == method and not r["random_base"]]
-        rises[method] = mean(r["forgetting"]["on"] - r["forgetting"]["base"] for r in runs)
-        rates[method], scores[method] = runs[0]["learning_rate"], mean(r["score"] for r in runs)
+        file = DATA / "results" / folder / "compare.json"
+        runs = [r for r in compare.load(file) if r.method == method and not r.random_base]
+        rises[method] = compare.forgetting(runs)
+        rates[method], scores[method] = runs[0].learning_rate, compare.mean(runs, "score")
         print(f"{where} base, {method:5}: slots {scores[method]:.2f},", end=" ")
         print(f"learning rate {rates[method]}, forgetting {rises[method]:+.2f}")
     assert abs(scores["lora"] - scores["qlora"]) < 0.1  # level
@@ -513,22 +513,20 @@ guess_slots = 0.1  # your own number, from 0 to 1
 
 
 def rounded_base(code, blocksize=64):
-    """The rounded base as a folder, opened. Its name, 1m, is what the sweep knows it by."""
-    folder = OUT / f"{code}-{blocksize}" / "1m"
-    coarse(code, blocksize).save_pretrained(folder)
-    shutil.copy(Path(base.folder) / "tokenizer.json", folder)
-    return replace(finetune.load_base(folder), held_out=base.held_out)
+    """The base with rounded weights. It keeps the name, 1m, which the sweep knows it by."""
+    return replace(base, pretrained=coarse(code, blocksize))
 
 
 before = {"NF4": quantized}  # rounded before the training
+few = RunConfig(steps=100, seed=0, n_evaluations=4)
 for code, expected in (("int3", "above 0.85"), ("int2", "0.7 to 0.95")):
     print(f"LoRA on {code}: {task.metric}", end=" ", flush=True)
-    before[code] = finetune.finetune(rounded_base(code), task, "lora", 100, validations=4)
-    print(f"{before[code]['score']:.2f}   (expect {expected})")
+    before[code] = finetune(rounded_base(code), task, RECIPES["lora"], few)
+    print(f"{before[code].score:.2f}   (expect {expected})")
 
 # %%
-ruin = finetune.finetune(rounded_base("int2", None), task, "lora", 100, validations=4)
-print(f"2 bits, one scale a matrix: {task.metric} {ruin['score']:.2f}   (expect below 0.1)")
+ruin = finetune(rounded_base("int2", None), task, RECIPES["lora"], few)
+print(f"2 bits, one scale a matrix: {task.metric} {ruin.score:.2f}   (expect below 0.1)")
 share = base.held_out.flatten().bincount() / base.held_out.numel()
 frequencies = -(share * share.clamp(min=1e-9).log()).sum().item()
 runs = {
@@ -537,28 +535,26 @@ runs = {
     "LoRA, 2 bits": before["int2"],
     "LoRA, 2 bits, one scale": ruin,
 }
-print("\nloss on pretraining text, adapter off and on, and of the frame of the task's sentences")
+print("\nloss on pretraining text, adapter off and on, and of the template of the task's sentences")
 for name, run in runs.items():
-    forgotten = run["forgetting"]
-    print(f"{name:24} {forgotten['off']:5.2f} {forgotten['on']:5.2f} {run['test_frame_loss']:9.2f}")
+    forgotten = run.forgetting
+    print(f"{name:24} {forgotten['off']:5.2f} {forgotten['on']:5.2f} {run.test_template_loss:9.2f}")
 print(f"knowing how frequent each token is, and nothing else: {frequencies:.2f}")
-assert before["int3"]["score"] > 0.85
-assert before["int2"]["score"] > 0.6
-assert ruin["score"] < 0.1
-assert ruin["test_frame_loss"] < 1
-off, on = (before["int2"]["forgetting"][state] for state in ("off", "on"))
-assert 2 * thin["forgetting"]["off"] < off < frequencies < on
-three, four = (
-    run["forgetting"]["on"] - run["forgetting"]["off"] for run in (before["int3"], quantized)
-)
+assert before["int3"].score > 0.85
+assert before["int2"].score > 0.6
+assert ruin.score < 0.1
+assert ruin.test_template_loss < 1
+off, on = (before["int2"].forgetting[state] for state in ("off", "on"))
+assert 2 * thin.forgetting["off"] < off < frequencies < on
+three, four = (run.forgetting["on"] - run.forgetting["off"] for run in (before["int3"], quantized))
 print(f"forgetting: 3 bits at LoRA's rate {three:+.2f}, 4 bits at QLoRA's larger rate {four:+.2f}")
 assert three < four
 
 # %% [markdown]
 # On a base that named hardly a token in four as before, LoRA learned to copy most of the names into their places. It made up for
 # the rounding *on this task*. It did not mend the model: of the pretraining text it knew little before, and less afterwards
-# than someone who knows how frequent each token is. With one scale a matrix nothing was left to build on: the frame
-# of the sentences is learned (well under a nat), and no name. **Judge by slots and by forgetting**; the frame tells little.
+# than someone who knows how frequent each token is. With one scale a matrix nothing was left to build on: the template
+# of the sentences is learned (well under a nat), and no name. **Judge by slots and by forgetting**; the template tells little.
 # The last line answers the open question: fewer bits at a smaller rate forget less. In these two runs, one seed each,
 # the rate seems to weigh more than the bits.
 #
@@ -573,20 +569,20 @@ assert three < four
 # %%
 def slots(model):
     examples = task.test[:64]
-    return task.score(examples, finetune.complete(model, base, examples))["score"]
+    return task.score(examples, complete(model, base, examples))
 
 
 after = {}
 for code in ("NF4", "int3", "int2"):
     merged = PeftModel.from_pretrained(base.model(), OUT / "lora").merge_and_unload()
     after[code] = slots(coarse(code, model=merged))
-print(f"merged, and not rounded: {thin['score']:.2f}")
+print(f"merged, and not rounded: {thin.score:.2f}")
 for code, score in after.items():
-    first = before[code]["score"]
+    first = before[code].score
     print(f"{code}: rounded, then trained {first:.2f}; trained, then rounded {score:.2f}")
-assert after["int2"] < 0.1 < 0.5 < before["int2"]["score"]
+assert after["int2"] < 0.1 < 0.5 < before["int2"].score
 assert after["NF4"] > 0.7
-assert after["int3"] < before["int3"]["score"]
+assert after["int3"] < before["int3"].score
 
 # %%
 bits_of = [of_1m[code, 64]["bits"] for code in before]
@@ -595,21 +591,21 @@ for run, style, label in (
     (full, "o-", "full fine-tuning"), (thin, "s-", "LoRA"), (quantized, "D-", "QLoRA"),
     (before["int2"], "s--", "LoRA on 2 bits"), (ruin, "s:", "LoRA on 2 bits, one scale a matrix"),
 ):  # fmt: skip
-    points = run["validation"]
+    points = run.validation
     left.plot([p["step"] for p in points], [p["slot_loss"] for p in points], style,
-              color=compare.COLORS[run["method"]], ms=5, label=label)  # fmt: skip
+              color=COLORS[run.method], ms=5, label=label)  # fmt: skip
 left.set(
     xlabel="step", ylabel="validation loss of slot tokens (nats)", yscale="log", ylim=(1e-3, 20)
 )
 left.legend(frameon=False, fontsize=9, loc="lower left")
-scores = [run["score"] for run in before.values()]
+scores = [run.score for run in before.values()]
 right.plot(bits_of, scores, "o-", color=PINK, label="rounded, then trained")
 right.plot(
     bits_of, list(after.values()), "o--", color=ORANGE, mfc="white", label="trained, then rounded"
 )
-right.plot(bits_of[-1], ruin["score"], "kx", ms=9, mew=2, label="one scale, then trained")
+right.plot(bits_of[-1], ruin.score, "kx", ms=9, mew=2, label="one scale, then trained")
 right.plot(bits_of[-1], guess_slots, "k*", ms=12, label="your guess")
-right.axhline(full["score"], color=compare.COLORS["full"], linewidth=1, label="full fine-tuning")
+right.axhline(full.score, color=COLORS["full"], linewidth=1, label="full fine-tuning")
 right.set(xlabel="bits a weight", ylabel=task.metric, ylim=(-0.03, 1.05), xticks=[2, 3, 4])
 right.legend(frameon=False, loc="center right")
 plt.show()
@@ -623,7 +619,7 @@ reached = {}
 for divide_by in (1, 10, 10):  # the change that was learned, then ten and a hundred times less
     for layer in adapted:
         layer.lora_B.weight.data /= divide_by
-    change = mean(((m.merged() - m.weight).norm() / m.weight.norm()).item() for m in adapted)
+    change = mean((m.delta().norm() / m.weight.norm()).item() for m in adapted)
     reached[change] = mean(layer.lost_by_rounding() for layer in adapted)
     print(f"a change of {change:5.1%} of W; rounding again is off by {reached[change]:.0%} of it")
 print("(expect less than half, then about the whole)")
@@ -863,7 +859,7 @@ else:
     assert (W - Q - 3 * other_B @ other_A).norm() < 1.001 * less, "α / r is fixed in your code"
     caught = 1 - (best / (W - Q).norm()) ** 2
     mended = coarse("int2")
-    for layer, W in zip(qlora.find_targets(mended, "all-linear").values(), weights, strict=True):
+    for layer, W in zip(find_targets(mended, "all-linear").values(), weights, strict=True):
         A, B = mend(W, layer.weight.detach(), 8, 16)
         layer.weight.data += 16 / 8 * B @ A
     print(f"right: KL {live['int2'][0]:.2f} → {moved(mended)[0]:.2f} nats a token, at 2 bits;")

@@ -16,6 +16,7 @@
 import hashlib
 import inspect
 import json
+import os
 import shutil
 import struct
 
@@ -23,15 +24,20 @@ import matplotlib.pyplot as plt
 import torch
 from IPython.display import Markdown, display
 
-from minipeft import GPT, LoraConfig, PeftModel, files, get_peft_model, lora, weighted
-from minipeft.lab import compare, finetune, tasks
+from minipeft import GPT, LoraConfig, PeftModel, combine, get_peft_model, saving
+from minipeft.lab import DATA, compare, report, tasks
+from minipeft.lab.base import load_base
+from minipeft.lab.evaluate import complete, text_loss
+from minipeft.lab.finetune import finetune
+from minipeft.lab.recipes import RECIPES, RunConfig
+from minipeft.targets import find_targets
 
-BLUE, ORANGE, GREY = compare.COLORS["full"], compare.COLORS["lora"], compare.COLORS["frozen"]
+BLUE, ORANGE, GREY = report.COLORS["full"], report.COLORS["lora"], report.COLORS["frozen"]
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
-OUT = tasks.DATA.parent / "out" / "08"  # what this lesson saves; git does not look there
-base = finetune.load_base(tasks.DATA / "base" / "1m")
-describe = tasks.load_task(base.tokenizer, base.end, 256, "describe")
-sentiment = tasks.load_task(base.tokenizer, base.end, 256, "sentiment")
+OUT = DATA.parent / "out" / "08"  # what this lesson saves; git does not look there
+base = load_base(os.path.relpath(DATA / "base" / "1m"))  # an adapter's config names this folder
+describe = tasks.load_task(base, "describe")
+sentiment = tasks.load_task(base, "sentiment")
 
 # %% [markdown]
 # ## A question first
@@ -102,16 +108,13 @@ print(ten["colors"].test[0].prompt, "\n ->", ten["colors"].test[0].completion)
 runs = {}
 for name, task in ten.items():
     rate = 1e-2 if task.fact else 5e-3  # data/results/sweep.json: describe, sentiment
-    steps = 50 if task in six else 100
-    looks = {
-        "validations": 8 if task is describe else 1,
-        "generated": 64 if task is describe else 32,
-    }
-    runs[name] = finetune.finetune(
-        base, task, "lora", steps, learning_rate=rate, output=OUT / name, **looks
-    )
-    print(f"{name:10} {len(task.train):3} examples, {task.metric} {runs[name]['score']:.2f}")
-assert all(run["score"] > 0.8 for run in runs.values())
+    run = RunConfig(
+        steps=50 if task in six else 100, seed=0, learning_rate=rate, output=OUT / name,
+        n_evaluations=8 if task is describe else 1, n_generate=64 if task is describe else 32,
+    )  # fmt: skip
+    runs[name] = finetune(base, task, RECIPES["lora"], run)
+    print(f"{name:10} {len(task.train):3} examples, {task.metric} {runs[name].score:.2f}")
+assert all(record.score > 0.8 for record in runs.values())
 print("(expect each above 0.8)")
 
 # %% [markdown]
@@ -126,10 +129,10 @@ print("(expect each above 0.8)")
 folder = OUT / "owner"
 sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
 print({name: size for name, size in sizes.items() if name.startswith("adapter")})
-config = json.loads((folder / files.CONFIG).read_text())
+config = json.loads((folder / saving.CONFIG).read_text())
 print({key: config[key] for key in ("peft_type", "task_type", "r", "lora_alpha", "target_modules")})
-copy_bytes = (tasks.DATA / "base" / "1m" / "model.safetensors").stat().st_size
-file_bytes = sizes[files.WEIGHTS]
+copy_bytes = (DATA / "base" / "1m" / "model.safetensors").stat().st_size
+file_bytes = sizes[saving.WEIGHTS]
 numbers = range(1, 11)
 plt.figure(figsize=(6, 3))
 plt.plot(numbers, [n * copy_bytes / 1e6 for n in numbers], "o-", color=BLUE, label="full copies")
@@ -152,7 +155,7 @@ assert file_bytes < copy_bytes / 8
 # (α/r) B A to the base ourselves.
 
 # %%
-raw = (folder / files.WEIGHTS).read_bytes()
+raw = (folder / saving.WEIGHTS).read_bytes()
 (length,) = struct.unpack("<Q", raw[:8])
 header, body = json.loads(raw[8 : 8 + length]), bytearray(raw[8 + length :])
 header.pop("__metadata__", None)
@@ -180,15 +183,15 @@ assert difference < 5e-6
 # %% [markdown]
 # These names and shapes are peft's, so a folder from here loads in peft, and one from peft loads here. You need neither peft
 # nor transformers for this lesson: the claim is tested in `tests/test_conformance.py`, by
-# `test_adapters_travel_both_ways`, which runs where peft is installed.
+# `test_peft_loads_our_lora_folder_and_we_load_pefts`, which runs where peft is installed.
 #
 # ## The real file
 #
-# `minipeft/files.py` reads and writes folders. Beyond our lines it checks everything before it changes anything: the
+# `minipeft/saving.py` reads and writes folders. Beyond our lines it checks everything before it changes anything: the
 # config's values, missing tensors, surplus ones, shapes.
 
 # %%
-print(inspect.getsource(files.read_adapter))
+print(inspect.getsource(saving.read_adapter))
 
 # %% [markdown]
 # ## On the GPT: one base, ten adapters
@@ -207,7 +210,7 @@ def checksum(model):
 
 
 bare = base.model().eval()
-plain, names = bare(ids).logits, list(lora.find_targets(bare, "all-linear"))
+plain, names = bare(ids).logits, list(find_targets(bare, "all-linear"))
 fresh = get_peft_model(base.model(), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
 assert torch.equal(fresh(ids).logits, plain)  # it starts as the base
 fresh(ids, labels=ids).loss.backward()
@@ -223,7 +226,7 @@ assert not any(p.requires_grad for p in model.parameters())
 before = checksum(bare)
 for name in ("owner", "sentiment"):
     model.set_adapter(name)
-    text = finetune.complete(model, base, ten["owner"].test[:1])[0]
+    text = complete(model, base, ten["owner"].test[:1])[0]
     print(f"{name:10}-> {text.strip()}")
 with model.disable_adapter():
     assert torch.equal(model(ids).logits, plain)
@@ -244,8 +247,8 @@ with model.disable_adapter():
 def cell(model, task, n=24):
     """A model's score on a task. A long example beside gives all room for four sentences."""
     examples, long = task.test[:n], describe.test[:1] if task.fact else []
-    texts = finetune.complete(model, base, examples + long)[:n]
-    return task.score(examples, texts)["score"]
+    texts = complete(model, base, examples + long)[:n]
+    return task.score(examples, texts)
 
 
 grid = {}
@@ -289,21 +292,21 @@ assert grid["sentiment"][order.index("reversed")] < 0.2
 # `python -m minipeft compare --seeds 4 --output data/results/1m`.
 
 # %%
-full = finetune.finetune(base, describe, "full", 100, output=OUT / "full")
-frozen = finetune.finetune(base, describe, "frozen", 100)
+full = finetune(base, describe, RECIPES["full"], RunConfig(steps=100, seed=0, output=OUT / "full"))
+frozen = finetune(base, describe, RECIPES["frozen"], RunConfig(steps=100, seed=0))
 thin = runs["describe"]
-records = compare.load(tasks.DATA / "results" / "1m" / "compare.json")
+records = compare.load(DATA / "results" / "1m" / "compare.json")
 for live in (full, thin):
-    like = {"method": live["method"], "random_base": False}
-    rest = [r for r in records if like.items() <= r.items() and r["seed"] != live["seed"]]
+    like = [r for r in records if r.method == live.method and not r.random_base]
+    rest = [r for r in like if r.seed != live.seed]
     assert compare.in_spread(live, rest), "this run is unlike the other seeds"
-    print(live["method"], [f"{r['score']:.2f}" for r in rest], f"and here {live['score']:.2f}")
+    print(live.method, [f"{r.score:.2f}" for r in rest], f"and here {live.score:.2f}")
 
 # %% tags=["timing"]
 display(Markdown(compare.table([frozen, full, thin], describe)))
 
 # %%
-compare.picture([frozen, full, thin], describe)
+report.compare_figure(compare.rows([frozen, full, thin]), describe)
 
 # %% [markdown]
 # One often reads that a merged LoRA "equals" a fully fine-tuned model. It equals *its own adapter*: merging adds (α/r) B A to a
@@ -332,8 +335,7 @@ def apart(one, other):
 print(
     f"adapter to merged {max(apart('adapter', 'merged'), 0):.4f}, to full {apart('adapter', 'full'):.2f}"
 )
-lost = {r["method"]: r["forgetting"]["on"] - r["forgetting"]["base"] for r in (full, thin)}
-print("forgotten, nats a token:", {name: f"{value:.2f}" for name, value in lost.items()})
+print("forgotten, nats a token:", {r.method: f"{r.forgot('on'):.2f}" for r in (full, thin)})
 assert apart("adapter", "merged") < 1e-3 < 0.1 < apart("adapter", "full")
 
 # %%
@@ -370,7 +372,7 @@ wanted = a.delta().detach() + b.delta().detach()
 stacked = torch.cat([B1, B2], dim=1) @ torch.cat([s * A1, s * A2])
 summed = (s**0.5 * B1 + s**0.5 * B2) @ (s**0.5 * A1 + s**0.5 * A2)
 pairs = [(1.0, s, A1, B1), (1.0, s, A2, B2)]
-for rank, ours, way in ((16, stacked, weighted.cat), (8, summed, weighted.linear)):
+for rank, ours, way in ((16, stacked, combine.cat), (8, summed, combine.linear)):
     A, B = way(pairs, rank)
     assert torch.allclose(B @ A, ours, atol=1e-5)
     print(f"{way.__name__:6}: off by {(ours - wanted).norm() / wanted.norm():.1%}")
@@ -409,7 +411,7 @@ assert (
 alphas, by_alpha = (2, 4, 8, 16, 32, 64), []
 for alpha in alphas:
     shutil.copytree(folder, OUT / "alpha", dirs_exist_ok=True)
-    (OUT / "alpha" / files.CONFIG).write_text(json.dumps(config | {"lora_alpha": alpha}))
+    (OUT / "alpha" / saving.CONFIG).write_text(json.dumps(config | {"lora_alpha": alpha}))
     other = PeftModel.from_pretrained(base.model(), OUT / "alpha")
     by_alpha.append(cell(other, ten["owner"]))
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
@@ -441,7 +443,7 @@ assert by_alpha[alphas.index(16)] > 0.7 > 0.5 > by_alpha[-1]
 
 # %%
 shutil.copytree(folder, OUT / "damaged", dirs_exist_ok=True)
-(OUT / "damaged" / files.WEIGHTS).write_bytes(raw[:-1000])
+(OUT / "damaged" / saving.WEIGHTS).write_bytes(raw[:-1000])
 try:
     model.load_adapter(OUT / "damaged", "damaged")
 except ValueError as error:
@@ -625,7 +627,7 @@ else:
         for name in names:
             W0, W1 = bare.get_submodule(name).weight.data, merged.get_submodule(name).weight.data
             calmer.get_submodule(name).weight.data = tame(W0, W1, factor)
-        forgot = finetune.text_loss(calmer, base.held_out[:64])
+        forgot = text_loss(calmer, base.held_out[:64])
         print(
             f"{'right: ' if factor == 1 else ''}factor {factor:.2f}: loss on old text {forgot:.2f}, score {cell(calmer, describe):.2f}"
         )

@@ -15,7 +15,6 @@
 # %%
 import inspect
 import itertools
-import json
 import math
 import statistics
 
@@ -24,13 +23,17 @@ import torch
 from IPython.display import Markdown, display
 from torch.utils.flop_counter import FlopCounterMode
 
-from minipeft.lab import compare, finetune, sweep, tasks
+from minipeft.lab import DATA, compare, report, sweep, tasks
+from minipeft.lab.base import load_base
+from minipeft.lab.evaluate import activation_bytes, checkpoint_gradients, task_loss
+from minipeft.lab.finetune import build_model, finetune
+from minipeft.lab.recipes import RECIPES, RunConfig, load_sweeps
 
-COLORS, RESULTS = compare.COLORS, tasks.DATA / "results"
+COLORS, RESULTS = report.COLORS, DATA / "results"
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
-base = finetune.load_base(tasks.DATA / "base" / "1m")
-task = tasks.load_task(base.tokenizer, base.end, 256, "describe")
-methods = [name for name in finetune.METHODS if name != "frozen"]
+base = load_base(DATA / "base" / "1m")
+task = tasks.load_task(base, "describe")
+methods = [name for name in RECIPES if name != "frozen"]
 print("methods:", ", ".join(methods))
 
 # %% [markdown]
@@ -97,12 +100,12 @@ print("by hand and with torch's checkpoint, which minipeft's GPT calls: the same
 # %% [markdown]
 # ## The real files
 #
-# `gpt.py` calls torch's checkpoint for each of its blocks once `gradient_checkpointing_enable()` was called. `minipeft/lab/finetune.py`
+# `gpt.py` calls torch's checkpoint for each of its blocks once `gradient_checkpointing_enable()` was called. `minipeft/lab/evaluate.py`
 # measures what that saves and costs; beyond your lines, it takes medians and puts the random numbers back. And
 # `minipeft/lab/sweep.py` searches for learning rates; here is the rule in it that people break most often.
 
 # %%
-print(inspect.getsource(finetune.checkpoint_gradients))
+print(inspect.getsource(checkpoint_gradients))
 print(inspect.getsource(sweep.check))
 
 # %% [markdown]
@@ -126,15 +129,15 @@ def operations(model, backward=True, **batch):
 batch = tasks.collate(task.train[:16], base.end, "cpu")
 costs = {}
 for name in methods:
-    model = finetune.build_model(base, name, seed=0, steps=100).train()
+    model = build_model(base, RECIPES[name], RunConfig(steps=100, seed=0)).train()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     work, loss = operations(model, **batch)
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-    kept = finetune.activation_bytes(model, batch)
+    kept = activation_bytes(model, batch)
     model.gradient_checkpointing_enable()
     assert abs(operations(model, **batch)[1] - loss) < 1e-5
     costs[name] = {"trained": trained, "work": work, "kept": kept}
-    costs[name]["thrifty"] = finetune.activation_bytes(model, batch)
+    costs[name]["thrifty"] = activation_bytes(model, batch)
     print(
         f"{name:14} trains {trained:9,}, {work / 1e9:.2f} billion operations, keeps {kept / 1e6:4.1f} MB"
         f" ({costs[name]['thrifty'] / 1e6:4.1f} with checkpointing)"
@@ -197,7 +200,7 @@ records = {}
 for size, name in itertools.product(("1m", "3m"), ("describe", "sentiment")):
     folder = RESULTS / ("1m" if size == "1m" else "") / ("sentiment" if name == "sentiment" else "")
     records[size, name] = compare.load(folder / "compare.json")
-other = tasks.load_task(base.tokenizer, base.end, 256, "sentiment")
+other = tasks.load_task(base, "sentiment")
 display(Markdown("`describe`, 3M base\n\n" + compare.table(records["3m", "describe"], task)))
 display(Markdown("`sentiment`, 3M base\n\n" + compare.table(records["3m", "sentiment"], other)))
 
@@ -207,11 +210,11 @@ for axis, name in zip(axes, ("describe", "sentiment"), strict=True):
     ticks = [n for n in compare.rows(records["3m", name]) if n != "frozen"]
     for shift, size, alpha in [(-0.2, "1m", 0.45), (0.2, "3m", 1)]:
         for n, row in compare.rows(records[size, name]).items():
-            scores = [record["score"] for record in row]
+            scores = [record.score for record in row]
             if n in ticks:
                 axis.bar(
                     ticks.index(n) + shift, statistics.mean(scores), 0.38, alpha=alpha,
-                    yerr=statistics.pstdev(scores), color=compare.color_of(n),
+                    yerr=statistics.pstdev(scores), color=report.color_of(n),
                 )  # fmt: skip
     axis.set(title=f"{name} (pale: 1M base, full: 3M base)", ylim=(0, 1.05))
     axis.set_xticks(range(len(ticks)), ticks, rotation=40, ha="right")
@@ -242,17 +245,17 @@ for name in ("lora", "adalora", "qlora"):  # these had little left to gain
 # %%
 live = {}
 for name in ("full", "lora"):
-    live[name] = finetune.finetune(base, task, name, 100)
-    row = [r for r in compare.rows(records["1m", "describe"])[name] if r["seed"] != 0]
+    live[name] = finetune(base, task, RECIPES[name], RunConfig(steps=100, seed=0))
+    row = [r for r in compare.rows(records["1m", "describe"])[name] if r.seed != live[name].seed]
     assert compare.in_spread(live[name], row), "this run is unlike the other seeds"
-    print(name, f"{live[name]['score']:.2f}; other seeds", [f"{r['score']:.2f}" for r in row])
+    print(name, f"{live[name].score:.2f}; other seeds", [f"{r.score:.2f}" for r in row])
 
 # %% tags=["timing"]
 frozen = compare.rows(records["1m", "describe"])["frozen"]
 display(Markdown(compare.table([*frozen, *live.values()], task)))
 for name in ("full", "lora"):
-    model = finetune.build_model(base, name, seed=0, steps=100).train()
-    found = finetune.checkpoint_gradients(model, batch)
+    model = build_model(base, RECIPES[name], RunConfig(steps=100, seed=0)).train()
+    found = checkpoint_gradients(model, batch)
     print(
         f"{name}: checkpointing saves {found['bytes_saved'] / 1e6:.1f} MB of activations and costs "
         f"{1000 * found['seconds_lost']:+.0f} ms a step (expect 5 to 60 ms)"
@@ -266,9 +269,10 @@ for name in ("full", "lora"):
 
 # %%
 grid = [0.0005, 0.002, 0.008, 0.032]
-quick = {"full": sweep.sweep(base, task, "full", grid, [], steps=33, generated=48)[0]}
+run = RunConfig(steps=33, n_generate=48)
+quick = {"full": sweep.sweep(base, task, RECIPES["full"], run, sweep.Grid(grid, []))[0]}
 print("full: slot loss", [f"{p['slot_loss']:.2f}" for p in quick["full"]["points"]])
-quick["lora"] = sweep.sweep(base, task, "lora", grid, [8], steps=33, generated=48)[0]
+quick["lora"] = sweep.sweep(base, task, RECIPES["lora"], run, sweep.Grid(grid, [8]))[0]
 print("LoRA: slot loss", [f"{p['slot_loss']:.2f}" for p in quick["lora"]["points"]])
 
 # %%
@@ -326,8 +330,8 @@ except ValueError as error:
 def swept(size, name, steps=100, examples=400):
     """The committed sweeps on a pretrained base, each method at its usual rank or width."""
     like = {"base": size, "task": name, "steps": steps, "examples": examples, "random_base": False}
-    found = [e for e in finetune.load_sweeps() if like.items() <= e.items()]
-    return {e["method"]: e for e in found if e["size"] == finetune.METHODS[e["method"]].get("size")}
+    found = [e for e in load_sweeps() if like.items() <= e.items()]
+    return {e["method"]: e for e in found if e["size"] == RECIPES[e["method"]].size}
 
 
 figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.7), sharey=True, layout="constrained")
@@ -345,9 +349,9 @@ for axis, name in zip(axes, ("describe", "sentiment"), strict=True):
     ticks = (0.1, 0.3, 1, 3, 10) if name == "describe" else (0.01, 0.1, 1, 10)
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-forgot = {n: r["forgetting"]["on"] - r["forgetting"]["base"] for n, r in live.items()}
+forgot = {n: r.forgot("on") for n, r in live.items()}
 for name, record in live.items():
-    axes[0].plot(forgot[name], record["score"], "*", color="black", ms=9, zorder=4)
+    axes[0].plot(forgot[name], record.score, "*", color="black", ms=9, zorder=4)
 axes[0].axvline(guess_forgets * forgot["full"], color="black", linewidth=1, linestyle=":")
 axes[0].text(guess_forgets * forgot["full"], 0.3, " your guess\n for LoRA", ha="right")
 axes[0].set_ylabel("score on validation examples")
@@ -355,7 +359,7 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", 
 plt.show()
 print(
     f"at its best rate LoRA forgets {forgot['lora'] / forgot['full']:.1f} times as much as full"
-    f" fine-tuning; you guessed {guess_forgets} (expect 2 to 3)"
+    f" fine-tuning; you guessed {guess_forgets} (expect 1.8 to 2.8)"
 )
 assert forgot["lora"] > 1.5 * forgot["full"]
 print("the least forgetting among the rates that reach a score:")
@@ -393,18 +397,18 @@ assert times > 4
 # The sweep judges by slot loss, since a loss moves before a score does, and in smaller steps. Does the lowest loss bring the best score?
 
 # %%
-entries = [e for e in finetune.load_sweeps() if not e["random_base"]]
+entries = [e for e in load_sweeps() if not e["random_base"]]
 missed = 0
 for entry in entries:
     points = [p for p in entry["points"] if "score" in p]
-    missed += min(points, key=sweep.judge)["score"] < max(p["score"] for p in points)
+    missed += min(points, key=sweep.selection_loss)["score"] < max(p["score"] for p in points)
 print(f"in {missed} of {len(entries)} sweeps a rate with a higher loss has a better score")
 points = [(e["method"], p) for e in swept("1m", "describe").values() for p in e["points"]]
 points = [(m, p) for m, p in points if "score" in p]
 pairs = [
     (a, b)
     for a, b in itertools.permutations(points, 2)
-    if sweep.judge(a[1]) < sweep.judge(b[1]) and a[1]["score"] < b[1]["score"]
+    if sweep.selection_loss(a[1]) < sweep.selection_loss(b[1]) and a[1]["score"] < b[1]["score"]
 ]
 print(
     f"on describe, {len(pairs)} of {math.comb(len(points), 2)} pairs of runs: the lower loss has the lower score"
@@ -431,7 +435,7 @@ assert b[1]["score"] - a[1]["score"] > 0.1
 
 # %%
 ranks = [
-    e for e in finetune.load_sweeps()
+    e for e in load_sweeps()
     if (e["method"], e["base"], e["task"], e["steps"], e["examples"]) == ("lora", "3m", "describe", 100, 400)
 ]  # fmt: skip
 ranks.sort(key=lambda entry: entry["size"])
@@ -440,7 +444,7 @@ for entry in ranks:
     p = next(p for p in entry["points"] if p["learning_rate"] == entry["best"])
     print(f"rank {entry['size']:2} at {entry['best']:g}: score {p['score']:.2f}")
 same = {e["size"]: next(p for p in e["points"] if p["learning_rate"] == 0.02) for e in ranks}
-own = [min(sweep.judge(p) for p in e["points"]) for e in ranks]
+own = [min(sweep.selection_loss(p) for p in e["points"]) for e in ranks]
 assert own == sorted(own, reverse=True)
 print("all at 0.02:", {r: f"{p['score']:.2f}" for r, p in same.items()})
 assert same[32]["score"] < 0.1 < 0.8 < same[2]["score"]
@@ -450,15 +454,15 @@ if file.is_file():
 else:  # one seed here, on the 1M base
     placed = {"lora, all-linear": [live["lora"]]}
     for where in ("attention", "mlp"):
-        row = [finetune.finetune(base, task, "lora", 100, targets=where)]
-        placed[f"lora, {where}"] = row
+        recipe = RECIPES["lora"].placed(where)
+        placed[f"lora, {where}"] = [finetune(base, task, recipe, RunConfig(steps=100, seed=0))]
 for where, row in placed.items():
-    forgets = statistics.mean(r["forgetting"]["on"] - r["forgetting"]["base"] for r in row)
+    forgets = compare.forgetting(row)
     print(
-        f"{where:17} {row[0]['trainable']:,} parameters, score {compare.spread(row, 'score')}, "
+        f"{where:17} {row[0].trainable:,} parameters, score {compare.spread(row, 'score')}, "
         f"slot loss {compare.mean(row, 'test_slot_loss'):.3f}, forgets {forgets:+.2f} (seeds: {len(row)})"
     )
-counts = [row[0]["trainable"] for row in placed.values()]
+counts = [row[0].trainable for row in placed.values()]
 assert max(counts) < 1.05 * min(counts)  # ranks are whole numbers
 
 # %% [markdown]
@@ -479,7 +483,7 @@ ids = batch["input_ids"][:, :64]
 prompt = {"input_ids": ids, "labels": ids}
 bare = operations(plain, backward=False, **prompt)[0]
 for name in methods[1:]:
-    model = finetune.build_model(base, name, seed=0, steps=100).eval()
+    model = build_model(base, RECIPES[name], RunConfig(steps=100, seed=0)).eval()
     extra[name] = operations(model, backward=False, **prompt)[0] / bare - 1
     try:
         assert operations(model.merge_and_unload(), backward=False, **prompt)[0] == bare
@@ -499,20 +503,19 @@ def facts(seed=None):
     """What was measured of each method on the 3M base; of one seed alone, if it is given."""
     found = {}
     for name in ("describe", "sentiment"):
-        some = [r for r in records["3m", name] if seed in (None, r["seed"]) or r["method"] == "frozen"]  # fmt: skip
+        some = [r for r in records["3m", name] if seed in (None, r.seed) or r.method == "frozen"]  # fmt: skip
         for method, row in compare.rows(some).items():
             if method in ("frozen", compare.RANDOM):
                 continue
             one, r = found.setdefault(method, {"method": method}), row[0]
             one[f"{name} score"] = compare.mean(row, "score")
             one[f"{name} share"] = compare.share_of_gap(some, row)
-            on = [r["forgetting"]["on"] - r["forgetting"]["base"] for r in row]
-            one[f"{name} forgets"] = statistics.mean(on)
+            one[f"{name} forgets"] = compare.forgetting(row)
             one[f"{name} disk"] = compare.mean(row, "disk_bytes")
-            one["held"] = r["weight_bytes"] + r["gradient_bytes"] + r["optimizer_bytes"]
-            one["undone"] = all(r["forgetting"].get("off") == r["forgetting"]["base"] for r in row)
+            one["held"] = r.weight_bytes + r.gradient_bytes + r.optimizer_bytes
+            one["undone"] = all(r.forgot("off") == 0 for r in row)
             if name == "describe":
-                for points in zip(*(r["validation"] for r in row), strict=True):
+                for points in zip(*(r.validation for r in row), strict=True):
                     if statistics.mean(p["slot_loss"] for p in points) < 0.1:
                         one.setdefault("steps", points[0]["step"])
     return {method: one for method, one in found.items() if "sentiment score" in one and "describe score" in one}  # fmt: skip
@@ -567,16 +570,16 @@ display(Markdown("\n".join(lines)))
 # If the adapter may be switched off for old text, the rows about forgetting do not matter: every adapter then forgets nothing.
 #
 # *Few steps* (slot loss below a tenth of a nat) comes from runs that were planned for a hundred. It is fairer to plan a short run, at its own rates; and few
-# examples are one more question. For these there are full fine-tuning and LoRA alone (`python data/study.py`, 3M base, three seeds):
+# examples are one more question. For these there are full fine-tuning and LoRA alone (`python -m data.study`, 3M base, three seeds):
 
 # %%
-study = json.loads((RESULTS / "study.json").read_text())
+study = compare.load(RESULTS / "study.json")
 for steps, examples in ((33, 400), (100, 50), (300, 400)):
-    some = [r for r in study if (r["steps"], r["n_train"]) == (steps, examples)]
-    row = {m: [r for r in some if r["method"] == m] for m in ("full", "lora")}
+    some = [r for r in study if (r.steps, r.n_train) == (steps, examples)]
+    row = {m: [r for r in some if r.method == m] for m in ("full", "lora")}
     print(f"{steps:3} steps, {examples} examples:", {m: compare.spread(r, "score") for m, r in row.items()})  # fmt: skip
     if steps == 33:
-        assert min(r["score"] for r in row["full"]) > max(r["score"] for r in row["lora"])
+        assert min(r.score for r in row["full"]) > max(r.score for r in row["lora"])
 full = facts()["full"]
 assert picks["must not forget while it answers"]["describe forgets"] < full["describe forgets"] / 2
 assert picks["a new skill, little memory"]["held"] < full["held"] / 4
@@ -752,7 +755,7 @@ def groups(model, rate, ratio):
 # %% tags=["check"]
 def train(rate, ratio, steps=33, warmup=3, seed=0):
     """The slot loss after a short run of LoRA with these groups, warm-up and cosine as in the lab."""
-    model = finetune.build_model(base, "lora", seed, steps).train()
+    model = build_model(base, RECIPES["lora"], RunConfig(steps=steps, seed=seed)).train()
     optimizer = torch.optim.AdamW(groups(model, rate, ratio), weight_decay=0.0)
 
     def scale(step):
@@ -767,12 +770,12 @@ def train(rate, ratio, steps=33, warmup=3, seed=0):
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    loss = finetune.task_loss(model, task.validation, base.end)["slot_loss"]
+    loss = task_loss(model, task.validation, base.end)["slot_loss"]
     print(f"A at {rate:g}, B at {ratio * rate:g}: slot loss {loss:.3f}")
     return loss
 
 
-model = finetune.build_model(base, "lora", seed=0, steps=33)
+model = build_model(base, RECIPES["lora"], RunConfig(steps=33, seed=0))
 two = groups(model, 0.01, 16)
 if two is None:
     print("not done yet")

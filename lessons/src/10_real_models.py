@@ -22,6 +22,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -32,18 +33,23 @@ from IPython.display import Markdown, display
 from torch.utils.checkpoint import checkpoint
 
 from minipeft import GPT, GPTConfig, LoraConfig, PromptTuningConfig, get_peft_model
-from minipeft import __main__ as shell
-from minipeft.lab import compare, finetune, memory, parallel, placement, tasks
+from minipeft.lab import DATA, cli, compare, memory, parallel, report, tasks
+from minipeft.lab.base import load_base
+from minipeft.lab.evaluate import activation_bytes, task_loss
+from minipeft.lab.finetune import build_model, finetune
+from minipeft.lab.recipes import RECIPES, RunConfig
+from minipeft.lab.train import autocast, pick_device, train
+from minipeft.targets import find_targets, list_targets
 
 MODEL = None  # None: GPT-2's shape with random weights. "gpt2": the real one, half a gigabyte from the hub. Or a folder.
 
-BLUE, ORANGE, PINK = (compare.COLORS[name] for name in ("full", "lora", "qlora"))
+BLUE, ORANGE, PINK = (report.COLORS[name] for name in ("full", "lora", "qlora"))
 PARTS = ("#1b4f8f", "#d1741f", "#6a3d9a", "#b9b9b9")  # as in lesson 01
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
-OUT = Path(os.path.relpath(tasks.DATA.parent / "out" / "10"))  # git does not look there
+OUT = Path(os.path.relpath(DATA.parent / "out" / "10"))  # git does not look there
 shutil.rmtree(OUT, ignore_errors=True)
-base = finetune.load_base(tasks.DATA / "base" / "1m")
-task = tasks.load_task(base.tokenizer, base.end, 256, "describe")
+base = load_base(DATA / "base" / "1m")
+task = tasks.load_task(base, "describe")
 
 # %% [markdown]
 # All lessons so far ran on models of a few million parameters. This one asks what stays true of models a thousand times as
@@ -220,7 +226,9 @@ assert real or abs(loss - math.log(c.vocab_size)) < 1
 # queries and values, each with its own. The model decides what you can choose.
 
 # %%
-display(Markdown(placement.table(placement.list_targets(gpt2))))
+kinds = list_targets(gpt2)
+cells = [[f"{v:,}" if isinstance(v, int) else v for v in kind.values()] for kind in kinds]
+display(Markdown(report.markdown_table(kinds[0], cells)))
 CAUSAL = {"task_type": "CAUSAL_LM"}
 NAMES = ["c_attn", "c_proj", "c_fc"]
 for title, config in {
@@ -242,7 +250,7 @@ model = get_peft_model(gpt2, LoraConfig(r=8, target_modules=NAMES, **CAUSAL))
 assert torch.equal(model(fox).logits, plain)
 model(fox, labels=fox).loss.backward()
 assert all((p.grad is not None) == ("lora_" in name) for name, p in model.named_parameters())
-formula = sum(8 * row["rank 1 adapters"] for row in placement.list_targets(model.unload()))
+formula = sum(8 * row["rank 1 adapters"] for row in list_targets(model.unload()))
 assert formula == shape.adapter(8)
 print(f"starts as the base, to the bit; gradients for the adapter alone; {formula:,} numbers")
 
@@ -290,7 +298,7 @@ def leaves(model, checkpointing=False):
     if checkpointing:
         model.gradient_checkpointing_enable()
     ids = torch.randint(c.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
-    return finetune.activation_bytes(model.train(), {"input_ids": ids, "labels": ids}) / 64
+    return activation_bytes(model.train(), {"input_ids": ids, "labels": ids}) / 64
 
 
 def top(n, layers):
@@ -317,7 +325,7 @@ assert left["lora, top\nquarter"] < 0.6 * left["full"]
 assert share < 0.45
 assert logits > left["lora, check-\npointing"] / 2 or real
 
-records = compare.load(tasks.DATA / "results" / "1m" / "compare.json")
+records = compare.load(DATA / "results" / "1m" / "compare.json")
 rows = compare.rows(records)
 figure, (one, two) = plt.subplots(1, 2, figsize=(9.2, 3.5), layout="constrained")
 colors = [BLUE, ORANGE, PINK, ORANGE, ORANGE]
@@ -333,13 +341,13 @@ one.legend(frameon=False)
 markers = list("oX*^vDs<>P")
 for name, row in rows.items():
     if name not in ("frozen", compare.RANDOM):
-        at = row[0]["trainable"], row[0]["activation_bytes"] / 1e6
-        two.plot(*at, markers.pop(), ms=9, color=compare.color_of(name), label=name, alpha=0.8)
+        at = row[0].trainable, row[0].activation_bytes / 1e6
+        two.plot(*at, markers.pop(), ms=9, color=report.color_of(name), label=name, alpha=0.8)
 two.legend(frameon=False, loc="lower right", ncols=2)
 two.set(xscale="log", xlabel="trained numbers", ylim=(0, 52), xlim=(1e3, 3e6))
 two.set(ylabel="MB of activations, 16 texts", title="our 1M base, all methods")
 plt.show()
-spread = [row[0]["activation_bytes"] for name, row in rows.items() if name != "frozen"]
+spread = [row[0].activation_bytes for name, row in rows.items() if name != "frozen"]
 print(
     f"all methods, from the fewest to the most: {min(spread) / max(spread):.2f} (expect 0.6 to 0.8)"
 )
@@ -372,57 +380,55 @@ print(inspect.getsource(GPT.forward).split("presents = []")[1].split("logits =")
 
 # %%
 guess_top = 0.5  # slot accuracy, from 0 to 1: put your own number here
-kept_less = finetune.finetune(base, task, "lora", 100, gradient_checkpointing=True)
+run = RunConfig(steps=100, seed=0)
+kept_less = finetune(base, task, RECIPES["lora"], replace(run, gradient_checkpointing=True))
 plain = rows["lora"]
-print(f"{task.metric} with checkpointing {kept_less['score']:.2f}; without, four seeds", end=" ")
-print([f"{run['score']:.2f}" for run in plain], "(the first is this one's seed)")
-off = max(abs(a - b) for a, b in zip(kept_less["losses"], plain[0]["losses"], strict=True))
+print(f"{task.metric} with checkpointing {kept_less.score:.2f}; without, four seeds", end=" ")
+print([f"{record.score:.2f}" for record in plain], "(the first is this one's seed)")
+off = max(abs(a - b) for a, b in zip(kept_less.losses, plain[0].losses, strict=True))
 print(f"largest difference from the first one's training losses, of a hundred: {off:.0e}")
 assert compare.in_spread(kept_less, plain)
 
 # %%
-finetune.TARGETS["top half"] = top(2, 4)  # so that it can be asked for by name
-halved = finetune.finetune(base, task, "lora", 100, targets="top half")
-print(f"{task.metric} with the top half {halved['score']:.2f}   (expect above 0.8)")
+halved = finetune(base, task, RECIPES["lora"].placed(top(2, 4)), run)
+print(f"{task.metric} with the top half {halved.score:.2f}   (expect above 0.8)")
 activations = {
-    "full": rows["full"][0]["activation_bytes"],
-    "lora": plain[0]["activation_bytes"],
-    "lora, top half": halved["activation_bytes"],
-    "lora, checkpointing": kept_less["activation_bytes"],
+    "full": rows["full"][0].activation_bytes,
+    "lora": plain[0].activation_bytes,
+    "lora, top half": halved.activation_bytes,
+    "lora, checkpointing": kept_less.activation_bytes,
 }
 print({name: memory.size(count) for name, count in activations.items()})
-assert halved["trainable"] == plain[0]["trainable"]
-assert halved["score"] > 0.75
-assert halved["activation_bytes"] < 0.7 * plain[0]["activation_bytes"]
-assert kept_less["activation_bytes"] < 0.4 * plain[0]["activation_bytes"]
+assert halved.trainable == plain[0].trainable
+assert halved.score > 0.75
+assert halved.activation_bytes < 0.7 * plain[0].activation_bytes
+assert kept_less.activation_bytes < 0.4 * plain[0].activation_bytes
 
 # %% tags=["timing"]
-kept_less["targets"] = "checkpointing"  # the name of its row
+kept_less.targets, halved.targets = "checkpointing", "top half"  # the names of their rows
 shown = [*rows["frozen"], *rows["full"], *plain, kept_less, halved]
 display(Markdown(compare.table(shown, task)))
-price = kept_less["gradient_checkpointing"]["seconds_lost"]
+price = kept_less.gradient_checkpointing["seconds_lost"]
 print(f"checkpointing costs {1000 * price:.0f} ms a step here (expect a tenth to a half of one)")
 
 # %%
 figure, (one, two) = plt.subplots(1, 2, figsize=(9.2, 3.5), layout="constrained")
 styles = {"full": "o-", "lora": "s-", "lora, checkpointing": "x:", "lora, top half": "^--"}
-for name, runs in compare.rows(shown).items():
-    color, scores = compare.color_of(name), [run["score"] for run in runs]
+for name, row in compare.rows(shown).items():
+    color, scores = report.color_of(name), [record.score for record in row]
     if name in styles:
-        points = runs[0]["validation"]
+        points = row[0].validation
         losses = [p["slot_loss"] for p in points]
         one.plot([p["step"] for p in points], losses, styles[name], color=color, label=name)
-    at = runs[0].get("activation_bytes", 0) / 1e6
+    at = (row[0].activation_bytes or 0) / 1e6
     two.errorbar(
         at, mean(scores), stdev(scores) if len(scores) > 1 else 0, fmt=styles.get(name, "o")[0],
         color=color, ms=9, capsize=4,
     )  # fmt: skip
     offset = {"full": (0, 14), "lora": (0, -24), "lora, top half": (0, -20)}.get(name, (0, 12))
     two.annotate(name, (at, mean(scores)), offset, textcoords="offset points", ha="center")
-two.plot(halved["activation_bytes"] / 1e6, guess_top, "k*", ms=12)
-two.annotate(
-    "your guess, top half", (halved["activation_bytes"] / 1e6, guess_top - 0.1), ha="center"
-)
+two.plot(halved.activation_bytes / 1e6, guess_top, "k*", ms=12)
+two.annotate("your guess, top half", (halved.activation_bytes / 1e6, guess_top - 0.1), ha="center")
 one.set(xlabel="step", ylabel="validation loss of slot tokens (nats)", yscale="log")
 two.set(xlabel="MB of activations, 16 texts", ylabel=task.metric, ylim=(-0.08, 1.15), xlim=(-4, 52))
 one.legend(frameon=False)
@@ -445,7 +451,7 @@ plt.show()
 
 # %%
 guess_moves = 0.9  # put your own number here
-targets = finetune.find_targets(base.model(), "all-linear").values()
+targets = find_targets(base.model(), "all-linear").values()
 w = torch.cat([layer.weight.detach().flatten() for layer in targets]).bfloat16()
 rates = torch.logspace(-6, -2, 41).tolist()
 moves = [((w.float() + rate).bfloat16() != w).float().mean().item() for rate in rates]
@@ -454,9 +460,10 @@ print(f"at 2e-5 {usual:.1%} of the weights move; you guessed {guess_moves:.0%}")
 assert usual < 0.2
 
 
-def train(method, rate, sixteen_bits):
+def train_rounded(method, rate, sixteen_bits):
     """Train, and after each step round what was trained to bfloat16, or not."""
-    model, points = finetune.build_model(base, method, seed=0, steps=100), []
+    settings = RunConfig(steps=100, learning_rate=rate, warmup=10, seed=0)
+    model, points = build_model(base, RECIPES[method], settings), []
     free = [p for p in model.parameters() if p.requires_grad]
     for p in model.parameters():
         p.data = p.data.bfloat16().float()
@@ -465,21 +472,21 @@ def train(method, rate, sixteen_bits):
         for p in free if sixteen_bits else ():
             p.data = p.data.bfloat16().float()
         if row["step"] % 20 == 0:
-            losses = finetune.task_loss(model, task.validation, base.end)
+            losses = task_loss(model, task.validation, base.end)
             points.append(losses["loss"])
 
     each({"step": 0})
     order = tasks.shuffled(task.train, 16, 0)
     batches = ([tasks.collate(part, base.end, model.device)] for part in order)
-    finetune.train(model, batches, 100, rate, warmup=10, each_step=each, title=method)
+    train(model, batches, settings, after_step=each, title=method)
     print(
         f"{method:5} at {rate:g}, trained in {16 if sixteen_bits else 32} bits: loss {points[-1]:.2f}"
     )
     return points
 
 
-runs = {bits: train("full", 1e-4, bits == 16) for bits in (32, 16)}
-thin = train("lora", plain[0]["learning_rate"], True)
+runs = {bits: train_rounded("full", 1e-4, bits == 16) for bits in (32, 16)}
+thin = train_rounded("lora", plain[0].learning_rate, True)
 assert runs[16][-1] > 2 * runs[32][-1]
 assert thin[-1] < 0.25
 
@@ -514,10 +521,10 @@ plt.show()
 # A small model gains little, because each step is many small calls; a large one gains more than you will wait for on a CPU.
 
 # %%
-print(inspect.getsource(finetune.pick_device))
-print(inspect.getsource(finetune.autocast))
+print(inspect.getsource(pick_device))
+print(inspect.getsource(autocast))
 if torch.cuda.is_available():
-    peak = kept_less["max_memory_allocated"]
+    peak = kept_less.max_memory_allocated
     print(
         f"on {torch.cuda.get_device_name()}: {memory.size(peak)} at the peak of the first run above"
     )
@@ -539,9 +546,11 @@ def two_processes(method):
     """Train with two processes; the record that the first one wrote, or None."""
     print(f"torchrun --nproc_per_node=2 -m minipeft finetune --method {method} …", flush=True)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = f"-m minipeft finetune --method {method} --steps 4 --generated 2 --device cpu"
+    words = f"-m minipeft finetune --method {method} --steps 4 --n-generate 2 --device cpu"
     folder = OUT / f"two-{method}"
-    words += f" --base {shlex.quote(str(tasks.DATA / 'base' / '0.3m'))} --output {shlex.quote(str(folder))}"
+    words += (
+        f" --base {shlex.quote(str(DATA / 'base' / '0.3m'))} --output {shlex.quote(str(folder))}"
+    )
     quiet = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     if sys.platform != "linux":
         del quiet["GLOO_SOCKET_IFNAME"]  # the name of the loopback there differs
@@ -556,15 +565,14 @@ def two_processes(method):
     return json.loads((folder / "record.json").read_text())
 
 
-small = finetune.load_base(tasks.DATA / "base" / "0.3m")
+small = load_base(DATA / "base" / "0.3m")
 together = {method: two_processes(method) for method in ("full", "lora")}
 for method, record in together.items():
     if record is None:
         continue
-    alone = finetune.finetune(
-        small, task, method, 4, 0, generated=2, device="cpu"
-    )  # seed 0 as well
-    off = max(abs(a - b) for a, b in zip(record["losses"], alone["losses"], strict=True))
+    settings = RunConfig(steps=4, n_generate=2, device="cpu")  # the default seed, as there
+    alone = finetune(small, task, RECIPES[method], settings)
+    off = max(abs(a - b) for a, b in zip(record["losses"], alone.losses, strict=True))
     sent = record["bytes_sent_per_step"]
     print(f"{method:5} {sent:9,} bytes of gradients a step; losses as of one process within 1e-5")
     assert off < 1e-5
@@ -576,7 +584,7 @@ for name in ("gpt2", *LARGE):
     )
     assert full > 40 * lora
 print()
-print(inspect.getsource(parallel.Replicated._average))
+print(inspect.getsource(parallel.Replicas._average))
 
 # %% [markdown]
 # Between two computers on a slow line that is the difference between waiting and working. But this way each process holds the
@@ -606,22 +614,24 @@ def letters(examples, n, answer=" Hello, {cook}. How is {place}?"):
 def command(words):
     """What a shell does with `python -m minipeft …`, in this Python."""
     print("$ python -m minipeft", words)
-    shell.run(shell.parser().parse_args(shlex.split(words)))
+    args = cli.parser().parse_args(shlex.split(words))
+    getattr(cli, args.command)(args)
 
 
 def train_on(folder, **how):
-    """Write the two files of a task, and train on them."""
+    """Write the three files of a task, and train on them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in (
         ("train", letters(task.train, 96, **how)),
-        ("validation", letters(task.test, 16, **how)),
+        ("validation", letters(task.validation, 16, **how)),
+        ("test", letters(task.test, 16, **how)),
     ):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / f"{name}.jsonl").write_text(text)
     print(text.splitlines()[0])
     command(
         f"finetune --base {BASE} --train {folder}/train.jsonl --validation {folder}/validation.jsonl"
-        f" --steps 30 --output {folder}/adapter"
+        f" --test {folder}/test.jsonl --steps 30 --output {folder}/adapter"
     )
 
 

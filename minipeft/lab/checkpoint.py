@@ -1,8 +1,8 @@
-"""A run's state in one file: stopped and gone on with, it ends in the bits of a run never stopped.
+"""The state of a run in one file: a stopped run continues, and ends exactly like one never stopped.
 
-The file is safetensors: what is trained, the optimizer's state, AdaLoRA's allocator, the random
-state; and, as JSON in its header, the step, the losses so far, and what run it belongs to. It is
-written beside its place and renamed, so a kill at any moment leaves the old one or the new one.
+The file is safetensors: what is trained, the optimizer's state, AdaLoRA's allocator and the random
+state; and, as JSON in its header, the step, the losses so far, and which run it belongs to. It is
+written to a temporary file and renamed, so a kill at any moment leaves the old one or the new one.
 """
 
 import json
@@ -17,39 +17,42 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from minipeft.peft_model import write_file
+from minipeft.gpt import write_file
+from minipeft.lab import parallel
+from minipeft.peft_model import PeftModel
 
 
 @dataclass
 class Checkpoint:
-    """Where a run's state is kept, how often, and what has to be the same to go on with it."""
+    """Where a run's state is kept, how often, and what must be equal to continue with it."""
 
     file: Path
-    every: int  # steps
-    run: dict  # method, seed, data, …: plain values; they have to be equal on resuming
-    kept: dict[str, list] = field(default_factory=dict)  # the run's growing lists, saved with it
+    every: int  # steps; 0: only when the run is stopped
+    identity: dict  # method, seed, data, …: plain values that identify the run
+    lists: dict[str, list] = field(default_factory=dict)  # the run's growing lists, saved with it
+
+    def save_if_due(self, model, optimizer, step: int, stopping: bool) -> None:
+        if (stopping or (self.every and step % self.every == 0)) and parallel.rank() == 0:
+            self.save(model, optimizer, step)
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Write the state after a step."""
-        tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        tensors = {f"model.{name}": tensor.detach() for name, tensor in trained(model).items()}
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
-        allocator = getattr(model, "allocator", None)
-        if allocator is not None:
-            tensors |= {f"allocator.{k}": v for k, v in allocator.state_dict().items()}
         tensors["random.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        about = {"run": self.run, "step": step, "kept": self.kept}
+        about = {"identity": self.identity, "step": step, "lists": self.lists}
         header = {"format": "pt", "minipeft": json.dumps(about)}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_file(self.file, lambda path: save_file(tensors, path, metadata=header))
 
     def read(self) -> tuple[dict, dict[str, torch.Tensor]]:
-        """What the file says of its run, and its tensors; step 0 and none where there is no file.
+        """The file's description of its run, and its tensors; step 0 and no tensors without a file.
 
-        Raises ValueError for a damaged file, and for one of another run.
+        Raises ValueError for a damaged file and for one of another run.
         """
         if not self.file.is_file():
             return {"step": 0}, {}
@@ -57,58 +60,64 @@ class Checkpoint:
             with safe_open(self.file, "pt") as opened:
                 names = list(opened.keys())
                 about = json.loads(opened.metadata()["minipeft"])
+                then = about["identity"]
                 found = {name: opened.get_tensor(name) for name in names}
         except Exception as error:  # safetensors has a class of its own for damaged files
-            raise ValueError(f"{self.file} is no checkpoint, or is damaged: {error}") from error
-        run, then = json.loads(json.dumps(self.run)), about["run"]
-        differs = [k for k in sorted({*run, *then}) if run.get(k) != then.get(k)]
+            raise ValueError(f"{self.file} is not a checkpoint, or is damaged: {error}") from error
+        now = json.loads(json.dumps(self.identity))
+        differs = [k for k in sorted({*now, *then}) if now.get(k) != then.get(k)]
         if differs:
-            told = "; ".join(f"{k}: {then.get(k)!r}, not {run.get(k)!r}" for k in differs)
-            raise ValueError(f"{self.file} is a checkpoint of another run ({told})")
+            listed = "; ".join(f"{k}: {then.get(k)!r}, not {now.get(k)!r}" for k in differs)
+            raise ValueError(f"{self.file} is a checkpoint of another run ({listed})")
         return about, found
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Put the saved state back, and return its step; 0 where there is no file."""
+        """Restore the saved state and return its step; 0 without a file."""
         about, found = self.read()
-        for half in self.file.parent.glob(f".{self.file.name}.*"):  # left by a kill while writing
-            half.unlink()
+        for partial in self.file.parent.glob(f".{self.file.name}.*"):  # left by a kill
+            partial.unlink()
         if not found:
             return 0
-
-        def part(kind: str) -> dict:
-            start = f"{kind}."
-            return {n.removeprefix(start): t for n, t in found.items() if n.startswith(start)}
-
-        with torch.no_grad():
-            trained = dict(model.named_parameters())
-            for name, tensor in part("model").items():
-                trained[name].copy_(tensor)
-        packed = optimizer.state_dict()
-        packed["state"] = {}
-        for key, tensor in part("optimizer").items():
+        parts: dict[str, dict] = {"model": {}, "optimizer": {}, "random": {}}
+        for key, tensor in found.items():
+            kind, name = key.split(".", 1)
+            parts[kind][name] = tensor
+        if isinstance(model, PeftModel):
+            model.load_state_dict(parts["model"])
+        else:
+            with torch.no_grad():
+                for name, tensor in trained(model).items():
+                    tensor.copy_(parts["model"][name])
+        packed = optimizer.state_dict() | {"state": {}}
+        for key, tensor in parts["optimizer"].items():
             i, name = key.split(".", 1)
             packed["state"].setdefault(int(i), {})[name] = tensor
         optimizer.load_state_dict(packed)
-        if part("allocator"):
-            model.allocator.load_state_dict(part("allocator"))
-        for name, values in about["kept"].items():
-            self.kept[name][:] = values
-        torch.set_rng_state(found["random.cpu"])
-        if "random.cuda" in found and torch.cuda.is_available():
-            torch.cuda.set_rng_state(found["random.cuda"])
+        for name, values in about["lists"].items():
+            self.lists[name][:] = values
+        torch.set_rng_state(parts["random"]["cpu"])
+        if "cuda" in parts["random"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(parts["random"]["cuda"])
         return about["step"]
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: all adapters, or the parameters that require a gradient."""
+    if isinstance(model, PeftModel):
+        return model.state_dict()
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @contextmanager
 def finishing_the_step() -> Iterator[list]:
-    """Ctrl-C ends a run after its step: the list is no longer empty. A second one ends it at once.
+    """Ctrl-C ends a run after its current step: the list fills up. A second one ends it at once.
 
-    Only in the main thread, and where nobody else handles Ctrl-C.
+    Only in the main thread, and only if nobody else handles Ctrl-C.
     """
-    asked: list[int] = []
+    requested: list[int] = []
 
     def once(number: int, frame) -> None:
-        asked.append(number)
+        requested.append(number)
         signal(SIGINT, default_int_handler)
 
     before = getsignal(SIGINT)
@@ -118,7 +127,7 @@ def finishing_the_step() -> Iterator[list]:
     except ValueError:  # not the main thread
         pass
     try:
-        yield asked
+        yield requested
     finally:
-        if asked or getsignal(SIGINT) is once:
+        if requested or getsignal(SIGINT) is once:
             signal(SIGINT, before)

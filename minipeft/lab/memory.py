@@ -1,8 +1,8 @@
 """Where the memory of fine-tuning goes: by model shape, computed, and measured on our bases.
 
-Four parts, in bytes: the weights; a gradient for each trained parameter; AdamW's two moments for
+Four parts, in bytes: the weights; a gradient for each trainable parameter; AdamW's two moments for
 each; and the activations, which the forward pass keeps for the backward pass. With p parameters, n
-of them in linear layers, and a of an adapter of rank r:
+of them in linear layers, and a in adapters of rank r:
 
                 weights                       gradients    moments
     full        2 p  (bfloat16)               2 p          8 p
@@ -10,9 +10,9 @@ of them in linear layers, and a of an adapter of rank r:
     QLoRA       (0.5 + 1/64 + 1/4096) n       4 a          8 a
                 + 4 (p - n) + 4 a
 
-Our own bases are trained in float32, and there every 2 is a 4. "Over 780 GB" for a model of 65B
-parameters (Dettmers et al. 2023, arXiv 2305.14314) is the first line: 12 bytes a parameter.
-Not counted: what a framework itself takes, the passing peak of a 4-bit layer's full weight, and
+Our own bases are trained in float32, where every 2 is a 4. "Over 780 GB" for a model of 65B
+parameters (Dettmers et al. 2023, arXiv 2305.14314) is the first line: 12 bytes per parameter.
+Not counted: the framework itself, the brief peak of a 4-bit layer's dequantized weight, and
 fragmentation.
 """
 
@@ -21,27 +21,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
-from minipeft.lab import tasks
-from minipeft.lab.finetune import (
-    Base,
-    activation_bytes,
-    build_model,
-    load_base,
-    optimizer_of,
-    train,
-)
-from minipeft.peft_model import write_file
+from minipeft.gpt import write_file
+from minipeft.lab import DATA, report
+from minipeft.lab.base import Base, load_base
+from minipeft.lab.evaluate import activation_bytes, weight_bytes
+from minipeft.lab.finetune import build_model
+from minipeft.lab.recipes import RECIPES, RunConfig
+from minipeft.lab.train import train
 
 PARTS = ("weights", "gradients", "optimizer", "activations")
 METHODS = ("full", "lora", "qlora")
-Found = dict[str, dict[str, dict[str, int]]]  # shape: method: bytes by part
+Found = dict[str, dict[str, dict[str, int]]]  # by shape, method and part: bytes
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's shape; GPT-2's family, or Llama's (gated MLP, no biases, head not tied)."""
+    """A model's shape: GPT-2's family, or Llama's (gated MLP, no biases, head not tied)."""
 
     n_layer: int
     width: int
@@ -49,8 +45,8 @@ class Shape:
     vocabulary: int
     positions: int = 0  # learned position embeddings
     mlp: int = 0  # 0 is GPT-2's: 4 d
-    keys: int = 0  # width of the keys, below d where heads share them; Llama's alone
-    ours: bool = False  # trained as the lab does: float32, nothing computed twice
+    keys: int = 0  # Llama only: width of the keys, below d if heads share them
+    ours: bool = False  # trained as in the lab: float32, no gradient checkpointing
 
     @property
     def linears(self) -> list[tuple[int, int]]:
@@ -62,13 +58,13 @@ class Shape:
 
     @property
     def linear(self) -> int:
-        """Parameters in the weights of linear layers, the head left out: what is quantized."""
+        """Parameters in the weights of linear layers, without the head: what is quantized."""
         return self.n_layer * sum(i * o for i, o in self.linears)
 
     @property
     def parameters(self) -> int:
         d, v = self.width, self.vocabulary
-        if self.keys:  # embedding and head; two norms a layer and a last one
+        if self.keys:  # embedding and head; two norms per layer and a last one
             return self.linear + 2 * v * d + (2 * self.n_layer + 1) * d
         biases = sum(o for _, o in self.linears)  # a norm has a bias too
         return self.linear + (v + self.positions) * d + self.n_layer * (biases + 4 * d) + 2 * d
@@ -96,9 +92,9 @@ SHAPES = {
 def activations(shape: Shape, method: str, r: int, tokens: int, checkpointing: bool) -> int:
     """Bytes kept between forward and backward pass for `tokens` tokens.
 
-    Of a block: the inputs of its norms and linear layers, queries, keys and values, what the
-    activation function needs, and some single numbers a token. With checkpointing: each block's
-    input, and all of the one block that is being computed again.
+    Per block: the inputs of its norms and linear layers, queries, keys and values, what the
+    activation function needs, and a few numbers per token. With checkpointing: each block's input,
+    plus everything of the one block that is being recomputed.
     """
     d, f, size = shape.width, shape.mlp or 4 * shape.width, 4 if shape.ours else 2
     if shape.keys:  # two norms, three inputs, q, k, v; gate, its activation, up, their product
@@ -107,8 +103,8 @@ def activations(shape: Shape, method: str, r: int, tokens: int, checkpointing: b
         block = 8 * d + 2 * f + shape.heads + 4
     block += 0 if method == "full" else r * len(shape.linears)  # A x
     kept = block + shape.n_layer * d if checkpointing else shape.n_layer * block
-    kept += 2 * d if method == "full" else 0  # the last norm's input, and the head's; or …
-    return tokens * (size * kept + 4 * shape.vocabulary)  # … the first norm needs none
+    kept += 2 * d if method == "full" else 0  # inputs of the last norm and the head (LoRA: of
+    return tokens * (size * kept + 4 * shape.vocabulary)  # the first norm, none is needed)
 
 
 def memory(
@@ -119,7 +115,7 @@ def memory(
     Raises ValueError for a method that is not full, lora or qlora.
     """
     if method not in METHODS:
-        raise ValueError(f"no memory is computed for {method!r}; only for {', '.join(METHODS)}")
+        raise ValueError(f"memory is computed for {', '.join(METHODS)}, not for {method!r}")
     p, n, a = shape.parameters, shape.linear, shape.adapter(r)
     size = 4 if shape.ours else 2
     weights = {
@@ -134,17 +130,14 @@ def memory(
 
 def measure(base: Base, method: str, r: int, batch_size: int, length: int) -> dict[str, int]:
     """The same four figures, from the tensors of one training step on a base."""
-    model = build_model(base, method, seed=0, steps=1, size=r).train()
+    recipe, run = RECIPES[method], RunConfig(steps=1, learning_rate=1e-4, quiet=True)
+    model = build_model(base, recipe if method == "full" else recipe.with_size(r), run).train()
     ids = torch.randint(model.config.vocab_size, (batch_size, length))
     batch = {"input_ids": ids, "labels": ids}
     kept = activation_bytes(model, batch)
-    record = train(model, [[batch]], 1, 1e-4, optimizer_class=optimizer_of(method), quiet=True)
-    weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    return dict(
-        zip(
-            PARTS, (weights, record["gradient_bytes"], record["optimizer_bytes"], kept), strict=True
-        )
-    )
+    training = train(model, [[batch]], run, recipe.optimizer)
+    sizes = weight_bytes(model), training.gradient_bytes, training.optimizer_bytes, kept
+    return dict(zip(PARTS, sizes, strict=True))
 
 
 def of(
@@ -155,15 +148,15 @@ def of(
     length: int,
     checkpointing: bool,
 ) -> tuple[Found, Found]:
-    """What is computed for shapes and methods, and what is measured for those that are ours."""
+    """Computed figures for shapes and methods, and measured ones for our own bases."""
     for name in shapes:
         if name not in SHAPES:
-            raise ValueError(f"no shape {name!r}; there are: {', '.join(SHAPES)}")
+            raise ValueError(f"there is no shape {name!r}; known shapes: {', '.join(SHAPES)}")
     found = {
         name: {m: memory(SHAPES[name], m, r, batch_size * length, checkpointing) for m in methods}
         for name in shapes
     }
-    bases = {name: load_base(tasks.DATA / "base" / name) for name in shapes if SHAPES[name].ours}
+    bases = {name: load_base(DATA / "base" / name) for name in shapes if SHAPES[name].ours}
     measured = {
         name: {m: measure(base, m, r, batch_size, length) for m in methods}
         for name, base in bases.items()
@@ -171,55 +164,24 @@ def of(
     return found, measured
 
 
-# --- shown ---
-
-
 def size(count: float) -> str:
-    """Bytes for people: 3 digits and a unit."""
+    """Bytes with three digits and a unit."""
     unit, factor = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
     return f"{count / factor:.3g} {unit}"
 
 
 def table(found: Found) -> str:
-    """A Markdown table, a line a shape and method."""
-    lines = ["| shape | method | " + " | ".join(PARTS) + " | together |", "|" + "---|" * 7]
-    for name, methods in found.items():
-        for method, parts in methods.items():
-            cells = [size(count) for count in (*parts.values(), sum(parts.values()))]
-            lines.append(f"| {name} | {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def picture(found: Found) -> Figure:
-    """A panel a shape, a stacked bar a method; each panel has its own scale."""
-    columns = min(len(found), 4)
-    lines = -(-len(found) // columns)
-    figure = Figure(figsize=(2.9 * columns, 2.7 * lines + 0.5), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
-    for axis, (name, methods) in zip(axes, found.items(), strict=False):
-        totals = [sum(parts.values()) for parts in methods.values()]
-        unit, factor = ("GB", 1e9) if max(totals) >= 1e9 else ("MB", 1e6)
-        bottom = [0.0] * len(methods)
-        for part, color in zip(PARTS, ("#1b4f8f", "#d1741f", "#6a3d9a", "#b9b9b9"), strict=True):
-            heights = [parts[part] / factor for parts in methods.values()]
-            axis.bar(list(methods), heights, 0.65, bottom, color=color, label=part)
-            bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-        for i, total in enumerate(bottom):
-            axis.annotate(f"{total:.3g}", (i, total), (0, 2), ha="center",
-                          textcoords="offset points")  # fmt: skip
-        axis.set(title=name, ylabel=unit, ylim=(0, 1.15 * max(bottom)))
-        axis.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    for axis in axes[len(found) :]:
-        axis.set_axis_off()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    return figure
+    """A Markdown table with one line per shape and method."""
+    lines = [
+        [name, report.NAMES[method], *(size(n) for n in (*parts.values(), sum(parts.values())))]
+        for name, methods in found.items()
+        for method, parts in methods.items()
+    ]
+    return report.markdown_table(["shape", "method", *PARTS, "total"], lines)
 
 
 def save(found: Found, measured: Found, folder: str | Path) -> None:
     """Write memory.json and memory.png."""
-    folder, figure = Path(folder), picture(found)
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"computed": found, "measured": measured}, indent=1) + "\n"
-    write_file(folder / "memory.json", lambda file: Path(file).write_text(text))
-    write_file(folder / "memory.png", lambda file: figure.savefig(file, format="png", dpi=80))
+    report.save_figure(report.memory_figure(found), Path(folder) / "memory.png")
+    write_file(Path(folder) / "memory.json", lambda file: Path(file).write_text(text))

@@ -1,188 +1,112 @@
-"""Which learning rate suits a method: a grid over it and over the adapter's size, or Optuna.
+"""Which learning rate suits a method: a grid over it and the adapter's size.
 
-Every run is judged on the validation examples (slot loss where the task has slots, else the loss),
-with seeds that no reported run uses. The best rate of each size goes to the committed file of
-results, which `compare` reads. An optimum at the edge of its grid is none, and is refused.
+Every run is judged on validation examples (by slot loss if the task has slots, else by loss), with
+seeds that no reported run uses. A best rate at the edge of its grid is refused. `compare` reads the
+committed file of results; a sweep writes its own file unless that one is named.
 """
 
 import json
-import math
 import statistics
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import product
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
-from minipeft.lab.finetune import METHODS, SWEEPS, Base, finetune
+from minipeft.gpt import write_file
+from minipeft.lab import report
+from minipeft.lab.base import Base
+from minipeft.lab.finetune import finetune
+from minipeft.lab.recipes import Recipe, RunConfig
+from minipeft.lab.report import selection_loss
 from minipeft.lab.tasks import Task
-from minipeft.peft_model import write_file
 
 FIRST_SEED = 100
-SAME = ("method", "random_base", "base", "task", "steps", "examples", "size")  # what an entry is of
+KEY = ("method", "random_base", "base", "task", "steps", "examples", "size")  # identifies an entry
 
 
-def sweep(
-    base: Base,
-    task: Task,
-    method: str,
-    learning_rates: list[float],
-    sizes: list[int],
-    steps: int,
-    seeds: int = 1,
-    trials: int | None = None,
-    random_base: bool = False,
-    **options,
-) -> list[dict]:
-    """An entry for each size: its points, by learning rate, and the best of them.
+@dataclass
+class Grid:
+    """What to try."""
 
-    With `trials`, Optuna looks between the smallest and the largest rate instead of on the grid.
-    """
-    judged = replace(task, test=task.validation)
-    of = {
-        "method": method, "random_base": random_base, "base": Path(base.folder).name,
-        "task": task.name, "steps": steps, "examples": len(task.train),
-    }  # fmt: skip
-    sizes = sizes or [METHODS[method].get("size")]
-    points = {size: [] for size in sizes}
+    learning_rates: list[float]
+    sizes: list[int]  # empty: the recipe's own
+    seeds: int = 1
 
-    def loss(learning_rate: float, size: int | None) -> float:
-        point = {"learning_rate": learning_rate}
+
+def sweep(base: Base, task: Task, recipe: Recipe, run: RunConfig, grid: Grid) -> list[dict]:
+    """An entry per size: its points, by learning rate, and the best of them."""
+    judged = replace(task, test=task.validation)  # never the test examples
+    sizes = grid.sizes or [recipe.size]
+    points: dict[int | None, list[dict]] = {size: [] for size in sizes}
+
+    def measure(learning_rate: float, size: int | None) -> dict:
+        sized = recipe if size == recipe.size else recipe.with_size(size)
+        seeds = range(FIRST_SEED, FIRST_SEED + grid.seeds)
+        settings = replace(run, learning_rate=learning_rate, n_evaluations=1, quiet=True)
         try:
-            runs = [
-                finetune(
-                    base, judged, method, steps, seed, learning_rate, size, validations=1,
-                    random_base=random_base, quiet=True, **options,
-                )
-                for seed in range(FIRST_SEED, FIRST_SEED + seeds)
-            ]  # fmt: skip
+            records = [finetune(base, judged, sized, replace(settings, seed=s)) for s in seeds]
         except FloatingPointError:  # not finite: the point stays without a loss
-            runs = []
-        for name in ("loss", "slot_loss", "frame_loss"):
-            values = [r["validation"][-1][name] for r in runs if name in r["validation"][-1]]
+            records = []
+        point = {"learning_rate": learning_rate}
+        for name in ("loss", "slot_loss", "template_loss"):
+            values = [r.validation[-1][name] for r in records if name in r.validation[-1]]
             point |= {name: statistics.mean(values)} if values else {}
-        if runs:
-            point["score"] = statistics.mean(r["score"] for r in runs)
-        if base.held_out is not None and runs:
-            forgotten = [r["forgetting"]["on"] - r["forgetting"]["base"] for r in runs]
-            point["forgetting"] = statistics.mean(forgotten)
-        points[size].append(point)
-        return judge(point)
+        if records:
+            point["score"] = statistics.mean(record.score for record in records)
+        if base.held_out is not None and records:
+            point["forgetting"] = statistics.mean(record.forgot() for record in records)
+        return point
 
-    if trials:
-        import optuna
-
-        low, high = min(learning_rates), max(learning_rates)
-        optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0)).optimize(
-            lambda trial: loss(
-                trial.suggest_float("learning_rate", low, high, log=True),
-                trial.suggest_categorical("size", sizes),
-            ),
-            n_trials=trials,
-        )
-    else:
-        for size, learning_rate in tqdm(list(product(sizes, learning_rates)), desc="sweep"):
-            loss(learning_rate, size)
+    for size, learning_rate in tqdm(list(product(sizes, grid.learning_rates)), desc="sweep"):
+        points[size].append(measure(learning_rate, size))
+    common = {
+        "date": date.today().isoformat(), "method": recipe.method, "random_base": run.random_base,
+        "base": base.name, "task": task.name, "steps": run.steps, "examples": len(task.train),
+        "seeds": grid.seeds,
+    }  # fmt: skip
     entries = []
     for size, tried in points.items():
-        if not tried:  # Optuna may never choose a size
-            continue
         tried.sort(key=lambda point: point["learning_rate"])
-        best = min(tried, key=judge)
-        entries.append(
-            {"date": date.today().isoformat(), **of, "size": size, "seeds": seeds}
-            | {"best": best["learning_rate"], "points": tried}
-        )
+        best = min(tried, key=selection_loss)["learning_rate"]
+        entries.append(common | {"size": size, "best": best, "points": tried})
     return entries
 
 
-def judge(point: dict) -> float:
-    """The loss by which points are compared; a run that did not end finite is the worst."""
-    return point.get("slot_loss", point.get("loss", math.inf))
-
-
 def check(entries: list[dict]) -> None:
-    """Raises ValueError where a best rate is the smallest or the largest that was tried."""
+    """Raises ValueError if a best rate is the smallest or the largest that was tried."""
     for entry in entries:
         rates = [point["learning_rate"] for point in entry["points"]]
         if entry["best"] in (rates[0], rates[-1]):
+            tried = ", ".join(f"{rate:g}" for rate in rates)
             raise ValueError(
                 f"{entry['method']}, size {entry['size']}: the best learning rate, "
-                f"{entry['best']:g}, is at the edge of {', '.join(f'{r:g}' for r in rates)}. "
-                f"An optimum at an edge is none: widen the grid there. No result was written"
+                f"{entry['best']:g}, is at the edge of the grid ({tried}): widen it. Nothing was "
+                "written"
             )
 
 
-def save(entries: list[dict], file: str | Path = SWEEPS) -> None:
-    """Put the entries into the file of results, in the place of older ones of the same runs."""
+def save(entries: list[dict], file: str | Path) -> None:
+    """Put the entries into a file of results; older ones with the same KEY are replaced."""
     check(entries)
     file = Path(file)
     old = json.loads(file.read_text()) if file.is_file() else []
-    new = {tuple(e[name] for name in SAME) for e in entries}
-    kept = [e for e in old if tuple(e[name] for name in SAME) not in new]
+    new = {tuple(e[name] for name in KEY) for e in entries}
+    kept = [e for e in old if tuple(e[name] for name in KEY) not in new]
     text = json.dumps(kept + entries, indent=1) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, lambda path: Path(path).write_text(text))
 
 
 def table(entries: list[dict]) -> str:
-    """A Markdown table: a line a size, the judged loss by learning rate, the best one bold."""
+    """A Markdown table: one line per size, the loss by learning rate, the best one bold."""
     rates = sorted({point["learning_rate"] for entry in entries for point in entry["points"]})
-    lines = ["| size | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
-    lines.append("|" + "---|" * (len(rates) + 1))
+    lines = []
     for entry in entries:
         cells = dict.fromkeys(rates, "")
         for point in entry["points"]:
             bold = "**" if point["learning_rate"] == entry["best"] else ""
-            cells[point["learning_rate"]] = f"{bold}{judge(point):.3g}{bold}"
-        lines.append(f"| {entry['size'] or '–'} | " + " | ".join(cells.values()) + " |")
-    return "\n".join(lines)
-
-
-def picture(entries: list[dict]) -> Figure:
-    """Left: the loss by learning rate, a curve a size. Right, with several sizes: a heat map."""
-    first, several = entries[0], len(entries) > 1
-    what = "slot loss" if "slot_loss" in first["points"][0] else "loss"
-    with matplotlib.rc_context({"font.size": 11}):
-        figure = Figure(figsize=(10 if several else 5.5, 4.2), layout="constrained")
-        axes = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
-        shades = matplotlib.colormaps["viridis"].resampled(len(entries) + 1)
-        for i, entry in enumerate(entries):
-            finite = [point for point in entry["points"] if math.isfinite(judge(point))]
-            rates, losses = [p["learning_rate"] for p in finite], [judge(p) for p in finite]
-            title = entry["method"] if entry["size"] is None else f"size {entry['size']}"
-            axes[0].plot(rates, losses, "o-", color=shades(i), label=title)
-            axes[0].plot(
-                entry["best"], min(losses), "o", markersize=13, mfc="none", color=shades(i)
-            )
-        axes[0].set(xscale="log", yscale="log", xlabel="learning rate")
-        axes[0].set(ylabel=f"validation {what} (nats a token)")
-        axes[0].set_xticks(rates, [f"{rate:.2g}" for rate in rates], minor=False)
-        axes[0].xaxis.set_minor_locator(NullLocator())
-        axes[0].yaxis.set_major_formatter("{x:g}")
-        axes[0].yaxis.set_minor_formatter("")
-        axes[0].spines[["top", "right"]].set_visible(False)
-        axes[0].legend(frameon=False)
-        rates = [point["learning_rate"] for point in first["points"]]
-        if several and all([p["learning_rate"] for p in e["points"]] == rates for e in entries):
-            losses = [[judge(point) for point in entry["points"]] for entry in entries]
-            image = axes[1].imshow(losses, cmap="Greys", norm="log", aspect="auto")
-            for row, column in product(range(len(entries)), range(len(rates))):
-                value = losses[row][column]
-                color = "white" if image.norm(value) > 0.5 else "black"
-                axes[1].text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
-            axes[1].set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-            axes[1].set_yticks(range(len(entries)), [entry["size"] for entry in entries])
-            axes[1].set(xlabel="learning rate", ylabel="size (rank, width or virtual tokens)")
-            axes[1].set_title(f"validation {what}")
-        elif several:
-            axes[1].set_axis_off()
-        figure.suptitle(
-            f"{first['method']}{', random base' if first['random_base'] else ''}: {first['task']}, "
-            f"{first['base']} base, {first['steps']} steps, {first['examples']} examples"
-        )
-    return figure
+            cells[point["learning_rate"]] = f"{bold}{selection_loss(point):.3g}{bold}"
+        lines.append([entry["size"] or "–", *cells.values()])
+    return report.markdown_table(["size", *(f"{rate:g}" for rate in rates)], lines)

@@ -1,0 +1,133 @@
+"""A base: a pretrained model, read once, with its tokenizer and text to measure forgetting on."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from minipeft.gpt import GPT, write_file
+
+END = "<|endoftext|>"  # ends every document and every completion; also used as padding
+WINDOW = 100  # tokens per window of held-out text, so that virtual tokens fit in front of it
+
+
+@dataclass
+class Base:
+    """A pretrained model's folder, opened."""
+
+    folder: str
+    pretrained: GPT  # never trained itself: `model()` makes copies
+    tokenizer: Tokenizer
+    end: int  # the id of the end-of-text token
+    held_out: Tensor | None  # windows (n, t) of held-out pretraining text
+
+    @property
+    def name(self) -> str:
+        return Path(self.folder).name
+
+    def model(self) -> GPT:
+        """A fresh copy of the pretrained model."""
+        return copy.deepcopy(self.pretrained)
+
+    def digest(self) -> str:
+        """A checksum of the weights and the config."""
+        found = hashlib.sha256(repr(self.pretrained.config).encode())
+        for name, tensor in self.pretrained.state_dict().items():
+            found.update(name.encode())
+            found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        return found.hexdigest()[:16]
+
+
+def load_base(folder: str | Path) -> Base:
+    """Open a GPT-2 folder. A `held_out.txt` in it, or next to it, serves to measure forgetting."""
+    tokenizer, model = load_tokenizer(folder), GPT.from_pretrained(folder)
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, "
+            f"but the model only {model.config.vocab_size}"
+        )
+    end = model.config.eos_token_id = find_end(folder, tokenizer, model.config.eos_token_id)
+    texts = [path / "held_out.txt" for path in (Path(folder), Path(folder).resolve().parent)]
+    text = next((text for text in texts if text.is_file()), None)
+    held_out = None
+    if text is not None:
+        encoded = [e.ids for e in tokenizer.encode_batch(read_text(text))]
+        held_out = windows(encoded, min(WINDOW, model.config.n_positions), end)
+    return Base(str(folder), model, tokenizer, end, held_out)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The `tokenizer.json` of a base's folder. Raises ValueError if it cannot be read."""
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: a base needs its tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    tokenizer.no_padding()  # the file may ask for both; here the lab pads and checks lengths
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def find_end(folder: str | Path, tokenizer: Tokenizer, eos: int | None) -> int:
+    """The id of the end-of-text token: the model's own, else the one that the tokenizer names.
+
+    (A GPT2Config made without one has GPT-2's 50256, which a small vocabulary does not have.)
+    Raises ValueError if neither is a token.
+    """
+    if isinstance(eos, int) and tokenizer.id_to_token(eos) is not None:
+        return eos
+    try:
+        named = json.loads((Path(folder) / "tokenizer_config.json").read_text())["eos_token"]
+        end = tokenizer.token_to_id(named["content"] if isinstance(named, dict) else named)
+    except (OSError, ValueError, KeyError, TypeError):
+        end = None
+    if end is None:
+        raise ValueError(
+            f"{folder}/config.json: eos_token_id is {eos!r}, which is not a token of "
+            "tokenizer.json, and tokenizer_config.json has no eos_token: completions need an end"
+        )
+    return end
+
+
+def copy_tokenizer(base: str | Path, folder: str | Path) -> None:
+    """Copy a base's tokenizer, and what transformers reads of it, to a model made from the base."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (file := Path(base) / name).is_file():
+            content = file.read_bytes()
+            write_file(
+                Path(folder) / name, lambda to, content=content: Path(to).write_bytes(content)
+            )
+
+
+def read_text(file: str | Path) -> list[str]:
+    """The documents of a plain text file, separated by <|endoftext|>."""
+    documents = [part.strip() for part in Path(file).read_text(encoding="utf-8").split(END)]
+    documents = [document for document in documents if document]
+    if not documents:
+        raise ValueError(f"{file} contains no text")
+    return documents
+
+
+def windows(documents: Iterable[list[int]], length: int, end: int) -> Tensor:
+    """Token ids as windows (n, length), each starting with a document where possible.
+
+    Documents follow each other, each with an end token. What is left of a document after a full
+    window is dropped, unless it fills the next window too.
+    """
+    rows, row = [], []
+    for document in documents:
+        row += document + [end]
+        while len(row) >= length:
+            rows.append(row[:length])
+            row = row[length:] if len(row) >= 2 * length else []
+    if not rows:
+        raise ValueError(f"the text has fewer than {length} tokens")
+    return torch.tensor(rows)

@@ -1,0 +1,67 @@
+"""Pretraining: a small GPT and its tokenizer from a text file."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from minipeft.gpt import GPT, GPTConfig
+from minipeft.lab.base import END, windows
+from minipeft.lab.evaluate import text_loss
+from minipeft.lab.recipes import RunConfig
+from minipeft.lab.tasks import shuffled
+from minipeft.lab.train import Training, pick_device, train
+
+# The shipped bases: no dropout, and a wider start than GPT-2's, which is small for a narrow model.
+SETTINGS = {
+    "initializer_range": 0.06, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
+    "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE like GPT-2's: any text can be encoded; words keep the space before them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def pretrain(
+    documents: list[str], config: GPTConfig, tokenizer: Tokenizer, run: RunConfig
+) -> tuple[GPT, Training, float | None]:
+    """A GPT trained from scratch on documents, in windows of 128 tokens.
+
+    The first fiftieth of the documents is kept out of training; the last result is the loss on
+    them, in nats per token.
+    """
+    torch.manual_seed(run.seed)
+    model = GPT(config).to(pick_device(run.device))
+    encoded = [e.ids for e in tokenizer.encode_batch(documents)]
+    n_held, end, window = len(encoded) // 50, config.eos_token_id, min(128, config.n_positions)
+    rows = windows(encoded[n_held:], window, end)
+
+    def batches() -> Iterator[list[dict[str, Tensor]]]:
+        for indices in shuffled(list(range(len(rows))), run.batch_size, run.seed):
+            ids = rows[indices].to(model.device)
+            yield [{"input_ids": ids, "labels": ids}]
+
+    training = train(model, batches(), run, title="pretraining")
+    held_out = windows(encoded[:n_held], window, end)[:200] if n_held else None
+    return model.eval(), training, None if held_out is None else text_loss(model, held_out)
+
+
+def pretraining_run(steps: int, learning_rate: float = 4e-3, **changes) -> RunConfig:
+    """The settings that the shipped bases were pretrained with."""
+    return RunConfig(
+        steps=steps, learning_rate=learning_rate, warmup=min(200, steps // 10), lr_end=0.05,
+        weight_decay=0.1, beta2=0.95, **changes,
+    )  # fmt: skip

@@ -1,0 +1,174 @@
+"""How a run is set up: a Recipe per method, and a RunConfig for everything else.
+
+Nothing here imports torch, so that `python -m minipeft --help` answers at once: `minipeft` loads a
+method's config class when a recipe calls it.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import minipeft
+from minipeft.lab import DATA
+
+SWEEPS = DATA / "results" / "sweep.json"
+# Where weight methods put their adapters, by GPT-2's names.
+TARGETS = {
+    "attention": r".*\.attn\.c_(attn|proj)",
+    "mlp": r".*\.mlp\.c_(fc|proj)",
+    "all-linear": "all-linear",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the laboratory sets up a method. `dataclasses.replace` makes a changed one."""
+
+    method: str  # its name in tables; its learning rate is looked up under this name
+    config: Callable | None = None  # (size, steps) -> the method's config; None: no adapter
+    size: int | None = None  # rank, width, or number of virtual tokens
+    has_rank: bool = False  # the size is a rank, so that adapters can be placed on some layers only
+    targets: str | None = None  # where to place them: a key of TARGETS, or a regular expression
+    bits: int | None = None  # quantize the base first
+    optimizer: Callable | None = None  # (groups, lr=…, betas=…) -> optimizer; None: AdamW
+
+    def with_size(self, size: int) -> "Recipe":
+        if self.size is None:
+            raise ValueError(f"{self.method} has no size, got {size}")
+        return replace(self, size=size)
+
+    def placed(self, targets: str) -> "Recipe":
+        """With adapters on some layers only, and as many parameters as on all of them."""
+        if not self.has_rank:
+            raise ValueError(f"{self.method} has no rank, so its layers cannot be chosen")
+        return replace(self, targets=targets)
+
+
+def _adalora(r: int, steps: int):
+    """Start with half as much rank again; ranks move in the middle two thirds of training."""
+    start, sixth = r + (r + 1) // 2, steps // 6
+    return minipeft.AdaLoraConfig(
+        target_r=r, init_r=start, lora_alpha=2 * start, target_modules="all-linear",
+        total_step=steps, tinit=sixth, tfinal=sixth, **CAUSAL,
+    )  # fmt: skip
+
+
+def _lora(r: int, steps: int):
+    return minipeft.LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", **CAUSAL)
+
+
+def _paged_adamw(groups, **options):
+    """Half of the state for rank 8 on the 3M base fits into the budget, so that pages must move."""
+    return minipeft.PagedAdamW(groups, page_bytes=2**16, device_budget_bytes=9 * 2**16, **options)
+
+
+CAUSAL = {"task_type": "CAUSAL_LM"}
+ENDS = ["attn.c_proj", "mlp.c_proj"]  # the layers that end attention and MLP
+RECIPES = {
+    recipe.method: recipe
+    for recipe in (
+        Recipe("frozen"),
+        Recipe("full"),
+        Recipe("lora", _lora, 8, has_rank=True),
+        Recipe("adalora", _adalora, 8, has_rank=True),
+        Recipe("prompt_tuning", lambda p, _: minipeft.PromptTuningConfig(p, **CAUSAL), 20),
+        Recipe("p_tuning", lambda p, _: minipeft.PromptEncoderConfig(p, **CAUSAL), 20),
+        Recipe("prefix_tuning", lambda p, _: minipeft.PrefixTuningConfig(p, **CAUSAL), 20),
+        Recipe("qlora", _lora, 8, has_rank=True, bits=4, optimizer=_paged_adamw),
+        Recipe("bitfit", lambda *_: minipeft.BitFitConfig(**CAUSAL)),
+        Recipe("bottleneck", lambda r, _: minipeft.BottleneckConfig(ENDS, r, **CAUSAL), 16),
+    )
+}
+
+
+def option(default, help: str):
+    """A field of RunConfig with the help text of its command-line option."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. Every field is also an option of the command line."""
+
+    steps: int = option(100, "training steps")
+    learning_rate: float | None = option(None, "peak learning rate; without it, the swept one")
+    batch_size: int = option(16, "examples per step")
+    accumulation: int = option(1, "micro-batches per step")
+    weight_decay: float = option(0.0, "decoupled weight decay, as in AdamW")
+    decay_to: str = option("zero", "what weights decay towards: zero, or start (initial weights)")
+    warmup: int | None = option(None, "steps of linear warm-up; without it, a tenth of the steps")
+    lr_end: float = option(0.0, "share of the learning rate left at the end of the cosine")
+    beta2: float = option(0.999, "AdamW's decay rate of the second moment")
+    max_grad_norm: float = option(1.0, "clip gradients to this norm")
+    seed: int = option(0, "seed of the initial values and of the order of the examples")
+    n_generate: int = option(64, "test examples to complete and score")
+    n_evaluations: int = option(8, "how often to compute the validation loss on the way")
+    random_base: bool = option(False, "train a model of the same shape that was never pretrained")
+    gradient_checkpointing: bool = option(
+        False, "keep only the blocks' inputs for the backward pass: less memory, more time"
+    )
+    shard: bool = option(False, "shard the model over torchrun's processes (full, lora)")
+    device: str | None = option(None, "cpu, cuda or mps; without it, the best available")
+    output: str | None = option(None, "folder for the adapter or model, its log and checkpoints")
+    checkpoint_every: int = option(100, "steps between two checkpoints in the output folder")
+    resume: bool = option(False, "continue the stopped run in the output folder")
+    log_dir: str | None = option(None, "also log to TensorBoard, in this folder")
+    quiet: bool = option(False, "no progress bars and no announcements")
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "n_generate"):
+            n = getattr(self, name)
+            if n < 1:
+                raise ValueError(f"{name} must be a positive integer, got {n}")
+        if self.decay_to not in ("zero", "start"):
+            raise ValueError(f"decay_to must be zero or start, got {self.decay_to!r}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to `lr_end`; steps count from 1."""
+        warmup = max(self.steps // 10, 1) if self.warmup is None else self.warmup
+        if step <= warmup:
+            return self.learning_rate * (step / warmup)
+        done = (step - 1 - warmup) / max(self.steps - warmup, 1)
+        scale = self.lr_end + (1 - self.lr_end) * (1 + math.cos(math.pi * done)) / 2
+        return self.learning_rate * scale
+
+
+def load_sweeps() -> list[dict]:
+    """The entries of the committed sweep."""
+    return json.loads(SWEEPS.read_text()) if SWEEPS.is_file() else []
+
+
+def swept_methods() -> list[str]:
+    """The methods that `compare` can run: those with a swept learning rate, and the frozen base."""
+    found = {"frozen"} | {entry["method"] for entry in load_sweeps()}
+    return [method for method in RECIPES if method in found]
+
+
+def swept_learning_rate(
+    recipe: Recipe, run: RunConfig, base: str, task: str, n_train: int
+) -> tuple[float, str | None]:
+    """The best learning rate of the committed sweep that is most similar to this run.
+
+    Similarity counts in this order: pretrained or not, task, base, size, number of steps, number of
+    examples. Also returns where the rate comes from if it was swept on another base or task.
+    """
+    sweeps = [entry for entry in load_sweeps() if entry["method"] == recipe.method]
+    if not sweeps:
+        raise ValueError(
+            f"no learning rate was swept for {recipe.method!r}: set one, or run the sweep"
+        )
+
+    def similarity(entry: dict) -> tuple:
+        same = [
+            entry["random_base"] == run.random_base,
+            entry["task"] == task,
+            entry["base"] == base,
+            entry["size"] == recipe.size,
+        ]
+        ratios = [entry["steps"] / run.steps, entry["examples"] / n_train]
+        return (*same, *(-abs(math.log(ratio)) for ratio in ratios))
+
+    best = max(sweeps, key=similarity)
+    origin = f"swept on the {best['base']} base, task {best['task']}"
+    return best["best"], None if (best["base"], best["task"]) == (base, task) else origin

@@ -1,0 +1,1 @@
+"""One paper per file. Each file runs alone: it needs torch and the standard library only."""

@@ -1,0 +1,155 @@
+r"""Prompt tuning: freeze the model, and learn a few virtual tokens to put in front of the input.
+
+A prompt in words steers a language model, and its words enter the model as vectors: rows of the
+embedding. Prompt tuning puts p vectors of its own in front of the input's vectors and trains only
+those, by gradient descent through the frozen model. The vectors need not belong to any word (the
+paper calls them soft tokens). No weight changes, so there is nothing to merge, and one batch can
+mix tasks. The price: p positions of the context, in training and in use.
+
+Paper: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv
+2104.08691. The paper's model is T5, an encoder-decoder; here, as in peft, it is a decoder.
+
+    logits = model([P; E(x)])        P is trained, E embeds tokens      (1)  section 2
+
+Shapes: b batch, t tokens, p virtual tokens, d width, v vocabulary; P (p, d), logits (b, t, v).
+Trainable parameters: p d.
+
+Difference from peft: logits are those of the t real tokens (peft returns p + t). As in peft, labels
+are -100 for the virtual tokens and shifted by one position afterwards, so the last virtual token
+predicts the first real token where that has a label; positions are 0 … p + t - 1.
+
+>>> model.requires_grad_(False)
+>>> prompt = PromptEmbedding(model, PromptTuningConfig(num_virtual_tokens=20))
+>>> loss = prompt(model, input_ids, labels=labels).loss  # train prompt.parameters()
+>>> prompt.generate(model, input_ids, max_new_tokens=20)
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class PromptTuningConfig:
+    """How many virtual tokens, and their initial values. Fields and defaults are peft's."""
+
+    num_virtual_tokens: int | None = None  # p
+    prompt_tuning_init: str = "RANDOM"  # N(0, 1); "SAMPLE_VOCAB": embeddings of random tokens;
+    # "TEXT": embeddings of
+    prompt_tuning_init_text: str | None = None  # this text, truncated or repeated to p tokens,
+    tokenizer_name_or_path: str | None = None  # by the tokenizer.json in this folder
+    token_dim: int | None = None  # d, filled in when an adapter is saved
+    task_type: str | None = None  # as in peft, for example "CAUSAL_LM"
+    inference_mode: bool = False  # load the adapter frozen
+    peft_type: str = field(default="PROMPT_TUNING", init=False)
+
+    def __post_init__(self):
+        p, init = self.num_virtual_tokens, self.prompt_tuning_init
+        if not isinstance(p, int) or isinstance(p, bool) or p < 1:
+            raise ValueError(f"num_virtual_tokens must be a positive integer, got {p!r}")
+        if init not in ("RANDOM", "SAMPLE_VOCAB", "TEXT"):
+            raise ValueError(f"prompt_tuning_init must be RANDOM, SAMPLE_VOCAB or TEXT, got {init}")
+        if init == "TEXT" and not (self.prompt_tuning_init_text and self.tokenizer_name_or_path):
+            raise ValueError("TEXT needs prompt_tuning_init_text and tokenizer_name_or_path")
+
+
+class Output(NamedTuple):
+    """The loss, if there are labels, and the logits (b, t, v) of the real tokens."""
+
+    loss: Tensor | None
+    logits: Tensor
+
+
+class PromptEmbedding(nn.Module):
+    """The virtual tokens P. Call it with the frozen model to run the model on [P; E(x)]."""
+
+    def __init__(self, model: nn.Module, config: PromptTuningConfig):
+        super().__init__()
+        words, p = model.get_input_embeddings().weight, config.num_virtual_tokens  # (v, d)
+        self.embedding = nn.Embedding(p, words.shape[1])  # drawn from N(0, 1)
+        if config.prompt_tuning_init != "RANDOM" and not config.inference_mode:
+            rows = initial_tokens(config, len(words)).to(words.device)  # (p,)
+            self.embedding.weight = nn.Parameter(words[rows].detach().float().clone())
+        self.to(words.device)
+
+    def forward(self, model: nn.Module, input_ids: Tensor | None = None, **inputs) -> Output:
+        """Run a causal model on P and then on input_ids (b, t) or inputs_embeds (b, t, d).
+
+        Other inputs are attention_mask, labels and position_ids, each (b, t).
+        """
+        out = model(**self.prepend(model, input_ids, **inputs))
+        return Output(out.loss, out.logits[:, len(self.prompt()) :])
+
+    def prompt(self) -> Tensor:
+        """P, (p, d)."""
+        return self.embedding.weight
+
+    def prepend(
+        self,
+        model: nn.Module,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **others,
+    ) -> dict[str, Tensor]:
+        """The model's inputs with P in front: every input becomes p positions longer."""
+        x = model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        prompt = self.prompt().to(x.dtype).expand(len(x), -1, -1)  # (b, p, d)
+        inputs, p = {"inputs_embeds": torch.cat((prompt, x), dim=1)}, prompt.shape[1]  # (1)
+        if attention_mask is not None:
+            inputs["attention_mask"] = F.pad(attention_mask, (p, 0), value=1)  # (b, p + t)
+        if labels is not None:
+            inputs["labels"] = F.pad(labels, (p, 0), value=-100)  # (b, p + t)
+        if position_ids is not None:
+            first = torch.arange(p, device=x.device).expand(len(position_ids), p)
+            inputs["position_ids"] = torch.cat((first, position_ids + p), dim=1)  # (b, p + t)
+        return inputs | others
+
+    @torch.no_grad()
+    def generate(self, model: nn.Module, input_ids: Tensor, attention_mask=None, **options):
+        """Continue prompts (b, t), padded on the left, with the model's own `generate`."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        new = model.generate(**self.prepend(model, input_ids, mask), **options)  # only new tokens
+        return torch.cat((input_ids, new), dim=1)
+
+
+def initial_tokens(config: PromptTuningConfig, vocab_size: int) -> Tensor:
+    """The tokens (p,) whose embeddings the virtual tokens start from."""
+    p = config.num_virtual_tokens
+    if config.prompt_tuning_init == "SAMPLE_VOCAB":
+        return torch.randint(0, vocab_size, (p,))
+    from tokenizers import Tokenizer
+
+    file = f"{config.tokenizer_name_or_path}/tokenizer.json"
+    try:
+        ids = Tokenizer.from_file(file).encode(config.prompt_tuning_init_text).ids
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    return torch.tensor(ids).repeat(-(-p // len(ids)))[:p]
+
+
+if __name__ == "__main__":  # steer a frozen random model towards token 3
+    torch.manual_seed(0)
+    words, head = nn.Embedding(11, 8), nn.Linear(8, 11).requires_grad_(False)
+
+    def model(inputs_embeds):  # causal: each position sums the embeddings up to its own
+        return Output(None, head(inputs_embeds.cumsum(1)))
+
+    model.get_input_embeddings = lambda: words.requires_grad_(False)
+    prompt = PromptEmbedding(model, PromptTuningConfig(num_virtual_tokens=3))
+    optimizer = torch.optim.Adam(prompt.parameters(), lr=0.3)
+    ids = torch.randint(11, (64, 6))
+    before = (head(words(ids).cumsum(1)).argmax(-1) == 3).float().mean().item()
+    for _ in range(100):
+        logits = prompt(model, ids).logits  # (b, t, v)
+        F.cross_entropy(logits.mT, torch.full_like(ids, 3)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = (prompt(model, ids).logits.argmax(-1) == 3).float().mean().item()
+    assert after > 0.95
+    print(f"prompt_tuning.py: token 3 wins {before:.0%} of places before, {after:.0%} after")

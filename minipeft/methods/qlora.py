@@ -1,0 +1,376 @@
+r"""QLoRA: store the frozen base in four bits, and train a LoRA on top of it.
+
+A frozen weight is only read, so it can be stored coarsely. Each block of 64 weights becomes one
+scale, the block's absolute maximum (absmax), and a 4-bit code per weight: the index of the nearest
+of 16 levels. The NF4 levels are quantiles of the normal distribution, because weights are roughly
+normal, plus an exact zero and the ends -1 and 1. Double quantization then quantizes the scales to 8
+bits. Every forward and backward pass dequantizes a layer's weight, uses it and discards it.
+The paper's third part, the paged optimizer, is in paged_adamw.py.
+
+Paper: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314.
+
+    levels = {Φ⁻¹ at 8 even steps from 0.9677 down to 0.5, -Φ⁻¹ at 7, and 0} / the largest    (1)
+    code_i = nearest level to w_i / absmax,    w_i ≈ absmax · level[code_i]        (2)  section 3
+    absmax ≈ offset + absmax₂ · map[code₈],    in blocks of 256 scales             (3)
+    y = W₄ x + b + s B A x                                                         (4)  eq. 5
+
+Shapes: W (out, in) with n = out · in weights; codes (n / 2,), two per byte, the first in the high
+half; scales (n / 64,). Trainable parameters: r (in + out) per adapted layer, as for LoRA.
+Bits per weight: 4 + 8/64 + 32/(64 · 256) = 4.127; without double quantization 4 + 32/64 = 4.5.
+
+Difference from the paper: its equation 4 has infinite ends; the levels here are those of its
+authors' library, bitsandbytes. Differences from bitsandbytes: none in codes, scales and weights,
+except that its CPU kernel misses the nearest 8-bit code of a scale a few times in a thousand.
+
+>>> model = quantize_model(model)  # in place and not reversible: the base is now the 4-bit model
+>>> layers = add_qlora(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def nf4_levels() -> Tensor:
+    """The 16 levels of NF4, (16,) float32."""
+    above = torch.linspace(0.9677083, 0.5, 9, dtype=torch.float32)[:-1].tolist()
+    below = torch.linspace(0.9677083, 0.5, 8, dtype=torch.float32)[:-1].tolist()
+    quantile = NormalDist().inv_cdf  # Φ⁻¹
+    levels = [-quantile(p) for p in below] + [0.0] + [quantile(p) for p in reversed(above)]
+    return torch.tensor(levels, dtype=torch.float32) / quantile(above[0])  # (1)
+
+
+def dynamic_map() -> Tensor:
+    """The 256 values of the signed 8-bit code for the scales, sorted; (256,) float32.
+
+    The midpoints of 64, 32, … 1 equal steps in the seven decades below 1, with both signs, plus 0
+    and 1 (Dettmers 2015, arXiv 1511.04561).
+    """
+    values = [torch.tensor([0.0, 1.0])]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        midpoints = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += [midpoints, -midpoints]
+    return torch.cat(values).sort().values
+
+
+NF4_CODEBOOK = nf4_levels()
+NF4_MIDPOINTS = ((NF4_CODEBOOK[1:] + NF4_CODEBOOK[:-1]) / 2).tolist()
+DYNAMIC_MAP = dynamic_map()
+# The two levels that each byte stands for, (256, 2), viewed as one 8-byte number for speed.
+PAIRS = torch.cartesian_prod(NF4_CODEBOOK, NF4_CODEBOOK).view(torch.int64)[:, 0]
+
+
+@dataclass
+class NF4:
+    """A quantized tensor: everything needed to dequantize it."""
+
+    codes: Tensor  # (ceil(n / 2),) uint8, two weights per byte
+    scales: Tensor  # (blocks,) float32, or uint8 codes with double quantization
+    scale_scales: Tensor | None  # (ceil(blocks / 256),) float32, absmax₂
+    offset: Tensor | None  # () float32, the mean of the scales
+    shape: torch.Size
+    dtype: torch.dtype
+    blocksize: int
+
+    def bits(self) -> float:
+        """Bits per weight, counted from the tensors."""
+        held = [t.nbytes for t in vars(self).values() if isinstance(t, Tensor)]
+        return 8 * sum(held) / math.prod(self.shape)
+
+
+@torch.no_grad()
+def quantize_nf4(weight: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4:
+    """Quantize a floating-point tensor of any shape.
+
+    Raises ValueError for integer, NaN or infinite weights, and for an odd blocksize.
+    """
+    if not isinstance(blocksize, int) or blocksize < 2 or blocksize % 2:
+        raise ValueError(f"blocksize must be a positive even integer, got {blocksize!r}")
+    if not weight.is_floating_point():
+        raise ValueError(f"only floating-point weights can be quantized, got {weight.dtype}")
+    blocks, scales, packed = in_blocks(weight.reshape(-1), blocksize), [], []
+    for part in blocks.split(blocks_at_once(blocks, blocksize)):  # (some blocks, blocksize)
+        absmax = part.float().abs().amax(dim=1)
+        x = (part * (1 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
+        code, above = torch.zeros_like(x), torch.empty_like(x)  # floats: comparing is faster
+        for midpoint in NF4_MIDPOINTS:  # (2); on a midpoint the lower level wins
+            code += torch.gt(x, midpoint, out=above)
+        packed.append((code[:, 0::2] * 16 + code[:, 1::2]).byte().view(-1))
+        scales.append(absmax)
+    codes, absmax = torch.cat(packed)[: (weight.numel() + 1) // 2].clone(), torch.cat(scales)
+    check_finite(absmax)  # NaN or infinity in a block is also in its absmax
+    if not double_quant:
+        return NF4(codes, absmax, None, None, weight.shape, weight.dtype, blocksize)
+    offset = absmax.mean()
+    blocks = in_blocks(absmax - offset, 256)
+    scale_scales = blocks.abs().amax(dim=1)
+    midpoints = ((DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / 2).to(blocks.device)
+    nearest = torch.bucketize(blocks / scale_scales.clamp(min=1e-38)[:, None], midpoints)  # (3)
+    scales = nearest.to(torch.uint8).view(-1)[: len(absmax)].clone()
+    return NF4(codes, scales, scale_scales, offset, weight.shape, weight.dtype, blocksize)
+
+
+@torch.no_grad()
+def dequantize_nf4(q: NF4, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor that the codes stand for, in its original shape (and dtype, if none is given)."""
+    absmax = q.scales
+    if q.offset is not None:  # undo the double quantization, equation (3)
+        table = DYNAMIC_MAP.to(q.codes.device)
+        blocks = in_blocks(table[q.scales.int()], 256) * q.scale_scales[:, None]
+        absmax = blocks.view(-1)[: len(q.scales)] + q.offset
+    pairs, step = PAIRS.to(q.codes.device), blocks_at_once(q.codes, q.blocksize)
+    out = absmax.new_empty((len(absmax), q.blocksize), dtype=dtype or q.dtype)
+    codes = in_blocks(q.codes, q.blocksize // 2)
+    for part, scale, to in zip(codes.split(step), absmax.split(step), out.split(step), strict=True):
+        levels = pairs.index_select(0, part.reshape(-1).int()).view(torch.float32)
+        torch.mul(levels.view(-1, q.blocksize), scale[:, None], out=to)  # (2)
+    return out.view(-1)[: math.prod(q.shape)].view(q.shape)
+
+
+def in_blocks(x: Tensor, blocksize: int) -> Tensor:
+    """A flat tensor as (blocks, blocksize), padded with zeros."""
+    return F.pad(x, (0, -len(x) % blocksize)).view(-1, blocksize)
+
+
+def blocks_at_once(x: Tensor, blocksize: int) -> int:
+    """How many blocks to process at once: what fits into a CPU's cache, and more on a GPU."""
+    return max((2**17 if x.device.type == "cpu" else 2**22) // blocksize, 1)
+
+
+def check_finite(weight: Tensor) -> None:
+    if not weight.isfinite().all():
+        raise ValueError("the weight has NaN or infinite entries: it cannot be quantized")
+
+
+class _Linear4bitFunction(torch.autograd.Function):
+    """x Wᵀ + b. W is dequantized in the forward pass, and again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor | None, q: NF4) -> Tensor:
+        ctx.q = q  # keep the codes, not W
+        return F.linear(x, dequantize_nf4(q, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        for_x, for_bias, _ = ctx.needs_input_grad
+        grad_x = grad @ dequantize_nf4(ctx.q, grad.dtype) if for_x else None  # (…, out) (out, in)
+        return grad_x, grad.flatten(0, -2).sum(0) if for_bias else None, None
+
+
+class QuantizedLinear(nn.Module):
+    """Base class of quantized linear layers: their `weight` (out, in) is computed on demand."""
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.out_features, self.in_features = matrix(base_layer).shape
+        self.bias = base_layer.bias
+
+    def _apply(self, fn, recurse: bool = True):
+        """Scales stay float32 under `.half()`: they move as bytes, which no cast can round."""
+        floats = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, b in floats.items():
+            self._buffers[name] = fn(b.reshape(-1).view(torch.uint8)).view(b.dtype).view(b.shape)
+        return self
+
+    def plain(self, weight: Tensor | None = None) -> nn.Linear:
+        """An `nn.Linear` with this weight (out, in), by default the dequantized one."""
+        weight = self.weight if weight is None else weight
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            bias = self.bias.detach().to(weight.dtype).clone()
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        return layer
+
+
+class Linear4bit(QuantizedLinear):
+    """A frozen linear layer in NF4: x (…, in) -> y (…, out), computed in compute_dtype or x's.
+
+    base_layer: `nn.Linear` or transformers' `Conv1D`. The state dict holds the 4-bit form.
+    """
+
+    def __init__(self, base_layer: nn.Module, blocksize=64, double_quant=True, compute_dtype=None):
+        super().__init__(base_layer)
+        q = quantize_nf4(matrix(base_layer).detach().contiguous(), blocksize, double_quant)
+        for name in ("codes", "scales", "scale_scales", "offset"):
+            self.register_buffer(name, getattr(q, name))
+        self.form = {"shape": q.shape, "dtype": q.dtype, "blocksize": blocksize}
+        self.compute_dtype = compute_dtype
+
+    quantized = property(lambda self: NF4(**self._buffers, **self.form))
+    weight = property(lambda self: dequantize_nf4(self.quantized))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = x.to(self.compute_dtype or x.dtype)
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        return _Linear4bitFunction.apply(inputs, bias, self.quantized).to(x.dtype)
+
+
+class Linear8bit(QuantizedLinear):
+    """A linear layer for inference with one scale per row: W ≈ scale · int8."""
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        w = matrix(base_layer).detach().float()
+        check_finite(w)
+        self.register_buffer("scales", w.abs().amax(dim=1) / 127)  # (out,)
+        self.register_buffer("codes", (w / self.scales.clamp(min=1e-38)[:, None]).round().char())
+        self.dtype = base_layer.weight.dtype
+
+    weight = property(lambda self: (self.codes * self.scales[:, None]).to(self.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.codes.to(x.dtype)) * self.scales.to(x.dtype)  # (…, out)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class QLoraLinear(nn.Module):
+    """A frozen 4-bit layer plus a trainable low-rank update, equation (4); compare lora.py.
+
+    config: a LoraConfig, or any object with its fields r, lora_alpha, lora_dropout and use_rslora.
+    """
+
+    def __init__(self, base_layer: Linear4bit, config):
+        super().__init__()
+        self.base_layer, self.r, device = base_layer, config.r, base_layer.codes.device
+        self.out_features, self.in_features = base_layer.out_features, base_layer.in_features
+        root = math.sqrt(self.r)
+        self.scaling = config.lora_alpha / (root if config.use_rslora else self.r)  # s
+        self.lora_dropout = nn.Dropout(config.lora_dropout)
+        self.lora_A = nn.Linear(self.in_features, self.r, bias=False).to(device)
+        self.lora_B = nn.Linear(self.r, self.out_features, bias=False).to(device)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        self.register_buffer("merged_weight", None, persistent=False)  # W' (out, in) while merged
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged_weight is not None:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError("this layer is merged: call unmerge before training")
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.merged_weight.to(x.dtype), bias)
+        y = self.base_layer(x)  # (…, out)
+        x = self.lora_dropout(x.to(self.lora_A.weight.dtype))  # (…, in)
+        return y + self.lora_B(self.scaling * self.lora_A(x)).to(y.dtype)  # (4)
+
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+    def delta(self) -> Tensor:
+        """The update s B A, (out, in)."""
+        return self.scaling * (self.lora_B.weight @ self.lora_A.weight)  # (out, r) @ (r, in)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Compute with W' = W₄ + s B A from now on, in float32, not rounded to 4 bits again."""
+        self.merged_weight = self.weight.float() + self.delta()
+
+    def unmerge(self) -> None:
+        """Discard W'. Outputs are again exactly those of the 4-bit layer plus the adapter."""
+        self.merged_weight = None
+
+    @torch.no_grad()
+    def merge_into_base(self) -> nn.Linear:
+        """An `nn.Linear` that holds W'. The 4-bit layer does not change."""
+        return self.base_layer.plain(self.weight.float() + self.delta())
+
+    @torch.no_grad()
+    def lost_by_rounding(self) -> float:
+        """‖Q(W') - W'‖ / ‖s B A‖. Above 1, W' in 4 bits would lose more than was learned."""
+        merged = self.weight.float() + self.delta()
+        again = dequantize_nf4(quantize_nf4(merged, self.base_layer.quantized.blocksize))
+        return ((again - merged).norm() / self.delta().norm()).item()
+
+
+def quantize_model(model: nn.Module, bits: int = 4, **options) -> nn.Module:
+    """Replace every linear layer except the output head by a quantized one; returns the model.
+
+    In place and not reversible. Embeddings and norms keep their dtype. bits is 4 or 8; options are
+    those of `Linear4bit`. Raises ValueError, before anything changes, for weights that are not
+    finite and for a model with an adapter.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, got {bits!r}")
+    if any(hasattr(m, "base_layer") for m in model.modules()):
+        raise ValueError("the model has an adapter: quantize it before adding one")
+    kind = {4: Linear4bit, 8: Linear8bit}[bits]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    layers = {
+        name: kind(m, **options)
+        for name, m in model.named_modules()
+        if (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D") and m is not head
+    }
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.requires_grad_(False).train(model.training))
+    return model
+
+
+def add_qlora(model: nn.Module, config) -> dict[str, QLoraLinear]:
+    """Freeze a quantized model and replace each target by a QLoraLinear. Returns them by name.
+
+    Raises ValueError if no 4-bit layer matches `config.target_modules`.
+    """
+    layers = {
+        name: QLoraLinear(layer, config)
+        for name, layer in quantized_layers(model).items()
+        if isinstance(layer, Linear4bit) and is_target(name, config.target_modules)
+    }
+    if not layers:
+        raise ValueError("target_modules matches no 4-bit layer: call quantize_model(model) first")
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.train(model.training))
+    return layers
+
+
+def is_target(name: str, targets: list[str] | str | None) -> bool:
+    """Whether `targets` names a layer: endings, a regex for the whole name, or "all-linear"."""
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+    return any(f".{name}".endswith(f".{ending}") for ending in targets or [])
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """A model's quantized layers by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+def bits_per_weight(model: nn.Module) -> float | None:
+    """Bits per weight of the quantized layers, counted from their tensors; None without any."""
+    layers = quantized_layers(model).values()
+    held = sum(8 * buffer.nbytes for layer in layers for buffer in layer.buffers())
+    return held / sum(q.in_features * q.out_features for q in layers) if layers else None
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """The weight as (out, in). A `Conv1D` stores (in, out); only its class name tells."""
+    return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
+
+
+if __name__ == "__main__":  # a 4-bit layer, and a LoRA that recovers a change of its weight
+    from types import SimpleNamespace
+
+    torch.manual_seed(0)
+    w, change = torch.randn(64, 64), torch.randn(64, 2) @ torch.randn(2, 64)
+    q = quantize_nf4(w)
+    error = (dequantize_nf4(q) - w).norm() / w.norm()
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    model[0].weight.data = w
+    config = SimpleNamespace(r=2, lora_alpha=4, lora_dropout=0.0, use_rslora=False)
+    config.target_modules = "all-linear"
+    (layer,) = add_qlora(quantize_model(model), config).values()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(300):
+        x = torch.randn(64, 64)
+        F.mse_loss(model(x), x @ (layer.weight + change).T).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (layer.delta() - change).norm() < 0.01 * change.norm()
+    print(f"qlora.py: {q.bits():.2f} bits per weight, error {error:.1%}; LoRA recovered the change")

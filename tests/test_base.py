@@ -1,0 +1,117 @@
+"""Opening a base: its weights, tokenizer, end token and held-out text; and the data folder."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import BASE, tiny_config
+
+from minipeft import GPT
+from minipeft.lab import DATA
+from minipeft.lab.base import load_base, load_tokenizer, read_text, windows
+
+SMALL = BASE.parent / "0.3m"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the smallest base, without held-out text."""
+    return shutil.copytree(SMALL, tmp_path / "base")
+
+
+def change_config(folder, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_base_without_an_end_token_is_refused(folder):
+    change_config(folder, eos_token_id=None)
+    with pytest.raises(ValueError, match="eos_token_id is None, which is not a token"):
+        load_base(folder)
+
+
+@pytest.mark.parametrize("named", ["<|endoftext|>", {"content": "<|endoftext|>"}])
+def test_the_tokenizer_config_may_name_the_end_token(folder, named):
+    change_config(folder, eos_token_id=50256)  # GPT-2's, which this vocabulary does not have
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+    base = load_base(folder)
+    assert base.end == base.pretrained.config.eos_token_id == 0
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
+    GPT(tiny_config()).save_pretrained(folder)
+    with pytest.raises(ValueError, match="tokenizer has 2048 tokens, but the model only 61"):
+        load_base(folder)
+
+
+def test_a_missing_or_damaged_tokenizer_is_refused(folder):
+    file = folder / "tokenizer.json"
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
+        load_tokenizer(folder)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.json is missing: a base needs its tokenizer"):
+        load_tokenizer(folder)
+
+
+def test_held_out_text_comes_in_windows_of_100_tokens(base):
+    assert base.held_out.shape == (4, 100)
+    assert base.held_out[0, 0] != base.end
+
+
+def test_held_out_text_is_read_from_the_base_or_from_the_folder_above(folder):
+    assert load_base(folder).held_out is None
+    words = "The cook is Sam Hill and the clerk is Ann Mills. " * 20
+    (folder.parent / "held_out.txt").write_text(words * 2)
+    two = load_base(folder).held_out
+    (folder / "held_out.txt").write_text(words)
+    one = load_base(folder).held_out
+    assert 1 <= len(one) < len(two)
+
+
+def test_windows_of_a_small_context_are_shorter(folder):
+    (folder / "held_out.txt").write_text("The cook is Sam Hill. " * 20)
+    model = GPT(tiny_config(vocab_size=2048))
+    model.save_pretrained(folder)
+    assert load_base(folder).held_out.shape[1] == 32
+
+
+def test_a_copy_of_the_model_shares_nothing_with_the_base(base):
+    copied, weight = base.model(), base.pretrained.lm_head.weight
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+    assert weight.any()
+
+
+def test_windows_start_with_a_document_where_possible():
+    rows = windows([[1] * 3, [2] * 3, [3] * 9, [4]], 4, 0)
+    assert rows.tolist() == [[1, 1, 1, 0], [2, 2, 2, 0], [3] * 4, [3] * 4]
+
+
+def test_text_that_fills_no_window_is_refused():
+    assert windows([[1] * 3], 4, 0).tolist() == [[1, 1, 1, 0]]
+    with pytest.raises(ValueError, match="the text has fewer than 4 tokens"):
+        windows([[1] * 2], 4, 0)
+
+
+def test_documents_are_separated_by_the_end_token(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("one\n<|endoftext|>\n two <|endoftext|>\n")
+    assert read_text(file) == ["one", "two"]
+    file.write_text("\n<|endoftext|> \n")
+    with pytest.raises(ValueError, match="contains no text"):
+        read_text(file)
+
+
+def test_a_plain_checkout_finds_its_data_folder():
+    """Without an installation there is no package minipeft.data."""
+    code = "import minipeft.lab; print(minipeft.lab.DATA)"
+    # -S ignores site-packages, and with it an installed minipeft
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={"PYTHONPATH": str(DATA.parent)}, cwd="/", capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(DATA), done.stderr

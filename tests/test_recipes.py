@@ -1,0 +1,102 @@
+"""How a run is set up: the learning rate by step, swept learning rates, and bad settings."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from minipeft.lab import recipes
+from minipeft.lab.recipes import RECIPES, RunConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "rate"),
+    [  # peak 2.0
+        ({"warmup": 2}, 1, 1.0),  # half of the warm-up
+        ({"warmup": 2}, 2, 2.0),  # the peak
+        ({"warmup": 2}, 3, 2.0),  # the cosine starts there
+        ({"warmup": 2}, 7, 1.0),  # 4 of 8 steps: the middle
+        ({"warmup": 2}, 5, 1.7071068),  # 2 of 8: 1 + cos 45°
+        ({"warmup": 2}, 10, 0.0761205),  # 7 of 8: 1 + cos 157.5°
+        ({"warmup": 0}, 1, 2.0),
+        ({"warmup": 0}, 6, 1.0),
+        ({}, 1, 2.0),  # a tenth of ten steps is one
+        ({"warmup": 2, "lr_end": 0.2}, 7, 1.2),  # 0.2 + 0.8 / 2 of the peak
+        ({"warmup": 2, "lr_end": 1.0}, 10, 2.0),
+        ({"steps": 100}, 5, 1.0),  # a tenth of 100 steps is ten
+        ({"steps": 100}, 10, 2.0),
+        ({"steps": 100}, 56, 1.0),
+        ({"steps": 5}, 1, 2.0),  # at least one step
+        ({"steps": 1}, 1, 2.0),
+    ],
+)
+def test_the_learning_rate_warms_up_and_then_follows_a_cosine(settings, step, rate):
+    run = RunConfig(**{"steps": 10, "learning_rate": 2.0} | settings)
+    assert run.learning_rate_at(step) == pytest.approx(rate, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulation", "n_generate"])
+def test_counts_must_be_positive(name):
+    assert getattr(RunConfig(**{name: 1}), name) == 1
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer, got 0"):
+        RunConfig(**{name: 0})
+
+
+def test_decay_to_must_be_zero_or_start():
+    with pytest.raises(ValueError, match="decay_to must be zero or start, got 'base'"):
+        RunConfig(decay_to="base")
+
+
+def entry(**changes) -> dict:
+    settings = {"method": "lora", "random_base": False, "base": "1m", "size": 8}
+    return settings | {"task": "describe", "steps": 100, "examples": 400} | changes
+
+
+@pytest.fixture
+def swept(tmp_path, monkeypatch):
+    file = tmp_path / "sweep.json"
+    monkeypatch.setattr(recipes, "SWEEPS", file)
+    entries = [
+        entry(best=1.0),
+        entry(best=2.0, steps=300),
+        entry(best=3.0, base="3m"),
+        entry(best=4.0, task="sentiment"),
+        entry(best=5.0, size=2),
+        entry(best=6.0, random_base=True),
+        entry(best=7.0, method="full", size=None),
+        entry(best=8.0, examples=50),
+    ]
+    file.write_text(json.dumps(entries))
+    return file
+
+
+def look_up(method="lora", base="1m", task="describe", n_train=400, size=None, **settings):
+    recipe = RECIPES[method] if size is None else RECIPES[method].with_size(size)
+    return recipes.swept_learning_rate(recipe, RunConfig(**settings), base, task, n_train)
+
+
+def test_the_learning_rate_comes_from_the_most_similar_sweep(swept):
+    assert [look_up()[0], look_up(steps=250)[0], look_up(size=2)[0]] == [1, 2, 5]
+    assert look_up(task="sentiment")[0] == 4
+    assert look_up(random_base=True)[0] == 6
+    assert look_up(method="full", random_base=True)[0] == 7
+    assert look_up(n_train=100)[0] == 8
+    swept.write_text("[]")
+    with pytest.raises(ValueError, match="no learning rate was swept for 'lora'"):
+        look_up()
+
+
+def test_a_rate_from_another_base_or_task_comes_with_its_origin(swept):
+    assert look_up() == (1.0, None)
+    assert look_up(base="3m") == (3.0, None)
+    assert look_up(steps=250, size=4)[1] is None  # the same base and task
+    assert look_up(base="mine") == (1.0, "swept on the 1m base, task describe")
+    assert look_up(base="3m", task="sentiment") == (4.0, "swept on the 1m base, task sentiment")
+    assert look_up(task="mine") == (1.0, "swept on the 1m base, task describe")
+
+
+def test_changing_a_recipe_leaves_the_shared_one_unchanged():
+    before = replace(RECIPES["lora"])
+    changed = RECIPES["lora"].with_size(2).placed("mlp")
+    assert (changed.size, changed.targets) == (2, "mlp")
+    assert RECIPES["lora"] == before

@@ -1,0 +1,111 @@
+"""The training loop: accumulation, weight decay, and what stops a run."""
+
+import pytest
+import torch
+from torch import nn
+
+from minipeft import GPT
+from minipeft.gpt import Output
+from minipeft.lab.recipes import RunConfig
+from minipeft.lab.train import pick_device, train
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(gpt):
+    ids = torch.randint(1, 61, (4, 8))
+    labels = ids.clone()
+    labels[0, :6] = -100  # parts of unequal weight
+    batch = {"input_ids": ids, "labels": labels}
+    parts = [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2)]
+    run = RunConfig(steps=3, learning_rate=1e-2, warmup=0, quiet=True)
+    results = []
+    for micro in ([batch], parts):
+        torch.manual_seed(0)
+        model = GPT(gpt.config)
+        training = train(model, [micro] * 3, run)
+        results.append((training.losses, model.lm_head.weight))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-4)
+
+
+def test_a_frozen_model_or_a_loss_that_is_not_finite_stops_the_run(gpt):
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    batch["labels"] = batch["input_ids"]
+    run = RunConfig(steps=1, learning_rate=1e-3, warmup=0, quiet=True)
+    gpt.transformer.wpe.weight.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1: lower the learning rate"):
+        train(gpt, [[batch]], run)
+    with pytest.raises(ValueError, match="no trainable parameters: the whole model is frozen"):
+        train(gpt.requires_grad_(False), [[batch]], run)
+
+
+class Flat(nn.Module):
+    """A model whose gradients are zero: only weight decay moves it."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+        self.bias = nn.Parameter(torch.tensor([1.0, 5.0]))
+        self.frozen = nn.Parameter(torch.tensor([[7.0]]), requires_grad=False)
+
+    def forward(self, labels):
+        return Output(0.0 * (self.matrix.sum() + self.bias.sum() + self.frozen.sum()), None, None)
+
+
+BATCH = {"labels": torch.ones(1, 2, dtype=torch.long)}
+DECAY = {"warmup": 0, "lr_end": 1.0, "weight_decay": 0.5, "quiet": True}  # a constant rate
+
+
+def test_decay_to_the_start_pulls_every_trained_parameter_towards_its_initial_value():
+    """θ₀ + (θ - θ₀)(1 - ηλ) with η = 0.1 and λ = 0.5: 0.95 of the distance remains."""
+    model = Flat()
+
+    def move(row: dict) -> None:
+        if row["step"] == 1:
+            with torch.no_grad():
+                assert model.matrix.tolist() == [[1.0, -2.0], [3.0, 4.0]]  # still at the start
+                model.matrix.add_(torch.tensor([[2.0, 0.0], [-4.0, 1.0]]))
+                model.bias.add_(torch.tensor([0.0, -2.0]))
+
+    run = RunConfig(steps=2, learning_rate=0.1, decay_to="start", **DECAY)
+    train(model, [[BATCH]] * 2, run, after_step=move)
+    assert torch.allclose(model.matrix, torch.tensor([[2.9, -2.0], [-0.8, 4.95]]))
+    assert torch.allclose(model.bias, torch.tensor([1.0, 3.1]))
+    assert model.frozen.item() == 7.0
+
+
+def test_decay_to_zero_shrinks_matrices_only():
+    model = Flat()
+    train(model, [[BATCH]], RunConfig(steps=1, learning_rate=0.1, decay_to="zero", **DECAY))
+    assert torch.allclose(model.matrix, torch.tensor([[0.95, -1.9], [2.85, 3.8]]))
+    assert model.bias.tolist() == [1.0, 5.0]
+    assert model.frozen.item() == 7.0
+
+
+def test_decay_follows_the_learning_rate_of_the_step():
+    """Warm-up over two steps to 0.1: the rates are 0.05 and 0.1, so 0.975 · 0.95 remains."""
+    model = Flat()
+    run = RunConfig(steps=2, learning_rate=0.1, **(DECAY | {"warmup": 2}))
+    train(model, [[BATCH]] * 2, run)
+    assert model.matrix[1, 1].item() == pytest.approx(4 * 0.975 * 0.95)
+
+
+def test_gradients_are_clipped_to_the_norm_of_the_run(gpt):
+    """Plain gradient descent at rate 1 moves the model by exactly the clipped norm."""
+    ids = torch.randint(1, 61, (2, 8), generator=torch.Generator().manual_seed(0))
+    before = torch.cat([p.detach().flatten().clone() for p in gpt.parameters()])
+    run = RunConfig(steps=1, learning_rate=1.0, warmup=0, max_grad_norm=0.25, quiet=True)
+
+    def descent(groups, lr, betas):
+        return torch.optim.SGD(groups, lr=lr)
+
+    train(gpt, [[{"input_ids": ids, "labels": ids}]], run, optimizer=descent)
+    after = torch.cat([p.detach().flatten() for p in gpt.parameters()])
+    assert (after - before).norm().item() == pytest.approx(0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_refused_in_one_line(name):
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match=f"device '{name}' cannot be used: ") as refused:
+        pick_device(name)
+    assert "\n" not in str(refused.value)
