@@ -8,6 +8,7 @@ often the most likely token stays the same.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -54,12 +55,13 @@ def log_probabilities(model: nn.Module, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(folder: Path, windows: int = 64) -> list[dict]:
+def measure(folder: Path, names: Iterable[str] = CODES) -> list[dict]:
     """A record for every code, with blocks and with one scale per tensor, on one base."""
     base = load_base(folder)
-    rows, records = base.held_out[:windows], []
+    rows, records = base.held_out, []
     truth = log_probabilities(base.model().eval(), rows)
-    for name, (bits, levels) in CODES.items():
+    for name in names:
+        bits, levels = CODES[name]
         for blocksize in (BLOCK, None):
             model = base.model().eval()
             for layer in find_targets(model, "all-linear").values():

@@ -1,8 +1,9 @@
-"""Adapters: what a method adds to a model, behind one interface, and the table of all methods.
+"""Adapters: the common interface of all methods, one class per family, and the table of methods.
 
-A weight method (LoRA, AdaLoRA, BitFit, bottleneck) has layers, each around a layer of the model. A
-prompt method (prompt, P- and prefix tuning) has an encoder that computes extra inputs.
-A new method is one file in methods/ and one line in METHODS.
+An adapter is what a method adds to a model. Weight methods (LoRA, AdaLoRA, BitFit, bottleneck) wrap
+layers of the model. Prompt methods (prompt, P- and prefix tuning) have an encoder that computes
+extra inputs. QLoRA has no entry of its own: it is LoRA on 4-bit layers. The base is frozen by
+`PeftModel`, not here. A new method is one file in methods/ and one line in METHODS.
 """
 
 import inspect
@@ -10,6 +11,7 @@ import math
 from collections.abc import Mapping
 from itertools import product
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,25 +29,16 @@ from minipeft.token_rows import token_rows
 
 
 class Adapter:
-    """Interface of an adapter; this base class is the null adapter."""
+    """Interface of an adapter. This base class is the null adapter: it changes nothing."""
 
     config = None  # the method's config
-    encoder: nn.Module | None = None  # of a prompt method
-    layers: Mapping[str, nn.Module] = MappingProxyType({})  # of a weight method, by layer name
+    encoder: nn.Module | None = None  # prompt methods only
+    layers: Mapping[str, nn.Module] = MappingProxyType({})  # weight methods only, by layer name
+    allocator: RankAllocator | None = None  # AdaLoRA only, while its ranks can still move
 
     def modules(self) -> list[nn.Module]:
-        """What is moved, cast and switched between training and evaluation."""
+        """The modules that follow the model's `.to()`, `.train()` and `.eval()`."""
         return [self.encoder] if self.encoder is not None else list(self.layers.values())
-
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor needed to continue training, and nothing of the base."""
-        named = self.layers if self.encoder is None else {"prompt_encoder": self.encoder}
-        return {
-            f"{name}.{key}": tensor
-            for name, module in named.items()
-            for key, tensor in module.state_dict(keep_vars=True).items()
-            if not key.startswith("base_layer.")
-        }
 
     def attach(self, model: nn.Module) -> None:
         """Replace the layers of the base that this adapter adapts."""
@@ -58,31 +51,57 @@ class Adapter:
             model.set_submodule(name, layer.base_layer)
 
     def run(self, model: nn.Module, *args, **kwargs):
+        """The model's forward pass with this adapter, which is attached."""
         return model(*args, **kwargs)
 
     def generate(self, model: nn.Module, *args, **kwargs):
         return model.generate(*args, **kwargs)
 
-    def penalty(self) -> Tensor | None:
-        """What the method adds to the training loss, if anything."""
-        return None
-
-    def ranks(self) -> dict[str, int]:
-        """The rank of each layer, for methods that move ranks."""
-        return {}
+    def penalty(self) -> Tensor | float:
+        """What the method adds to the training loss."""
+        return 0.0
 
     def update_and_allocate(self, step: int) -> None:
-        """AdaLoRA's work after an optimizer step; nothing for other methods."""
+        """Called after every optimizer step, before the gradients are cleared (AdaLoRA)."""
+
+    def ranks(self) -> dict[str, int]:
+        """The rank of each layer, for methods that change ranks (AdaLoRA)."""
+        return {}
+
+    def check_finished(self) -> None:
+        """Raises RuntimeError if the adapter is in the middle of its schedule (AdaLoRA)."""
 
     def check_mergeable(self) -> None:
-        """Raises ValueError if the method has no layers, RuntimeError if training is unfinished."""
+        """Raises ValueError if the method cannot be merged, RuntimeError if it cannot yet."""
 
+    def parameters(self) -> dict[str, Tensor]:
+        """The adapter's own tensors by name, as Parameters; nothing of the base."""
+        named = self.layers if self.encoder is None else {"prompt_encoder": self.encoder}
+        return {
+            f"{name}.{key}": tensor
+            for name, module in named.items()
+            for key, tensor in module.state_dict(keep_vars=True).items()
+            if not key.startswith("base_layer.")
+        }
 
-NO_ADAPTER = Adapter()
+    def state(self) -> dict[str, Tensor]:
+        """All tensors needed to continue training."""
+        return self.parameters()
+
+    def check_state(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError for a state that `load_state` could not load."""
+        check_match(state, self.parameters())
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Load a checked state. Merged layers are unmerged: W' was made from the old tensors."""
+        copy_tensors(state, self.parameters())
+        for layer in self.layers.values():
+            if hasattr(layer, "unmerge"):
+                layer.unmerge()
 
 
 class WeightAdapter(Adapter):
-    """Layers around layers of the base."""
+    """A method that wraps layers of the base."""
 
     def __init__(self, model: nn.Module, config):
         self.config = config
@@ -91,50 +110,52 @@ class WeightAdapter(Adapter):
         self.layers = {name: self.new_layer(name, base) for name, base in targets.items()}
         if getattr(config, "trainable_token_indices", None) is not None:
             self.layers |= token_rows(model, config.trainable_token_indices)
-        for parameter in self.state().values():
-            if isinstance(parameter, nn.Parameter):
-                parameter.requires_grad_(not config.inference_mode)
+        for parameter in self.parameters().values():
+            parameter.requires_grad_(not config.inference_mode)
 
     def new_layer(self, name: str, base_layer: nn.Module) -> nn.Module:
         kind = self.config.peft_type
-        if isinstance(base_layer, QuantizedLinear) and kind != "BITFIT":
-            if kind != "LORA" or not isinstance(base_layer, Linear4bit):
-                raise ValueError(
-                    f"target {name} is a {type(base_layer).__name__}: only LoRA works on quantized "
-                    "layers, and only on 4-bit ones"
-                )
+        if kind == "LORA" and isinstance(base_layer, Linear4bit):
             return QLoraLinear(base_layer, self.config)
-        return METHODS[kind][2](base_layer, self.config)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is saved, under peft's keys."""
-        return {f"base_model.model.{key}": t.detach() for key, t in self.state().items()}
-
-    def load(self, found: dict[str, Tensor]) -> None:
-        """Load saved tensors. Raises ValueError for missing, surplus or misshapen ones."""
-        copy_strictly(found, self.tensors())
+        if kind != "BITFIT" and isinstance(base_layer, QuantizedLinear):
+            raise ValueError(
+                f"target {name} is a {type(base_layer).__name__}, which {kind} cannot adapt: LoRA "
+                "works on 4-bit layers, BitFit on all quantized layers"
+            )
+        return METHODS[kind].module(base_layer, self.config)
 
     def check_mergeable(self) -> None:
+        self.check_finished()
         if self.config.peft_type == "BOTTLENECK":
             raise ValueError("cannot merge BOTTLENECK: a bottleneck is not linear")
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved, under peft's keys."""
+        found = self.parameters().items()
+        return {f"base_model.model.{key}": tensor.detach() for key, tensor in found}
+
+    def load(self, saved: dict[str, Tensor]) -> None:
+        """Load saved tensors into a new adapter. Raises ValueError if they do not match it."""
+        check_match(saved, self.tensors())
+        copy_tensors(saved, self.tensors())  # which share memory with the layers
+
 
 class AdaLoraAdapter(WeightAdapter):
-    """AdaLoRA's layers with the allocator of their ranks."""
+    """AdaLoRA's layers, and the allocator that prunes their ranks."""
 
     def __init__(self, model: nn.Module, config):
         super().__init__(model, config)
-        fresh = config.rank_pattern is None and not config.inference_mode
-        self.allocator = RankAllocator(self.layers, config) if fresh else None
-        known = {f"{name}.lora_E" for name in self.layers}
-        for key in set(config.rank_pattern or {}) - known:
-            raise ValueError(f"rank_pattern: {key!r} is not a target of this adapter")
+        unknown = set(config.rank_pattern or {}) - {f"{name}.lora_E" for name in self.layers}
+        if unknown:
+            raise ValueError(f"rank_pattern: {min(unknown)!r} is not a target of this adapter")
+        if config.rank_pattern is None and not config.inference_mode:
+            self.allocator = RankAllocator(self.layers, config)
 
     def new_layer(self, name: str, base_layer: nn.Module) -> nn.Module:
-        if isinstance(base_layer, QuantizedLinear):
-            return super().new_layer(name, base_layer)  # raises
-        kept = (self.config.rank_pattern or {}).get(f"{name}.lora_E")
-        return SVDLinear(base_layer, self.config, None if kept is None else sum(kept))
+        kept = (self.config.rank_pattern or {}).get(f"{name}.lora_E")  # from a file
+        if kept is None or isinstance(base_layer, QuantizedLinear):
+            return super().new_layer(name, base_layer)
+        return SVDLinear(base_layer, self.config, sum(kept))
 
     def penalty(self) -> Tensor:
         return self.config.orth_reg_weight * orthogonality(self.layers)
@@ -153,10 +174,10 @@ class AdaLoraAdapter(WeightAdapter):
         kept = self.allocator.kept.items()
         self.config.rank_pattern = {f"{n}.lora_E": mask.tolist() for n, mask in kept} or None
 
-    def check_mergeable(self) -> None:
+    def check_finished(self) -> None:
         """Raises RuntimeError for trained layers whose ranks are still above the target."""
         c, allocator, total = self.config, self.allocator, sum(self.ranks().values())
-        trained = any(layer.lora_E.any() for layer in self.layers.values())
+        trained = any(layer.lora_E.any() for layer in self.layers.values())  # E starts at 0
         if allocator is None or not trained or total <= allocator.target:
             return
         step, last = allocator.step, c.total_step - c.tfinal
@@ -169,67 +190,71 @@ class AdaLoraAdapter(WeightAdapter):
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The triplets that were kept."""
-        self.check_mergeable()
-        found = {f"base_model.model.{key}": t.detach() for key, t in super().state().items()}
+        """The triplets that were kept: rows of A and E, columns of B."""
+        self.check_finished()
+        found = super().tensors()
         for name, kept in (self.allocator.kept if self.allocator else {}).items():
             start = f"base_model.model.{name}.lora_"
             found |= {f"{start}{letter}": found[f"{start}{letter}"][kept] for letter in "AE"}
             found[f"{start}B"] = found[f"{start}B"][:, kept]
         return found
 
-    def state(self) -> dict[str, Tensor]:
-        """The layers' tensors, and the allocator's statistics and mask."""
-        found, allocator = super().state(), getattr(self, "allocator", None)
-        if allocator is not None and allocator.step is not None:
-            found["allocator.step"] = torch.tensor(allocator.step)
-            for kind in ("importance", "uncertainty"):
-                for (name, letter), tensor in getattr(allocator, kind).items():
-                    found[f"allocator.{kind}.{name}.{letter}"] = tensor
-            found |= {f"allocator.kept.{name}": mask for name, mask in allocator.kept.items()}
-        return found
+    def statistics(self) -> dict[str, Tensor]:
+        """The allocator's state: step, importance, uncertainty and masks; empty before step 1."""
+        allocator = self.allocator
+        if allocator is None or allocator.step is None:
+            return {}
+        found = {"allocator.step": torch.tensor(allocator.step)}
+        for kind in ("importance", "uncertainty"):
+            for (name, letter), tensor in getattr(allocator, kind).items():
+                found[f"allocator.{kind}.{name}.{letter}"] = tensor
+        return found | {f"allocator.kept.{name}": mask for name, mask in allocator.kept.items()}
 
-    def check_allocator(self, found: dict[str, Tensor]) -> None:
-        """Raises ValueError for an allocator's state that does not match this one's shapes."""
-        wanted = {"step": ()} if found else {}
+    def state(self) -> dict[str, Tensor]:
+        return self.parameters() | self.statistics()
+
+    def check_state(self, state: dict[str, Tensor]) -> None:
+        found = {key: t.shape for key, t in state.items() if key.startswith("allocator.")}
+        super().check_state({key: t for key, t in state.items() if key not in found})
+        wanted = {"allocator.step": ()} if found else {}
         for name, layer in self.layers.items() if found else ():
             for letter, kind in product("AEB", ("importance", "uncertainty")):
-                wanted[f"{kind}.{name}.{letter}"] = getattr(layer, f"lora_{letter}").shape
-            if any(key.startswith("kept.") for key in found):
-                wanted[f"kept.{name}"] = layer.lora_E.shape[:1]
-        differ = {key: t.shape for key, t in found.items()}.items() ^ wanted.items()
-        if differ or (found and self.allocator is None):
-            keys = ", ".join(sorted({key for key, _ in differ})[:3])
-            raise ValueError(f"the state of AdaLoRA's allocator does not match this model: {keys}")
+                shape = getattr(layer, f"lora_{letter}").shape
+                wanted[f"allocator.{kind}.{name}.{letter}"] = shape
+            if any(key.startswith("allocator.kept.") for key in found):
+                wanted[f"allocator.kept.{name}"] = layer.lora_E.shape[:1]
+        wrong = sorted({key for key, _ in found.items() ^ wanted.items()})
+        if wrong or (found and self.allocator is None):
+            raise ValueError(f"the allocator does not match this model: {', '.join(wrong[:3])}")
 
-    def load_allocator(self, found: dict[str, Tensor]) -> None:
-        """Restore the allocator from a state, which is empty before the first step."""
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        super().load_state({k: t for k, t in state.items() if not k.startswith("allocator.")})
         if self.allocator is None:
             return
-        device = next(iter(self.layers.values())).lora_E.device
         self.allocator = RankAllocator(self.layers, self.config)
-        for key, tensor in found.items():
-            kind, _, name = key.partition(".")
-            tensor = tensor.to(device, copy=True)
-            if kind == "step":
+        device = next(iter(self.layers.values())).lora_E.device
+        for key, tensor in state.items():
+            start, _, rest = key.partition(".")
+            kind, _, name = rest.partition(".")
+            if start == "allocator" and kind == "step":
                 self.allocator.step = int(tensor)
-            elif kind == "kept":
-                self.allocator.kept[name] = tensor
-            else:
+            elif start == "allocator" and kind == "kept":
+                self.allocator.kept[name] = tensor.to(device, copy=True)
+            elif start == "allocator":
                 layer, _, letter = name.rpartition(".")
-                getattr(self.allocator, kind)[layer, letter] = tensor
+                getattr(self.allocator, kind)[layer, letter] = tensor.to(device, copy=True)
         self.write_rank_pattern()
 
 
 class PromptAdapter(Adapter):
-    """An encoder that computes virtual tokens, or their keys and values."""
+    """An encoder that computes virtual tokens, or keys and values for each layer (a prefix)."""
 
     def __init__(self, model: nn.Module, config):
         check_prompt_model(model, config)
-        self.config, self.encoder = config, METHODS[config.peft_type][2](model, config)
+        self.config, self.encoder = config, METHODS[config.peft_type].module(model, config)
         self.encoder.requires_grad_(not config.inference_mode)
-        config.token_dim = model.get_input_embeddings().weight.shape[1]
-        if hasattr(config, "num_layers"):  # a prefix
+        config.token_dim = model.get_input_embeddings().weight.shape[1]  # peft saves these sizes
+        if config.peft_type == "PREFIX_TUNING":
             config.num_layers, config.num_attention_heads, width = self.encoder.shape
             config.token_dim = config.num_attention_heads * width
         if hasattr(config, "encoder_hidden_size"):
@@ -237,16 +262,19 @@ class PromptAdapter(Adapter):
 
     def run(self, model: nn.Module, *args, **kwargs):
         signature = inspect.signature(model.forward)
-        inputs = signature.bind_partial(*args, **kwargs).arguments
+        inputs = signature.bind_partial(*args, **kwargs).arguments  # positional ones by name too
         for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 inputs |= inputs.pop(name, {})
         for name in ("past_key_values", "use_cache"):
             if inputs.pop(name, None):
                 raise ValueError(f"{name} cannot be used with a prompt method: call generate()")
-        names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # new and old
-        drops = next((getattr(model, name) for name in names if hasattr(model, name)), False)
-        if self.config.peft_type == "PREFIX_TUNING" and model.training and drops:
+        names = (
+            "is_activation_checkpointing",
+            "is_gradient_checkpointing",
+        )  # transformers', by age
+        checkpointing = any(getattr(model, name, False) for name in names)
+        if self.config.peft_type == "PREFIX_TUNING" and model.training and checkpointing:
             raise RuntimeError(
                 "this model drops its cache, and the prefix with it, during gradient "
                 "checkpointing: call gradient_checkpointing_disable()"
@@ -261,21 +289,25 @@ class PromptAdapter(Adapter):
         raise ValueError(f"cannot merge {kind}: it changes the input, not the weights")
 
     def network(self) -> dict[str, Tensor]:
-        """The tensors of an encoder that is more than the prompt itself."""
-        return {key: t.detach() for key, t in self.state().items()} if len(self.state()) > 1 else {}
+        """The encoder's tensors if a network computes the prompt; empty if it is the prompt."""
+        found = {key: tensor.detach() for key, tensor in self.parameters().items()}
+        return found if len(found) > 1 else {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The prompt, which is all that peft reads, and the network that wrote it."""
-        with torch.no_grad():
-            prompt = self.encoder.prompt()  # (p, d), or (1, p, 2 l d)
-        return {"prompt_embeddings": prompt.detach().view(prompt.shape[-2:])} | self.network()
+        """The prompt, which is all that peft reads, and the network that computes it."""
+        prompt = self.encoder.prompt().detach()  # (p, d), or (1, p, 2 l d) for a prefix
+        return {"prompt_embeddings": prompt.view(prompt.shape[-2:])} | self.network()
 
-    def load(self, found: dict[str, Tensor]) -> None:
+    def load(self, saved: dict[str, Tensor]) -> None:
         """Load a saved prompt, or the network if this encoder has one."""
-        wanted = self.network() or {"prompt_embeddings": self.encoder.embedding.weight.data}
-        extra = {key for key in found if key.startswith("prompt_encoder.")}
-        spare = {"prompt_embeddings"} if self.network() else extra
-        copy_strictly({k: v for k, v in found.items() if k not in spare}, wanted)
+        if self.network():
+            target, ignored = self.network(), "prompt_embeddings"
+        else:
+            target = {"prompt_embeddings": self.encoder.embedding.weight.detach()}
+            ignored = "prompt_encoder."
+        saved = {key: tensor for key, tensor in saved.items() if not key.startswith(ignored)}
+        check_match(saved, target)
+        copy_tensors(saved, target)
 
 
 def check_prompt_model(model: nn.Module, config) -> None:
@@ -286,47 +318,57 @@ def check_prompt_model(model: nn.Module, config) -> None:
     if not hasattr(model, "get_input_embeddings"):
         raise ValueError(f"{type(model).__name__} has no get_input_embeddings()")
     names = ("n_positions", "max_position_embeddings")
-    room = next((getattr(settings, name) for name in names if hasattr(settings, name)), math.inf)
-    if config.num_virtual_tokens >= room:
+    context = next((getattr(settings, n) for n in names if hasattr(settings, n)), math.inf)
+    if config.num_virtual_tokens >= context:
         p = config.num_virtual_tokens
-        raise ValueError(f"{p} virtual tokens leave no room in a context of {room}")
+        raise ValueError(f"{p} virtual tokens leave no room in a context of {context}")
 
 
-def copy_strictly(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Copy tensors into others of the same names. Raises ValueError first if any differ."""
-    wrong = [f"{key} is missing" for key in wanted if key not in found]
-    wrong += [f"{key} has no place in this model" for key in found if key not in wanted]
+def check_match(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    """Raises ValueError if names or shapes differ, or if a source is not floating-point."""
+    wrong = [f"{key} is missing" for key in target if key not in source]
+    wrong += [f"{key} has no place in this model" for key in source if key not in target]
     wrong += [
-        f"{key} is {tuple(t.shape)} of {t.dtype}, not {tuple(wanted[key].shape)} floats"
-        for key, t in found.items()
-        if key in wanted and not (t.shape == wanted[key].shape and t.is_floating_point())
+        f"{key} is {tuple(t.shape)} of {t.dtype}, not {tuple(target[key].shape)} floats"
+        for key, t in source.items()
+        if key in target and not (t.shape == target[key].shape and t.is_floating_point())
     ]
     if wrong:
         raise ValueError(
             f"adapter does not match this model: {'; '.join(wrong[:3])} ({len(wrong)} in all)"
         )
-    with torch.no_grad():
-        for key, tensor in wanted.items():
-            tensor.copy_(found[key])
 
 
-# peft_type: the config's class, the kind of adapter, the class of its layers or its encoder.
-METHODS = {
-    "LORA": (LoraConfig, WeightAdapter, LoraLinear),  # on 4-bit layers QLoraLinear
-    "ADALORA": (AdaLoraConfig, AdaLoraAdapter, SVDLinear),
-    "BITFIT": (BitFitConfig, WeightAdapter, BitFitLayer),
-    "BOTTLENECK": (BottleneckConfig, WeightAdapter, BottleneckLayer),
-    "PROMPT_TUNING": (PromptTuningConfig, PromptAdapter, PromptEmbedding),
-    "P_TUNING": (PromptEncoderConfig, PromptAdapter, PromptEncoder),
-    "PREFIX_TUNING": (PrefixTuningConfig, PromptAdapter, PrefixEncoder),
+@torch.no_grad()
+def copy_tensors(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    for key, tensor in target.items():
+        tensor.copy_(source[key])
+
+
+class Method(NamedTuple):
+    config: type  # the config's class
+    adapter: type[Adapter]  # its family
+    module: type[nn.Module]  # the class of its layers, or of its encoder
+
+
+METHODS = {  # by peft_type
+    "LORA": Method(LoraConfig, WeightAdapter, LoraLinear),
+    "ADALORA": Method(AdaLoraConfig, AdaLoraAdapter, SVDLinear),
+    "BITFIT": Method(BitFitConfig, WeightAdapter, BitFitLayer),
+    "BOTTLENECK": Method(BottleneckConfig, WeightAdapter, BottleneckLayer),
+    "PROMPT_TUNING": Method(PromptTuningConfig, PromptAdapter, PromptEmbedding),
+    "P_TUNING": Method(PromptEncoderConfig, PromptAdapter, PromptEncoder),
+    "PREFIX_TUNING": Method(PrefixTuningConfig, PromptAdapter, PrefixEncoder),
 }
+NO_ADAPTER = Adapter()
 
 
-def make_adapter(model: nn.Module, config) -> WeightAdapter | PromptAdapter:
-    """A new adapter for a bare model, which does not change. The config becomes the adapter's own.
+def make_adapter(model: nn.Module, config) -> Adapter:
+    """Create an adapter for a bare model, which changes only when the adapter is attached.
 
-    Raises TypeError for anything but a method's config, ValueError for what the model cannot take.
+    The adapter keeps the config and may write to it. Raises TypeError for anything but a method's
+    config, ValueError if the model does not support the method.
     """
     if getattr(config, "peft_type", None) not in METHODS:
         raise TypeError(f"{config!r} is not a config of a method: {', '.join(METHODS)}")
-    return METHODS[config.peft_type][1](model, config)
+    return METHODS[config.peft_type].adapter(model, config)

@@ -1,9 +1,10 @@
-"""One interface for all methods: add an adapter to a model, train it, switch, save and merge it.
+"""`PeftModel`: add adapters to a model, and train, switch, merge and save them.
 
-An adapter is what a method adds to a model (adapters.py). At most one is attached at a time;
-switching detaches it and attaches another. With none attached, the model computes exactly what the
-base computes. Adapters are saved in Hugging Face peft's format (saving.py), and LoRAs can be added
-up (combine.py).
+An adapter is what a method adds to a model (adapters.py). The *active* adapter is the one that was
+chosen. It is *attached*, which means that it changes what the model computes, except inside
+`disable_adapter()`. With no adapter attached, the model computes exactly what the base computes.
+Adapters are saved in Hugging Face peft's format (saving.py). Several LoRAs can be combined into one
+(combine.py).
 """
 
 import copy
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters import NO_ADAPTER, Adapter, copy_strictly, make_adapter
+from minipeft.adapters import NO_ADAPTER, Adapter, make_adapter
 from minipeft.combine import weighted_adapter
 from minipeft.methods.adalora import RankAllocator
 from minipeft.methods.qlora import quantized_layers
@@ -24,9 +25,10 @@ from minipeft.saving import PeftConfig, read_adapter, write_adapter
 
 
 class _Forward:
-    """`PeftModel.forward`, with the signature of the base model's.
+    """`PeftModel.forward`, with two signatures for transformers' Trainer.
 
-    transformers' Trainer reads the signature to choose columns; on the class, it looks for labels.
+    On a model, the signature is that of the base's `forward`: the Trainer passes on the columns it
+    names. On the class, it is that of `_forward`: the Trainer looks there for `labels`.
     """
 
     def __get__(self, model: "PeftModel | None", owner: type) -> Callable:
@@ -40,20 +42,22 @@ class _Forward:
 class PeftModel(nn.Module):
     """A frozen base model with adapters. Create one with `get_peft_model`.
 
-    Attributes and methods that are not defined here are the base model's. Nothing writes into the
-    base's weights except `merge_and_unload(inplace=True)`.
+    Attributes and methods that are not defined here are the base model's. No method writes into the
+    base's weights, except `merge_and_unload(inplace=True)`.
     """
 
-    def __init__(self, model: nn.Module, peft_config=None, adapter_name: str = "default"):
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig | None = None, adapter_name="default"
+    ):
         super().__init__()
         if isinstance(model, PeftModel):
             raise ValueError("this model is already a PeftModel: use its add_adapter")
         self.base_model = model
-        self.prompt_encoder: nn.Module | None = None  # the attached prompt method's
-        self.adapters: dict[str, Adapter] = {}  # not submodules: only the attached one is
+        self.prompt_encoder: nn.Module | None = None  # the encoder of an attached prompt method
+        self.adapters: dict[str, Adapter] = {}  # a plain dict: PyTorch sees only what is attached
         self.active_adapter: str | None = None
         self._attached: Adapter = NO_ADAPTER
-        self._disabled = 0  # how many `with disable_adapter()` are open
+        self._disable_depth = 0  # how many `with disable_adapter()` blocks are open
         self.train(model.training)
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
@@ -63,14 +67,15 @@ class PeftModel(nn.Module):
     def _forward(self, *args, labels: Tensor | None = None, **kwargs):
         """The base model's `forward`, with the attached adapter.
 
-        Prompt methods return (loss, logits), the logits of the real tokens. In training mode,
-        AdaLoRA's penalty is added to the loss.
+        Prompt methods drop the logits of the virtual tokens and return (loss, logits). In training
+        mode, AdaLoRA's penalty is added to the loss. `labels` has a name of its own because the
+        Trainer looks for it in the signature.
         """
         if labels is not None:
             kwargs["labels"] = labels
         out = self._attached.run(self.base_model, *args, **kwargs)
-        penalty = self._attached.penalty() if self.training else None
-        if penalty is None or getattr(out, "loss", None) is None:
+        penalty = self.penalty() if self.training else 0.0
+        if not torch.is_tensor(penalty) or getattr(out, "loss", None) is None:
             return out
         if hasattr(out, "_replace"):  # a named tuple
             return out._replace(loss=out.loss + penalty)
@@ -83,35 +88,20 @@ class PeftModel(nn.Module):
         """The base's own `generate`, with the attached adapter."""
         return self._attached.generate(self.base_model, *args, **kwargs)
 
-    def penalty(self) -> Tensor | float:
-        """What training mode adds to the loss: AdaLoRA's penalty, or 0."""
-        penalty = self._attached.penalty()
-        return 0.0 if penalty is None else penalty
-
-    @property
-    def allocator(self) -> RankAllocator | None:
-        """What moves AdaLoRA's ranks; None for other methods and for ranks read from a file."""
-        return getattr(self._active, "allocator", None)
-
-    def update_and_allocate(self, step: int) -> None:
-        """AdaLoRA: move ranks, after optimizer step `step` and before the gradients are cleared."""
-        self._active.update_and_allocate(step)
-
-    def ranks(self) -> dict[str, int]:
-        """The rank that AdaLoRA has left each layer; empty for other methods."""
-        return self._active.ranks()
-
     # --- adding and switching ---
 
-    def add_adapter(self, adapter_name: str, peft_config) -> None:
-        """Create an adapter. The first one becomes active; later ones wait for `set_adapter`."""
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
+        """Create an adapter. If none is active, it becomes active; otherwise call `set_adapter`."""
         self._check_new(adapter_name)
-        with self.disable_adapter():
+        with self.disable_adapter():  # methods wrap the plain layers of the base
             adapter = make_adapter(self.base_model, copy.copy(peft_config))
         self._add(adapter_name, adapter)
 
-    def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False):
-        """Load an adapter's folder, ours or peft's; frozen unless `is_trainable`.
+    def load_adapter(
+        self, model_id: str | Path, adapter_name: str, is_trainable: bool = False
+    ) -> None:
+        """Load an adapter from a folder that minipeft or peft saved. It is frozen unless
+        `is_trainable`.
 
         Raises ValueError, before anything changes, for a damaged file or an adapter of another
         model.
@@ -129,27 +119,31 @@ class PeftModel(nn.Module):
         combination_type: str = "svd",
         svd_rank: int | None = None,
     ) -> None:
-        """Create a frozen LoRA from several: Σ w ΔW, by "svd", "linear" or "cat" (combine.py).
+        """Combine LoRAs into a new, frozen one with the update Σ wᵢ ΔWᵢ (combine.py).
 
-        As in peft, its rank is `svd_rank` or the largest one ("cat": the sum of all), and a single
-        adapter is always combined by "linear", which is then exact.
+        combination_type: "svd", "linear" or "cat". As in peft, the rank is `svd_rank`, or the
+        largest rank among the adapters; for "cat", their sum. A single adapter always uses
+        "linear", which is then exact.
         """
         self._check_new(adapter_name)
-        found = [self._named(name) for name in adapters]
+        loras = [self._named(name) for name in adapters]
         with self.disable_adapter():
-            summed = weighted_adapter(self.base_model, found, weights, combination_type, svd_rank)
-        self._add(adapter_name, summed)
+            combined = weighted_adapter(self.base_model, loras, weights, combination_type, svd_rank)
+        self._add(adapter_name, combined)
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Make an adapter active. Inside `disable_adapter()` it stays detached until the end."""
+        """Make an adapter active. Inside `disable_adapter()` it is attached when the block ends.
+
+        The trainable parameters change, so make a new optimizer afterwards.
+        """
         adapter = self._named(adapter_name)
         self.active_adapter = adapter_name
-        if not self._disabled:
+        if not self._disable_depth:
             self._switch_to(adapter)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If it was active, the first remaining one becomes active."""
-        self._named(adapter_name)
+        self._named(adapter_name)  # raises if there is none
         if len(self.adapters) == 1:
             raise ValueError(f"{adapter_name!r} is the only adapter: use unload() to get the base")
         if adapter_name == self.active_adapter:
@@ -158,20 +152,39 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """`with model.disable_adapter():` the model computes exactly what the base computes."""
-        self._disabled += 1
+        """Inside the `with` block the model computes exactly what the base computes."""
+        self._disable_depth += 1
         self._switch_to(NO_ADAPTER)
         try:
             yield
         finally:
-            self._disabled -= 1
-            if not self._disabled and self.active_adapter is not None:
+            self._disable_depth -= 1
+            if not self._disable_depth and self.active_adapter is not None:
                 self._switch_to(self._active)
+
+    # --- AdaLoRA ---
+
+    def penalty(self) -> Tensor | float:
+        """What training mode adds to the loss: AdaLoRA's penalty, or 0."""
+        return self._attached.penalty()
+
+    def update_and_allocate(self, step: int) -> None:
+        """Move ranks, after optimizer step `step` (from 1) and before the gradients are cleared."""
+        self._active.update_and_allocate(step)
+
+    def ranks(self) -> dict[str, int]:
+        """The rank that AdaLoRA has left each layer; empty for other methods."""
+        return self._active.ranks()
+
+    @property
+    def allocator(self) -> RankAllocator | None:
+        """AdaLoRA's allocator; None for other methods, and for ranks that were read from a file."""
+        return self._active.allocator
 
     # --- merging ---
 
     def merge_adapter(self) -> None:
-        """Let the active adapter's layers compute with W' = W + ΔW. The base does not change."""
+        """Make the active adapter's layers use W' = W + ΔW. The base does not change."""
         for layer in self._layers_to_merge().values():
             layer.merge()
 
@@ -181,23 +194,23 @@ class PeftModel(nn.Module):
             layer.unmerge()
 
     def merge_and_unload(self, inplace: bool = False) -> nn.Module:
-        """A plain model of the base's class whose layers hold W'.
+        """Return a plain model of the base's class whose layers hold W'.
 
-        It is a copy, and this model stays as it is. With `inplace` the base's weights are
-        overwritten, which saves the copy; the adapters are deleted.
+        By default it is a copy, and this model keeps its adapters. With `inplace`, it overwrites
+        the base's weights, makes no copy, and deletes the adapters.
         """
         names = list(self._layers_to_merge())
         model = self.base_model if inplace else copy.deepcopy(self.base_model)
         for name in names:
             model.set_submodule(name, model.get_submodule(name).merge_into_base())
-        for name, layer in quantized_layers(model).items():  # those without an adapter
+        for name, layer in quantized_layers(model).items():  # dequantize the remaining layers
             model.set_submodule(name, layer.plain())
         if inplace:
             self.adapters, self.active_adapter, self._attached = {}, None, NO_ADAPTER
         return model
 
     def unload(self) -> nn.Module:
-        """The base model, without any adapter."""
+        """Detach and delete all adapters, and return the base model."""
         self._switch_to(NO_ADAPTER)
         self.adapters, self.active_adapter = {}, None
         return self.base_model
@@ -205,11 +218,11 @@ class PeftModel(nn.Module):
     # --- counting and saving ---
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters, of the base and the attached adapter; shared ones once."""
+        """(trainable, all) parameters of the base and the attached adapter."""
         return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
-        """Print the counts in peft's words."""
+        """Print the counts in peft's format."""
         trainable, total = self.get_nb_trainable_parameters()
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || "
@@ -219,14 +232,14 @@ class PeftModel(nn.Module):
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write every adapter as peft does: "default" into the folder, others into subfolders.
 
-        Raises RuntimeError for an AdaLoRA in the middle of its schedule: a file holds only the
-        triplets that are kept. Keep its `state_dict()` instead.
+        Raises RuntimeError for an AdaLoRA in the middle of its schedule, which the format cannot
+        hold: save its `state_dict()` instead.
         """
-        base = getattr(self.base_model, "name_or_path", None)
-        found = {name: adapter.tensors() for name, adapter in self.adapters.items()}
-        for name, tensors in found.items():
+        base_name = getattr(self.base_model, "name_or_path", None)
+        tensors = {name: adapter.tensors() for name, adapter in self.adapters.items()}
+        for name, adapter in self.adapters.items():  # only now: an error above writes nothing
             folder = Path(save_directory) / ("" if name == "default" else name)
-            write_adapter(folder, self.adapters[name], tensors, base)
+            write_adapter(folder, adapter, tensors[name], base_name)
 
     @classmethod
     def from_pretrained(
@@ -242,7 +255,7 @@ class PeftModel(nn.Module):
         return peft_model
 
     def state_dict(self, *, destination=None, prefix: str = "", keep_vars: bool = False) -> dict:
-        """The tensors of all adapters and nothing of the base, for checkpoints of training."""
+        """The tensors of all adapters and nothing of the base, for training checkpoints."""
         found = {} if destination is None else destination
         for name, adapter in self.adapters.items():
             for key, tensor in adapter.state().items():
@@ -252,38 +265,38 @@ class PeftModel(nn.Module):
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """Load what `state_dict` returned; merged layers are unmerged.
 
-        Raises ValueError, before anything changes, for missing, surplus or misshapen tensors.
+        Raises ValueError, before anything changes, for missing, unexpected or misshapen tensors.
+        It is always strict; `strict` and `assign` are only there because nn.Module has them.
         """
-        statistics = {}  # of AdaLoRA's allocators, by the start of their keys
-        for name in [n for n, adapter in self.adapters.items() if hasattr(adapter, "allocator")]:
-            start = f"{name}.allocator."
-            found = {k[len(start) :]: t for k, t in state_dict.items() if k.startswith(start)}
-            self.adapters[name].check_allocator(found)
-            statistics[start] = found
-        found, wanted = (
-            {k: t for k, t in state.items() if not k.startswith(tuple(statistics))}
-            for state in (state_dict, self.state_dict())
-        )
-        copy_strictly(found, wanted)
+        states = {
+            name: {
+                k.removeprefix(f"{name}."): t
+                for k, t in state_dict.items()
+                if k.startswith(f"{name}.")
+            }
+            for name in self.adapters
+        }
+        unknown = set(state_dict) - {f"{name}.{k}" for name in states for k in states[name]}
+        if unknown:
+            raise ValueError(f"{min(unknown)} belongs to no adapter of this model")
         for name, adapter in self.adapters.items():
-            if hasattr(adapter, "allocator"):
-                adapter.load_allocator(statistics[f"{name}.allocator."])
-            for layer in adapter.layers.values():
-                if hasattr(layer, "unmerge"):
-                    layer.unmerge()  # W' was made from the old tensors
-        return nn.modules.module._IncompatibleKeys([], [])
+            adapter.check_state(states[name])
+        for name, adapter in self.adapters.items():
+            adapter.load_state(states[name])
+        return nn.modules.module._IncompatibleKeys([], [])  # as nn.Module does
 
-    # --- what else a trainer asks of a model ---
+    # --- what peft's users and transformers' Trainer also ask for ---
 
     def __getattr__(self, name: str):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":  # while it is being copied
+            if name == "base_model":  # copy and pickle ask before `__init__` has set it
                 raise
             return getattr(self.base_model, name)
 
     def get_base_model(self) -> nn.Module:
+        """The base model, in which an attached weight method has replaced layers; see `unload`."""
         return self.base_model
 
     @property
@@ -304,12 +317,12 @@ class PeftModel(nn.Module):
     @property
     def _active(self) -> Adapter:
         if self.active_adapter is None:
-            raise RuntimeError("there is no adapter any more: it was merged or unloaded")
+            raise RuntimeError("there is no adapter: none was added, or it was merged or unloaded")
         return self.adapters[self.active_adapter]
 
     def _named(self, adapter_name: str) -> Adapter:
         if adapter_name not in self.adapters:
-            known = ", ".join(self.adapters)
+            known = ", ".join(self.adapters) or "none"
             raise ValueError(f"there is no adapter {adapter_name!r}; known adapters: {known}")
         return self.adapters[adapter_name]
 
@@ -334,11 +347,11 @@ class PeftModel(nn.Module):
     def _layers_to_merge(self) -> dict[str, nn.Module]:
         self._active.check_mergeable()
         if not self.is_active:
-            raise RuntimeError("the adapter is disabled: merge it outside disable_adapter()")
+            raise RuntimeError("the adapter is disabled: call this outside disable_adapter()")
         return self._active.layers
 
     def _apply(self, fn: Callable, recurse: bool = True):
-        """`.to()`, `.half()` and so on also reach the adapters that are not attached."""
+        """Apply `.to()`, `.half()` and so on to the detached adapters as well."""
         for adapter in self.adapters.values():
             if recurse and adapter is not self._attached:
                 for module in adapter.modules():
@@ -360,12 +373,13 @@ def get_peft_model(
 def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing: bool = True):
     """Prepare a quantized model for training, in place, as peft's function of this name does.
 
-    Freezes it; casts what is not quantized to float32, because half precision is too coarse for
-    norms and the loss; turns on gradient checkpointing, for which the first block's input must
-    require a gradient.
+    Freezes it, casts what is not quantized to float32 (half precision is too coarse for norms and
+    the loss) and turns on gradient checkpointing. Checkpointing needs an input that requires a
+    gradient, so a hook marks the output of the embedding.
     """
     for p in model.requires_grad_(False).parameters():
-        p.data = p.data.float() if p.is_floating_point() else p.data
+        if p.is_floating_point():
+            p.data = p.data.float()
     if use_gradient_checkpointing:
         model.get_input_embeddings().register_forward_hook(_require_gradient)
         model.gradient_checkpointing_enable()
@@ -377,7 +391,7 @@ def _require_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> Tenso
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; shared ones count once, a quantized weight in full."""
+    """(trainable, all) parameters; shared ones count once, a quantized layer as in x out."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     quantized = sum(q.in_features * q.out_features for q in quantized_layers(model).values())
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes) + quantized

@@ -61,7 +61,9 @@ class PeftConfig(abc.ABC):
         if not isinstance(peft_type, str) or peft_type not in METHODS:
             known = ", ".join(METHODS)
             raise ValueError(f"{file}: peft_type must be one of {known}, got {peft_type!r}")
-        kinds = {field.name: field.type for field in fields(METHODS[peft_type][0]) if field.init}
+        kinds = {
+            field.name: field.type for field in fields(METHODS[peft_type].config) if field.init
+        }
         other = {k: v for k, v in found.items() if k not in kinds and k != "peft_type"}
         for key, value in other.items():
             known = key in FREE_KEYS or value == DEFAULTS.get(key)
@@ -73,15 +75,15 @@ class PeftConfig(abc.ABC):
                 wanted = getattr(kinds[key], "__name__", kinds[key])
                 raise ValueError(f"{file}: {key} must be of type {wanted}, got {value!r}")
         try:
-            config = METHODS[peft_type][0](**own)
+            config = METHODS[peft_type].config(**own)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         config.other_keys = other  # written back by save_pretrained
         return config
 
 
-for _config_class, *_ in METHODS.values():
-    PeftConfig.register(_config_class)
+for _method in METHODS.values():
+    PeftConfig.register(_method.config)
 
 
 def has_type(value, kind) -> bool:

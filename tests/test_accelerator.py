@@ -36,8 +36,8 @@ FAULTS = [
     ("methods/adalora", '{"device": w.device, ', "{", "adalora-adapted_there"),
     (
         "methods/adalora",
-        "self.importance.setdefault(key, torch.zeros_like(w))",
-        "self.importance.setdefault(key, torch.zeros(w.shape))",
+        "self.importance.setdefault((name, letter), torch.zeros_like(w))",
+        "self.importance.setdefault((name, letter), torch.zeros(w.shape))",
         "adalora-moved",
     ),
     (

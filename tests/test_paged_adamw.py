@@ -221,3 +221,15 @@ def test_step_calls_the_closure_with_gradients_and_returns_its_loss():
     weight = model[0].weight.detach().clone()
     assert optimizer.step(closure) > 0
     assert not torch.equal(model[0].weight, weight)
+
+
+def test_reading_the_state_dict_does_not_change_the_training():
+    read, unread = network(), network()
+    optimizers = [PagedAdamW(model.parameters(), lr=1e-2) for model in (read, unread)]
+    for i in range(6):
+        for model, optimizer in zip((read, unread), optimizers, strict=True):
+            steps(model, optimizer, 1, seed=i)
+        optimizers[0].state_dict()
+    pairs = zip(read.parameters(), unread.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert all(isinstance(state["step"], int) for state in optimizers[0].state.values())

@@ -55,7 +55,7 @@ def test_changes_inside_disable_adapter_take_effect_when_it_ends(gpt, ids):
     with model.disable_adapter():
         model.set_adapter("other")
         assert torch.equal(model(ids).logits, before)
-        with pytest.raises(RuntimeError, match=r"merge it outside disable_adapter\(\)"):
+        with pytest.raises(RuntimeError, match=r"call this outside disable_adapter\(\)"):
             model.merge_and_unload()
         model.delete_adapter("other")
         model.add_adapter("third", LoraConfig(r=2, target_modules=["c_fc"]))
@@ -448,10 +448,12 @@ def test_a_state_dict_that_does_not_match_is_refused_before_anything_changes(gpt
     merged = model(ids).logits
     state = {key: torch.zeros_like(tensor) for key, tensor in model.state_dict().items()}
     key = next(iter(state))
+    own = key.removeprefix("default.")
     for wrong, message in [
-        ({k: t for k, t in state.items() if k != key}, f"{key} is missing"),
-        (state | {"third.lora_A": torch.zeros(1)}, "third.lora_A has no place in this model"),
-        (state | {key: torch.zeros(2, 2)}, rf"{key} is \(2, 2\) of torch.float32, not \(3, 24\)"),
+        ({k: t for k, t in state.items() if k != key}, f"{own} is missing"),
+        (state | {"third.lora_A": torch.zeros(1)}, "third.lora_A belongs to no adapter"),
+        (state | {"default.lora_A": torch.zeros(1)}, "lora_A has no place in this model"),
+        (state | {key: torch.zeros(2, 2)}, rf"{own} is \(2, 2\) of torch.float32, not \(3, 24\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             model.load_state_dict(wrong)

@@ -237,7 +237,7 @@ def test_lora_on_a_4bit_model_is_qlora_and_adalora_is_refused(gpt, ids):
     logits = model.eval()(ids).logits
     assert torch.allclose(model.merge_and_unload()(ids).logits, logits, atol=1e-4)
     base = model.unload()
-    message = r"c_attn is a Linear4bit: only LoRA works on quantized layers, and only on 4-bit ones"
+    message = r"c_attn is a Linear4bit, which .* cannot adapt: LoRA works on 4-bit layers"
     for config in (
         AdaLoraConfig(target_modules=["c_attn"], total_step=10),
         BottleneckConfig(target_modules=["c_attn"]),
@@ -249,7 +249,9 @@ def test_lora_on_a_4bit_model_is_qlora_and_adalora_is_refused(gpt, ids):
 @pytest.mark.parametrize("config", [LoraConfig, BottleneckConfig])
 def test_no_weight_method_works_on_8bit_layers(gpt, config):
     quantize_model(gpt, 8)
-    with pytest.raises(ValueError, match="is a Linear8bit: only LoRA works on quantized layers"):
+    with pytest.raises(
+        ValueError, match=r"is a Linear8bit, which .* cannot adapt: LoRA works on 4-bit"
+    ):
         get_peft_model(gpt, config(target_modules=["c_attn"]))
 
 
@@ -262,7 +264,7 @@ def test_disabling_restores_the_4bit_base_and_merging_is_exact(gpt, ids):
         assert torch.equal(model(ids).logits, base(ids).logits)
     model.merge_adapter()
     assert torch.allclose(model(ids).logits, before, atol=1e-5)
-    with pytest.raises(RuntimeError, match="this layer is merged: call unmerge before training"):
+    with pytest.raises(RuntimeError, match="this layer is merged: call unmerge"):
         model.train()(ids)
     model.eval().unmerge_adapter()
     assert torch.equal(model(ids).logits, before)

@@ -32,7 +32,7 @@ def test_a_frozen_model_or_a_loss_that_is_not_finite_stops_the_run(gpt):
     batch["labels"] = batch["input_ids"]
     run = RunConfig(steps=1, learning_rate=1e-3, warmup=0, quiet=True)
     gpt.transformer.wpe.weight.data[0] = torch.nan
-    with pytest.raises(FloatingPointError, match="loss is nan at step 1: lower the learning rate"):
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1; a lower learning rate"):
         train(gpt, [[batch]], run)
     with pytest.raises(ValueError, match="no trainable parameters: the whole model is frozen"):
         train(gpt.requires_grad_(False), [[batch]], run)
@@ -98,7 +98,7 @@ def test_gradients_are_clipped_to_the_norm_of_the_run(gpt):
     def descent(groups, lr, betas):
         return torch.optim.SGD(groups, lr=lr)
 
-    train(gpt, [[{"input_ids": ids, "labels": ids}]], run, optimizer=descent)
+    train(gpt, [[{"input_ids": ids, "labels": ids}]], run, make_optimizer=descent)
     after = torch.cat([p.detach().flatten() for p in gpt.parameters()])
     assert (after - before).norm().item() == pytest.approx(0.25, rel=1e-4)
 

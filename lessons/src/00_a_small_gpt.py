@@ -20,10 +20,10 @@ from random import Random
 
 import matplotlib.pyplot as plt
 import torch
-from minipeft.data import card, text  # the probes, and the generator of the text
-from minipeft.data.words import NEW_PEOPLE, PEOPLE
 
 from minipeft import GPT, GPTConfig, gpt
+from minipeft.data import card, text  # the probes, and the generator of the text
+from minipeft.data.words import NEW_PEOPLE, PEOPLE
 from minipeft.lab import DATA, evaluate, report, tasks
 from minipeft.lab.base import load_base, windows
 from minipeft.lab.recipes import RunConfig

@@ -24,11 +24,11 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from IPython.display import Markdown, display
-from minipeft.data import bits  # the number formats of this lesson, and how their harm is measured
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from minipeft import LoraConfig, PagedAdamW, PeftModel, get_peft_model, qlora, quantize_model
+from minipeft.data import bits  # the number formats of this lesson, and how their harm is measured
 from minipeft.lab import DATA, compare, tasks
 from minipeft.lab.base import load_base
 from minipeft.lab.evaluate import complete

@@ -109,15 +109,15 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def finishing_the_step() -> Iterator[list]:
-    """Ctrl-C ends a run after its current step: the list fills up. A second one ends it at once.
+def delayed_interrupt() -> Iterator[list]:
+    """Ctrl-C no longer interrupts a step: it adds to the list. A second one interrupts at once.
 
     Only in the main thread, and only if nobody else handles Ctrl-C.
     """
-    requested: list[int] = []
+    interrupts: list[int] = []
 
     def once(number: int, frame) -> None:
-        requested.append(number)
+        interrupts.append(number)
         signal(SIGINT, default_int_handler)
 
     before = getsignal(SIGINT)
@@ -127,7 +127,7 @@ def finishing_the_step() -> Iterator[list]:
     except ValueError:  # not the main thread
         pass
     try:
-        yield requested
+        yield interrupts
     finally:
-        if requested or getsignal(SIGINT) is once:
+        if interrupts or getsignal(SIGINT) is once:
             signal(SIGINT, before)

@@ -199,8 +199,8 @@ def sweep(args) -> None:
     run, grid = run_config(args, output=None), sweep.Grid(rates, sizes, args.seeds)
     entries = sweep.sweep(base, task, RECIPES[args.method], run, grid)
     print(sweep.table(entries))
-    report.save_figure(report.sweep_figure(entries), Path(args.output) / "sweep.png")
     sweep.save(entries, args.results)
+    report.save_figure(report.sweep_figure(entries), Path(args.output) / "sweep.png")
     print(f"wrote {args.output}/sweep.png and {args.results}")
 
 

@@ -41,7 +41,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def world() -> int:
+def world_size() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -51,9 +51,9 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def total(number: float, device: torch.device) -> float:
+def all_reduce_sum(number: float, device: torch.device) -> float:
     """The sum of a number over all processes."""
-    if world() == 1:
+    if world_size() == 1:
         return number
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
     summed = torch.tensor(number, dtype=dtype, device=device)
@@ -63,9 +63,11 @@ def total(number: float, device: torch.device) -> float:
 
 def share(batch: list) -> list:
     """This process's part of a batch. Raises ValueError if the parts would not be equal."""
-    if len(batch) % world():
-        raise ValueError(f"batch_size {len(batch)} must be a multiple of the {world()} processes")
-    return batch[rank() :: world()]
+    if len(batch) % world_size():
+        raise ValueError(
+            f"batch_size {len(batch)} must be a multiple of the {world_size()} processes"
+        )
+    return batch[rank() :: world_size()]
 
 
 def shard(model: nn.Module, method: str) -> nn.Module:
@@ -73,7 +75,7 @@ def shard(model: nn.Module, method: str) -> nn.Module:
 
     Raises ValueError for a single process, and for methods other than full fine-tuning and LoRA.
     """
-    if world() == 1:
+    if world_size() == 1:
         raise ValueError("--shard needs several processes: start them with torchrun")
     if method not in ("full", "lora"):
         raise ValueError(
@@ -121,15 +123,18 @@ class Replicas:
     def __init__(self, model: nn.Module):
         self.model, self.run, self.sent = model, model, 0
         self.sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        if world() > 1 and not self.sharded:
+        if world_size() > 1 and not self.sharded:
             with warnings.catch_warnings():  # from torch 2.13 on the option has another name
                 warnings.simplefilter("ignore", FutureWarning)
                 self.run = DistributedDataParallel(model, broadcast_buffers=False)
             self.run.register_comm_hook(None, self._average)
 
+    def __call__(self, *args, **kwargs):
+        return self.run(*args, **kwargs)
+
     def _average(self, state, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         self.sent += bucket.buffer().nbytes
-        mean = bucket.buffer().div_(world())
+        mean = bucket.buffer().div_(world_size())
         work = dist.all_reduce(mean, async_op=True).get_future()
         return work.then(lambda done: done.value()[0])
 

@@ -11,7 +11,7 @@ from minipeft.lab.base import END, windows
 from minipeft.lab.evaluate import text_loss
 from minipeft.lab.recipes import RunConfig
 from minipeft.lab.tasks import shuffled
-from minipeft.lab.train import Training, pick_device, train
+from minipeft.lab.train import TrainingResult, pick_device, train
 
 # The shipped bases: no dropout, and a wider start than GPT-2's, which is small for a narrow model.
 SETTINGS = {
@@ -37,7 +37,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def pretrain(
     documents: list[str], config: GPTConfig, tokenizer: Tokenizer, run: RunConfig
-) -> tuple[GPT, Training, float | None]:
+) -> tuple[GPT, TrainingResult, float | None]:
     """A GPT trained from scratch on documents, in windows of 128 tokens.
 
     The first fiftieth of the documents is kept out of training; the last result is the loss on
@@ -55,8 +55,10 @@ def pretrain(
             yield [{"input_ids": ids, "labels": ids}]
 
     training = train(model, batches(), run, title="pretraining")
-    held_out = windows(encoded[:n_held], window, end)[:200] if n_held else None
-    return model.eval(), training, None if held_out is None else text_loss(model, held_out)
+    if sum(len(document) + 1 for document in encoded[:n_held]) < window:
+        return model.eval(), training, None
+    held_out = windows(encoded[:n_held], window, end)[:200]
+    return model.eval(), training, text_loss(model, held_out)
 
 
 def pretraining_run(steps: int, learning_rate: float = 4e-3, **changes) -> RunConfig:

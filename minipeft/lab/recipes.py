@@ -117,7 +117,7 @@ class RunConfig:
     quiet: bool = option(False, "no progress bars and no announcements")
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulation", "n_generate"):
+        for name in ("steps", "batch_size", "accumulation", "n_generate", "n_evaluations"):
             n = getattr(self, name)
             if n < 1:
                 raise ValueError(f"{name} must be a positive integer, got {n}")

@@ -135,11 +135,13 @@ def sweep_figure(entries: list[dict]) -> Figure:
         losses = [selection_loss(point) for point in finite]
         title = name_of(entry["method"]) if entry["size"] is None else f"size {entry['size']}"
         axis.plot(rates, losses, "o-", color=shades(i), label=title)
-        axis.plot(entry["best"], min(losses), "o", ms=13, mfc="none", color=shades(i))
-        axis.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
+        axis.plot(
+            entry["best"], min(losses, default=math.nan), "o", ms=13, mfc="none", color=shades(i)
+        )
     axis.set(xscale="log", yscale="log", xlabel="learning rate")
     axis.set_ylabel(f"validation {what} (nats per token)")
-    axis.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
+    tried = sorted({point["learning_rate"] for entry in entries for point in entry["points"]})
+    axis.set_xticks(tried, [f"{rate:.2g}" for rate in tried])
     axis.minorticks_off()
     axis.yaxis.set_major_formatter("{x:g}")
     axis.legend(frameon=False)

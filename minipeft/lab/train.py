@@ -1,4 +1,8 @@
-"""The training loop, for pretraining and for fine-tuning."""
+"""The training loop, for pretraining and for fine-tuning.
+
+A step is: batch, forward, loss, backward, clip, step. Around it hang, by a line each, several
+processes (parallel.py), checkpoints (checkpoint.py), AdaLoRA's ranks, logs and a progress bar.
+"""
 
 import math
 import statistics
@@ -13,109 +17,126 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minipeft.lab import parallel
-from minipeft.lab.checkpoint import Checkpoint, finishing_the_step
+from minipeft.lab.checkpoint import Checkpoint, delayed_interrupt
 from minipeft.lab.recipes import RunConfig
 from minipeft.peft_model import PeftModel
 
 
 @dataclass
-class Training:
-    """What a training run leaves behind, besides the trained model."""
+class TrainingResult:
+    """The measurements of a training run."""
 
     losses: list[float]  # per step, without AdaLoRA's penalty
-    seconds_per_step: float  # the median, without the first tenth
+    seconds_per_step: float  # median over the steps after the first 10 %
     gradient_bytes: int
     optimizer_bytes: int
-    bytes_sent_per_step: int | None  # between processes
-    paging: dict[str, int] | None  # the counters of a paged optimizer
+    bytes_sent_per_step: int | None  # with several processes
+    paging: dict[str, int] | None  # counters of a PagedAdamW
 
 
 def train(
     model: nn.Module,
     batches: Iterable[list[dict[str, Tensor]]],
     run: RunConfig,
-    optimizer: Callable | None = None,
+    make_optimizer: Callable | None = None,
     after_step: Callable[[dict], None] = lambda row: None,
     checkpoint: Checkpoint | None = None,
     title: str = "training",
-) -> Training:
-    """Train whatever requires a gradient.
+) -> TrainingResult:
+    """Train all parameters that require a gradient.
 
-    batches: for every step, the micro-batches whose gradients are accumulated. Each counts by its
-    labelled tokens, so the gradient is that of the whole batch. optimizer: makes one from parameter
-    groups; by default AdamW. after_step: called with step, loss, learning rate and seconds.
-    Raises ValueError if nothing is trainable, FloatingPointError if a loss is not finite.
+    batches: yields one list per step, the micro-batches of that step, on the model's device. Each
+    micro-batch is weighted by its number of labelled tokens, so the accumulated gradient is that of
+    the mean loss over the whole batch. make_optimizer: called as make_optimizer(groups, lr=…,
+    betas=…); AdamW by default. after_step: called with a dict: step, loss, learning_rate, seconds.
+    Raises ValueError if no parameter is trainable, FloatingPointError if a loss is not finite,
+    KeyboardInterrupt after Ctrl-C, when the step is finished and its checkpoint written.
     """
     parallel.reshard(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("no trainable parameters: the whole model is frozen")
-    optimizer = (optimizer or torch.optim.AdamW)(
+    optimizer = (make_optimizer or torch.optim.AdamW)(
         parameter_groups(parameters, run), lr=run.learning_rate, betas=(0.9, run.beta2)
     )
-    initial = [p.detach().clone() for p in parameters] if run.decay_to == "start" else []
+    initial = [p.detach().clone() for p in parameters] if run.decay_to == "start" else None
     losses: list[float] = []
     seconds: list[float] = []
-    first = 0
+    done = 0  # steps that an earlier run, now resumed, has done
     if checkpoint is not None:
-        checkpoint.lists |= {"losses": losses, "seconds": seconds}
-        first = checkpoint.load(model, optimizer)
+        checkpoint.lists |= {"losses": losses, "seconds": seconds}  # saved, and filled by `load`
+        done = checkpoint.load(model, optimizer)
     replicas, device = parallel.Replicas(model), parameters[0].device
-    gradient_bytes = sum(p.nbytes for p in parameters)
-    bar = tqdm(
-        islice(batches, first, run.steps), total=run.steps, initial=first, desc=title,
-        mininterval=0.5, **({"disable": True} if run.quiet or parallel.rank() else {}),
-    )  # fmt: skip
+    hidden = {"disable": True} if run.quiet or parallel.rank() != 0 else {}
+    ahead = islice(batches, done, run.steps)
+    bar = tqdm(ahead, title, run.steps, initial=done, mininterval=0.5, **hidden)
     model.train()
-    with finishing_the_step() as stop_requested:
-        for step, micro_batches in enumerate(bar, first + 1):
-            began, loss = time.perf_counter(), 0.0
-            rate = run.learning_rate_at(step)
-            counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches]
-            n_tokens = parallel.total(sum(counts), device)
-            for batch, n in zip(micro_batches, counts, strict=True):
-                with replicas.sync_gradients_if(batch is micro_batches[-1]):
+    with delayed_interrupt() as interrupts:
+        for step, micro_batches in enumerate(bar, done + 1):
+            began = time.perf_counter()
+            rate = set_learning_rate(optimizer, run.learning_rate_at(step))
+            loss = 0.0  # of the whole batch
+            for micro_batch, weight in zip(micro_batches, weights(micro_batches), strict=True):
+                with replicas.sync_gradients_if(micro_batch is micro_batches[-1]):
                     with autocast(device):
-                        mean = replicas.run(**batch).loss  # forward
-                    (mean * (n * parallel.world() / n_tokens)).backward()  # backward
-                loss += without_penalty(mean, model) * n / n_tokens
-            loss = parallel.total(loss, device)
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss} at step {step}: lower the learning rate ({rate:.1e})"
-                )
-            gradient_bytes = sum(p.grad.nbytes for p in parameters if p.grad is not None)
-            nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)  # clip
-            for p, start in zip(parameters, initial, strict=bool(initial)):
-                p.data.lerp_(start, rate * run.weight_decay)  # decay towards the initial weights
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()  # step
+                        micro_loss = replicas(**micro_batch).loss  # forward
+                    (micro_loss * (weight * parallel.world_size())).backward()  # DDP averages
+                loss += without_penalty(micro_loss, model) * weight
+            nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)
+            decay_to_start(parameters, initial, rate * run.weight_decay)
+            optimizer.step()
             if isinstance(model, PeftModel):
-                model.update_and_allocate(step)
+                model.update_and_allocate(step)  # AdaLoRA; it reads the gradients
+            gradient_bytes = sum(p.grad.nbytes for p in parameters if p.grad is not None)
             optimizer.zero_grad()
+
+            losses.append(parallel.all_reduce_sum(loss, device))
             seconds.append(time.perf_counter() - began)
-            losses.append(loss)
-            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", refresh=False)
-            row = {"step": step, "loss": loss, "learning_rate": rate, "seconds": seconds[-1]}
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(
+                    f"the loss is {losses[-1]} at step {step}; a lower learning rate than "
+                    f"{run.learning_rate:g} may help"
+                )
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{rate:.1e}", refresh=False)
+            row = {"step": step, "loss": losses[-1], "learning_rate": rate, "seconds": seconds[-1]}
             after_step(row)
             if checkpoint is not None:
-                checkpoint.save_if_due(model, optimizer, step, bool(stop_requested))
-            if stop_requested and step < run.steps:
+                checkpoint.save_if_due(model, optimizer, step, bool(interrupts))
+            if interrupts and step < run.steps:
                 raise KeyboardInterrupt(f"stopped after step {step} of {run.steps}")
     state = optimizer.state_dict()["state"].values()
-    return Training(
+    tensors = [t for entry in state for t in entry.values() if torch.is_tensor(t)]
+    return TrainingResult(
         losses=losses,
         seconds_per_step=statistics.median(seconds[run.steps // 10 :]),
-        gradient_bytes=gradient_bytes,
-        optimizer_bytes=sum(v.nbytes for s in state for v in s.values() if torch.is_tensor(v)),
-        bytes_sent_per_step=replicas.sent // (run.steps - first) if replicas.sent else None,
+        gradient_bytes=gradient_bytes if done < run.steps else sum(p.nbytes for p in parameters),
+        optimizer_bytes=sum(t.nbytes for t in tensors),
+        bytes_sent_per_step=replicas.sent // (run.steps - done) if replicas.sent else None,
         paging=getattr(optimizer, "counters", None),
     )
 
 
+def weights(micro_batches: list[dict[str, Tensor]]) -> list[float]:
+    """Each micro-batch's share of the labelled tokens in the step, over all processes."""
+    labels = [
+        batch["labels"][:, 1:] for batch in micro_batches
+    ]  # shifted: token 0 is not predicted
+    counts = [int((wanted != -100).sum()) for wanted in labels]
+    total = parallel.all_reduce_sum(sum(counts), labels[0].device)
+    if not total:
+        raise ValueError("a batch has no labelled tokens: all its labels are -100")
+    return [count / total for count in counts]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
 def parameter_groups(parameters: list[nn.Parameter], run: RunConfig) -> list[dict]:
-    """Matrices decay towards zero; biases and norms do not. Towards the start, the loop does it."""
+    """AdamW decays matrices towards zero, but not biases and norms. Decay towards the start is done
+    by `decay_to_start`, for all parameters."""
     decay = run.weight_decay if run.decay_to == "zero" else 0.0
     return [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
@@ -123,27 +144,35 @@ def parameter_groups(parameters: list[nn.Parameter], run: RunConfig) -> list[dic
     ]
 
 
+@torch.no_grad()
+def decay_to_start(parameters: list[nn.Parameter], initial: list[Tensor] | None, amount: float):
+    """Decoupled weight decay towards the initial weights: θ ← θ - ηλ (θ - θ₀)."""
+    for p, start in zip(parameters, initial or [], strict=initial is not None):
+        p.lerp_(start, amount)
+
+
 def without_penalty(loss: Tensor, model: nn.Module) -> float:
-    """The task's loss: reports leave AdaLoRA's penalty out."""
+    """The task loss: reports leave AdaLoRA's penalty out."""
     return (loss - model.penalty()).item() if isinstance(model, PeftModel) else loss.item()
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, else cuda, else mps, else cpu. Raises ValueError for an unusable one."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and torch.backends.mps.is_available():
-            name = "mps"
+    """The named device, else cuda, else mps, else cpu. Raises ValueError if it cannot be used."""
+    if name is None and torch.cuda.is_available():
+        name = "cuda"
+    elif name is None:
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {error}".splitlines()[0]) from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
     return device
 
 
 def autocast(device: torch.device):
-    """bfloat16 arithmetic on GPUs that compute in it natively; nothing elsewhere."""
+    """bfloat16 arithmetic on GPUs with native bfloat16; nothing on other devices."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.autocast("cuda", torch.bfloat16)
     return nullcontext()

@@ -1,28 +1,30 @@
-r"""AdaLoRA: a low-rank update in SVD form whose ranks move to where they matter.
+r"""AdaLoRA: LoRA that gives more rank to the layers that need it.
 
-LoRA gives every matrix the same rank. AdaLoRA writes the update as P Λ Q with a diagonal Λ and
-starts with more rank than it will keep. During training it prunes triplets (a column of P, an entry
-of Λ, a row of Q): over all matrices at once, it zeroes those Λ entries that matter least to the
-loss. A penalty keeps P and Q close to orthogonal, so that each triplet has a meaning of its own.
-Importance is |parameter x gradient|, smoothed, times its uncertainty; size alone does not count.
+LoRA gives every layer the same rank. AdaLoRA writes the update of a weight in the form of an SVD,
+B diag(E) A, and starts with more rank than it will keep. Column i of B, entry i of E and row i of A
+are a triplet. During training, the least important triplets of all layers together are pruned:
+their entry of E is set to zero. A penalty keeps the columns of B and the rows of A orthogonal, so
+that triplets do not overlap and can be pruned one by one. A triplet's score comes from smoothed
+|weight x gradient|, times how much that fluctuates; the size of E alone does not count.
 
 Paper: Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
-arXiv 2303.10512. In code, as in peft: Q = lora_A, Λ = lora_E, P = lora_B.
+arXiv 2303.10512. The paper's P, Λ, Q are B, diag(E), A here and in peft.
+
+Shapes: A (r, in), E (r, 1), B (out, r), x (…, in), y (…, out); E ∘ A scales row i of A by E_i.
 
     y = W x + b + B (E ∘ A) x · α / (init_r + 1e-5)                                (1)  eq. 3
-    loss = task loss + γ · mean over all A, B of ‖A Aᵀ - I‖_F, ‖Bᵀ B - I‖_F        (2)  eq. 4
+    loss = task loss + γ · mean over all A and B of ‖A Aᵀ - 1‖_F and ‖Bᵀ B - 1‖_F  (2)  eq. 4
     I = |w ∂loss/∂w|,  Ī ← β₁ Ī + (1 - β₁) I,  Ū ← β₂ Ū + (1 - β₂) |I - Ī|         (3)  eq. 8-10
     score of triplet i = (Ī Ū)(E_i) + mean (Ī Ū)(row i of A) + mean (Ī Ū)(column i of B)   (4)
-    budget(t) = target + (init - target) (1 - (t - tinit) / (T - tfinal - tinit))³  (5)  eq. 12
+    budget(t) = target + (initial - target) (1 - (t - tinit) / (T - tfinal - tinit))³  (5)  eq. 12
 
-Budgets count triplets over all matrices. Up to tinit nothing is pruned; after T - tfinal the ranks
-are fixed and training goes on; T = total_step.
-Shapes: A (r, in), E (r, 1), B (out, r), x (…, in), y (…, out).
+T is total_step. Budgets count the triplets of all layers: initial = init_r · layers, target =
+target_r · layers. Until tinit nothing is pruned; after T - tfinal the ranks are fixed.
 Trainable parameters: init_r (in + out + 1), summed over the adapted layers.
 
-Differences from the paper, shared with peft: the update is scaled by α / (init_r + 1e-5) and keeps
-that scale when ranks shrink; the penalty is a mean, and its gradient enters the importance, which
-pairs the updated weight with the gradient from before the update.
+Differences from the paper, shared with peft: the scale in (1) stays when ranks shrink; the norms in
+(2) are not squared, and averaged; (3) includes the penalty's gradient, and runs after the
+optimizer step, so w is new and its gradient old; the numerator in (5) is t - tinit.
 """
 
 import copy
@@ -36,41 +38,45 @@ from torch import Tensor, nn
 
 @dataclass
 class AdaLoraConfig:
-    """Which layers to adapt, and the schedule. Fields and defaults are peft's."""
+    """Which layers to adapt, and the schedule. Names and defaults are those of peft's config."""
 
     target_r: int = 8  # average rank at the end
     init_r: int = 12  # rank of every matrix at the start
     tinit: int = 0  # steps before the budget starts to fall
     tfinal: int = 0  # steps at the end during which the ranks are fixed
-    deltaT: int = 1  # steps between two allocations
+    deltaT: int = 1  # steps between two prunings
     beta1: float = 0.85  # β₁, smoothing of the importance
     beta2: float = 0.85  # β₂, smoothing of its uncertainty
     orth_reg_weight: float = 0.5  # γ, weight of the penalty
-    total_step: int | None = None  # T, the number of training steps
-    lora_alpha: float = 8  # α
+    total_step: int | None = None  # T, the number of training steps; must be given
+    lora_alpha: float = 8  # α, scale of the update
     lora_dropout: float = 0.0  # applied to the adapter's input during training
-    target_modules: list[str] | str | None = None  # names or endings, a regex, or "all-linear"
-    rank_pattern: dict[str, list[bool]] | None = None  # read from a file: the triplets kept
-    task_type: str | None = None  # as in peft, for example "CAUSAL_LM"
+    target_modules: list[str] | str | None = None  # a list of names or endings of names, a
+    # regex for the full name, or "all-linear"
+    # Not used in this file, but by get_peft_model and in adapter_config.json:
+    rank_pattern: dict[str, list[bool]] | None = None  # by layer: which triplets were kept
+    task_type: str | None = None  # for example "CAUSAL_LM"
     inference_mode: bool = False  # load the adapter frozen
     peft_type: str = field(default="ADALORA", init=False)
 
     def __post_init__(self):
-        least = {"target_r": 1, "init_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1}
-        for name, smallest in least.items():
-            n = getattr(self, name)
-            if not isinstance(n, int) or isinstance(n, bool) or n < smallest:
-                raise ValueError(f"{name} must be an integer of at least {smallest}, got {n!r}")
+        minima = {"target_r": 1, "init_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1}
+        for name, minimum in minima.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
         if self.target_r >= self.init_r:
             raise ValueError(f"target_r {self.target_r} must be below init_r {self.init_r}")
         if self.tinit >= self.total_step - self.tfinal:
             raise ValueError(
                 f"tinit {self.tinit} and tfinal {self.tfinal} leave no step of total_step "
-                f"{self.total_step} for allocating ranks"
+                f"{self.total_step} for pruning"
             )
-        for name, low in (("lora_dropout", 0), ("beta1", 1e-9), ("beta2", 1e-9)):
-            if not low <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be below 1, got {getattr(self, name)!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
+            betas = f"{self.beta1!r} and {self.beta2!r}"
+            raise ValueError(f"beta1 and beta2 must be between 0 and 1, got {betas}")
         if not (self.lora_alpha > 0 and self.orth_reg_weight >= 0):
             raise ValueError("lora_alpha must be positive, and orth_reg_weight not negative")
 
@@ -78,35 +84,37 @@ class AdaLoraConfig:
 class SVDLinear(nn.Module):
     """A frozen linear layer plus a trainable update in SVD form, equation (1).
 
-    base_layer: `nn.Linear`, or transformers' `Conv1D`. r: the rank, if it is not config.init_r (in
-    layers read from a file). Maps x (…, in) to y (…, out). Raises RuntimeError when trained while
-    merged.
+    base_layer: `nn.Linear`, or transformers' `Conv1D`. r: the rank, config.init_r by default; less
+    for layers read from a file. Maps x (…, in) to y (…, out). While merged, `forward` raises
+    RuntimeError in training mode.
     """
 
     def __init__(self, base_layer: nn.Module, config: AdaLoraConfig, r: int | None = None):
         super().__init__()
-        w, r = matrix(base_layer), config.init_r if r is None else r
+        r = config.init_r if r is None else r
+        w = matrix(base_layer)  # (out, in)
         self.base_layer = base_layer
         self.out_features, self.in_features = w.shape
         self.lora_alpha, self.divisor = config.lora_alpha, config.init_r + 1e-5
         self.lora_dropout = nn.Dropout(config.lora_dropout)
-        kind = {"device": w.device, "dtype": torch.promote_types(w.dtype, torch.float32)}
-        self.lora_A = nn.Parameter(0.02 * torch.randn(r, self.in_features, **kind))
-        self.lora_E = nn.Parameter(torch.zeros(r, 1, **kind))
-        self.lora_B = nn.Parameter(0.02 * torch.randn(self.out_features, r, **kind))
-        self.register_buffer("merged_weight", None, persistent=False)  # W' (out, in) while merged
+        dtype = torch.promote_types(w.dtype, torch.float32)  # at least float32
+        where = {"device": w.device, "dtype": dtype}
+        self.lora_A = nn.Parameter(0.02 * torch.randn(r, self.in_features, **where))
+        self.lora_E = nn.Parameter(torch.zeros(r, 1, **where))  # so the update starts at zero
+        self.lora_B = nn.Parameter(0.02 * torch.randn(self.out_features, r, **where))
+        self.register_buffer("merged_weight", None, persistent=False)  # W' while merged; not saved
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_weight is not None:
             if self.training and torch.is_grad_enabled():
-                raise RuntimeError("this layer is merged: call unmerge before training")
-            return F.linear(x, self.merged_weight, self.bias)
+                raise RuntimeError("this layer is merged: call unmerge() to train, or model.eval()")
+            return F.linear(x, self.merged_weight, self.base_layer.bias)
         y = self.base_layer(x)  # (…, out)
         x = self.lora_dropout(x.to(self.lora_A.dtype))  # (…, in)
         update = x @ (self.lora_A * self.lora_E).T @ self.lora_B.T  # (…, in) -> (…, r) -> (…, out)
         return y + (update * self.lora_alpha / self.divisor).to(y.dtype)  # (1)
 
-    weight = property(lambda self: self.base_layer.weight)
+    weight = property(lambda self: self.base_layer.weight)  # for code that reads the layer's weight
     bias = property(lambda self: self.base_layer.bias)
 
     def delta(self) -> Tensor:
@@ -114,13 +122,13 @@ class SVDLinear(nn.Module):
         return self.lora_B @ (self.lora_A * self.lora_E) * self.lora_alpha / self.divisor
 
     def merged(self) -> Tensor:
-        """W' = W + update, (out, in), in the dtype of W."""
+        """The merged weight W' = W + update, (out, in), in the dtype of W."""
         w = matrix(self.base_layer)
         return (w + self.delta()).to(w.dtype)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Compute with W' from now on. W does not change."""
+        """Store W'; from now on `forward` uses it. W does not change."""
         self.merged_weight = self.merged().contiguous()
 
     def unmerge(self) -> None:
@@ -129,47 +137,47 @@ class SVDLinear(nn.Module):
 
     @torch.no_grad()
     def merge_into_base(self) -> nn.Module:
-        """Write W' into the base layer and return that layer. This cannot be undone."""
+        """Overwrite W with W' and return the base layer, which then replaces this one."""
         matrix(self.base_layer).copy_(self.merged())
         return self.base_layer
 
 
 def orthogonality(layers: dict[str, SVDLinear]) -> Tensor:
-    """The mean of equation (2): 0 if all rows of A and all columns of B are orthonormal."""
+    """The mean in equation (2), without γ: 0 if all rows of A and columns of B are orthonormal."""
     matrices = [m for layer in layers.values() for m in (layer.lora_A, layer.lora_B.T)]
     total = 0.0
     for m in matrices:
         eye = torch.eye(len(m), dtype=m.dtype, device=m.device)
-        total = total + torch.norm(m @ m.T - eye, p="fro")  # (r, in) @ (in, r)
+        total = total + torch.norm(m @ m.T - eye, p="fro")  # (r, n) @ (n, r), n = in or out
     return total / len(matrices)
 
 
 class RankAllocator:
-    """Prunes triplets by equations (3) to (5). Call `update_and_allocate` after every step."""
+    """Prunes triplets by equations (3) to (5); see `update_and_allocate`."""
 
     def __init__(self, layers: dict[str, SVDLinear], config: AdaLoraConfig):
         self.layers, self.config = layers, config
-        self.initial = config.init_r * len(layers)  # budgets, in triplets
-        self.target = config.target_r * len(layers)
+        self.initial = config.init_r * len(layers)  # budget at the start
+        self.target = config.target_r * len(layers)  # budget at the end
         self.step: int | None = None  # the last step seen
-        self.importance: dict[tuple[str, str], Tensor] = {}  # Ī, by layer and letter
+        self.importance: dict[tuple[str, str], Tensor] = {}  # Ī, by layer and "A", "E" or "B"
         self.uncertainty: dict[tuple[str, str], Tensor] = {}  # Ū
         self.kept: dict[str, Tensor] = {}  # by layer: which triplets are left, bool (r,)
 
     def update_and_allocate(self, step: int) -> None:
         """Update the importance and, where the schedule says so, prune.
 
-        Call it after the optimizer's step and before the gradients are cleared; `step` counts from
-        1 (or 0). Raises RuntimeError if there are no gradients.
+        Call it after the optimizer step and before the gradients are cleared; steps count from 1.
+        Raises RuntimeError if gradients are needed and there are none.
         """
-        c, last = self.config, self.config.total_step - self.config.tfinal
+        c, last = self.config, self.config.total_step - self.config.tfinal  # last pruning
         self.step = step
         if step < last or not self.importance:
             self.update_importance()
-        allocates = step == last or (c.tinit < step < last and step % c.deltaT == 0)
-        if allocates:
+        prunes = step == last or (c.tinit < step < last and step % c.deltaT == 0)
+        if prunes:
             self.prune(self.budget(step))
-        if allocates or step > last:  # in between, the optimizer may revive a pruned triplet
+        if prunes or step > last:  # between prunings, a pruned triplet may grow back, as in peft
             self.reapply_mask()
 
     def budget(self, step: int) -> int:
@@ -179,11 +187,12 @@ class RankAllocator:
             return self.initial
         if step > c.total_step - c.tfinal:
             return self.target
-        left = 1 - (step - c.tinit) / (c.total_step - c.tfinal - c.tinit)
-        return int((self.initial - self.target) * left**3 + self.target)  # (5)
+        remaining = 1 - (step - c.tinit) / (c.total_step - c.tfinal - c.tinit)
+        return int((self.initial - self.target) * remaining**3 + self.target)  # (5)
 
     @torch.no_grad()
     def update_importance(self) -> None:
+        """Equation (3), for every A, E and B."""
         beta1, beta2 = self.config.beta1, self.config.beta2
         for name, layer in self.layers.items():
             for letter in "AEB":
@@ -193,27 +202,28 @@ class RankAllocator:
                         f"{name} has no gradient: call update_and_allocate after backward and the "
                         "optimizer's step, and before zero_grad"
                     )
-                sensitivity, key = (w * w.grad).abs(), (name, letter)
-                mean = self.importance.setdefault(key, torch.zeros_like(w))
-                spread = self.uncertainty.setdefault(key, torch.zeros_like(w))
-                mean.mul_(beta1).add_((1 - beta1) * sensitivity)  # (3), Ī
-                deviation = (sensitivity - mean).abs_()
-                spread.mul_(beta2).add_(deviation.mul_(1 - beta2))  # (3), Ū
+                sensitivity = (w * w.grad).abs()  # I
+                importance = self.importance.setdefault((name, letter), torch.zeros_like(w))
+                uncertainty = self.uncertainty.setdefault((name, letter), torch.zeros_like(w))
+                importance.mul_(beta1).add_((1 - beta1) * sensitivity)  # Ī, in place
+                deviation = (sensitivity - importance).abs()
+                uncertainty.mul_(beta2).add_((1 - beta2) * deviation)  # Ū, in place
 
     def scores(self) -> dict[str, Tensor]:
         """The score of every triplet, (r,) by layer."""
-        found = {}
+        scores = {}
         for name in self.layers:
-            a, e, b = (self.importance[name, x] * self.uncertainty[name, x] for x in "AEB")
-            found[name] = e.view(-1) + torch.stack((a.mean(1), b.mean(0)), 1).sum(1)  # (4)
-        return found
+            a, e, b = (self.importance[name, k] * self.uncertainty[name, k] for k in "AEB")
+            scores[name] = e.view(-1) + (a.mean(1) + b.mean(0))  # (4)
+        return scores
 
     @torch.no_grad()
     def prune(self, budget: int) -> None:
-        """Keep the `budget` triplets with the highest scores, over all layers."""
+        """Choose the triplets to keep: over all layers, the `budget` with the highest scores."""
         scores, n_pruned = self.scores(), self.initial - budget
         if n_pruned > 0:
-            threshold = torch.cat(list(scores.values())).kthvalue(n_pruned).values
+            everything = torch.cat(list(scores.values()))
+            threshold = everything.kthvalue(n_pruned).values  # the highest score that is pruned
             self.kept = {name: score > threshold for name, score in scores.items()}
 
     @torch.no_grad()
@@ -223,44 +233,52 @@ class RankAllocator:
             self.layers[name].lora_E.masked_fill_(~kept[:, None], 0.0)
 
     def ranks(self) -> dict[str, int]:
-        """How many triplets each layer has left."""
-        everything = {name: torch.ones(len(s.lora_E)) for name, s in self.layers.items()}
-        return {name: int(kept.sum()) for name, kept in (everything | self.kept).items()}
+        """How many triplets the last pruning left each layer."""
+        return {
+            name: int(self.kept[name].sum()) if name in self.kept else len(layer.lora_E)
+            for name, layer in self.layers.items()
+        }
 
 
 def add_adalora(model: nn.Module, config: AdaLoraConfig) -> dict[str, SVDLinear]:
-    """Freeze the model and replace each target by an SVDLinear. Returns the new layers by name.
+    """Freeze the model and replace each target with an SVDLinear. Return the new layers by name.
 
     Raises ValueError if no linear layer matches `config.target_modules`.
     """
-    targets = {n: m for n, m in model.named_modules() if is_target(model, n, config.target_modules)}
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model already has an adapter: remove it before adding another")
+    targets = find_targets(model, config.target_modules)
     if not targets:
         raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer")
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # before the new layers, which stay trainable, are made
     layers = {name: SVDLinear(layer, config) for name, layer in targets.items()}
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))
     return layers
 
 
-def is_target(model: nn.Module, name: str, targets: list[str] | str | None) -> bool:
-    """Whether this module is linear, and named by `targets`."""
-    module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
-        return False
-    if targets == "all-linear":  # every linear layer except the output head
-        return module is not getattr(model, "get_output_embeddings", lambda: None)()
+def find_targets(model: nn.Module, targets: list[str] | str | None) -> dict[str, nn.Module]:
+    """The linear layers that `targets` selects, by name."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+    if targets == "all-linear":  # all but the output head, if the model declares one
+        return {name: module for name, module in linear.items() if module is not head}
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(f".{name}".endswith(f".{ending}") for ending in targets or [])
+        return {name: module for name, module in linear.items() if re.fullmatch(targets, name)}
+    ends = tuple(f".{ending}" for ending in targets or [])  # ".proj" does not match "q_proj"
+    return {name: module for name, module in linear.items() if f".{name}".endswith(ends)}
 
 
 def matrix(layer: nn.Module) -> Tensor:
-    """The weight as (out, in). A `Conv1D` stores (in, out); only its class name tells."""
+    """The weight as (out, in); a view, not a copy. transformers' `Conv1D` stores (in, out)."""
     return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
 
 
-if __name__ == "__main__":  # only the second layer has to change: where do the ranks go?
+if __name__ == "__main__":  # the goal differs in its second layer, by rank 3: who keeps more rank?
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20))
     goal = copy.deepcopy(model).requires_grad_(False)

@@ -53,7 +53,7 @@ class BitFitLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_bias is not None and self.training and torch.is_grad_enabled():
-            raise RuntimeError("this layer is merged: call unmerge before training")
+            raise RuntimeError("this layer is merged: call unmerge() to train, or model.eval()")
         bias = self.new_bias() if self.merged_bias is None else self.merged_bias
         return with_bias(self.base_layer, bias)(x)  # (1)
 
@@ -68,7 +68,7 @@ class BitFitLayer(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Compute with a fixed b' from now on. b does not change."""
+        """Store b'; from now on `forward` uses it. b does not change."""
         self.merged_bias = self.new_bias()
 
     def unmerge(self) -> None:
@@ -77,7 +77,7 @@ class BitFitLayer(nn.Module):
 
     @torch.no_grad()
     def merge_into_base(self) -> nn.Module:
-        """Write b' into the base layer and return that layer. This cannot be undone."""
+        """Overwrite b with b' and return the base layer, which then replaces this one."""
         self.bias.copy_(self.new_bias())
         return self.base_layer
 
@@ -90,10 +90,12 @@ def with_bias(layer: nn.Module, bias: Tensor) -> nn.Module:
 
 
 def add_bitfit(model: nn.Module, config: BitFitConfig) -> dict[str, BitFitLayer]:
-    """Freeze the model and replace each target by a BitFitLayer. Returns the new layers by name.
+    """Freeze the model and replace each target with a BitFitLayer. Return the new layers by name.
 
     Raises ValueError if no layer with a bias matches `config.target_modules`.
     """
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model already has an adapter: remove it before adding another")
     targets = {n: m for n, m in model.named_modules() if is_target(model, n, config.target_modules)}
     if not targets:
         raise ValueError(f"target_modules={config.target_modules!r} matches no layer with a bias")

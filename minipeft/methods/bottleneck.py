@@ -30,7 +30,8 @@ from torch import Tensor, nn
 class BottleneckConfig:
     """After which layers to put adapters, and how wide they are."""
 
-    target_modules: list[str] | str | None = None  # names or endings, a regex, or "all-linear"
+    target_modules: list[str] | str | None = None  # a list of names or endings of names, a
+    # regex for the full name, or "all-linear"
     bottleneck_size: int = 16  # r
     non_linearity: str = "gelu"  # f: "gelu" or "relu"
     task_type: str | None = None  # as in peft, for example "CAUSAL_LM"
@@ -56,7 +57,7 @@ class BottleneckLayer(nn.Module):
         self.out_features, self.in_features = w.shape
         self.f = getattr(F, config.non_linearity)
         self.down, self.up = nn.Linear(self.out_features, r), nn.Linear(r, self.out_features)
-        for layer in (self.down, self.up):  # float32 even if the base is in half precision
+        for layer in (self.down, self.up):  # at least float32: small steps need precision
             layer.to(w.device, torch.promote_types(w.dtype, torch.float32))
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
@@ -70,34 +71,40 @@ class BottleneckLayer(nn.Module):
 
 
 def add_bottleneck(model: nn.Module, config: BottleneckConfig) -> dict[str, BottleneckLayer]:
-    """Freeze the model and replace each target by a BottleneckLayer. Returns the layers by name.
+    """Freeze the model and replace each target with a BottleneckLayer. Return them by name.
 
     Raises ValueError if no linear layer matches `config.target_modules`.
     """
-    targets = {n: m for n, m in model.named_modules() if is_target(model, n, config.target_modules)}
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model already has an adapter: remove it before adding another")
+    targets = find_targets(model, config.target_modules)
     if not targets:
         raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer")
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # before the new layers, which stay trainable, are made
     layers = {name: BottleneckLayer(layer, config) for name, layer in targets.items()}
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))
     return layers
 
 
-def is_target(model: nn.Module, name: str, targets: list[str] | str | None) -> bool:
-    """Whether this module is linear, and named by `targets`."""
-    module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
-        return False
-    if targets == "all-linear":  # every linear layer except the output head
-        return module is not getattr(model, "get_output_embeddings", lambda: None)()
+def find_targets(model: nn.Module, targets: list[str] | str | None) -> dict[str, nn.Module]:
+    """The linear layers that `targets` selects, by name."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+    if targets == "all-linear":  # all but the output head, if the model declares one
+        return {name: module for name, module in linear.items() if module is not head}
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(f".{name}".endswith(f".{ending}") for ending in targets or [])
+        return {name: module for name, module in linear.items() if re.fullmatch(targets, name)}
+    ends = tuple(f".{ending}" for ending in targets or [])  # ".proj" does not match "q_proj"
+    return {name: module for name, module in linear.items() if f".{name}".endswith(ends)}
 
 
 def matrix(layer: nn.Module) -> Tensor:
-    """The weight as (out, in). A `Conv1D` stores (in, out); only its class name tells."""
+    """The weight as (out, in); a view, not a copy. transformers' `Conv1D` stores (in, out)."""
     return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
 
 

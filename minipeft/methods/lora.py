@@ -1,25 +1,26 @@
-r"""LoRA: learn the update of a weight as the product of two low-rank factors.
+"""LoRA: learn a low-rank update of a weight, as the product of two small matrices.
 
-Fine-tuning turns a weight W into W + ΔW. LoRA freezes W and writes ΔW as B A, where A maps the
-input down to r numbers and B maps them back up. A starts random and B starts at zero, so training
-begins exactly at the base model. Only A and B are trained. After training, B A can be added to W:
-the merged layer is as fast as the original, and the whole adaptation fits into a small file.
+Fine-tuning turns a weight W into W + ΔW. LoRA freezes W and writes ΔW as s B A: A maps the input to
+r numbers, and B maps these r numbers to the output. A starts random and B starts at zero, so the
+adapted model starts out identical to the base model. Only A and B are trained and saved, so the
+file is small. After training, s B A can be added to W, and the layer is as fast as before.
 
 Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 
-    y = W x + b + s B A dropout(x)        s = α / r            (1)  section 4.1
-    s = α / √r  with `use_rslora`                              (2)  arXiv 2312.03732
+    y = W x + b + s B A dropout(x),   s = α / r                (1)  section 4.1 of the paper
+    s = α / √r   with `use_rslora`                             (2)  rsLoRA, arXiv 2312.03732
     W' = W + s B A                                             (3)  merging
 
 Shapes: W (out, in), A (r, in), B (out, r), x (…, in), y (…, out); r is the rank.
 Trainable parameters: r (in + out), summed over the adapted layers.
 
-Differences from the paper: A is drawn as in Hugging Face peft (Kaiming uniform), not from a
-Gaussian. Differences from peft: a layer holds one adapter; merging stores W' as a separate tensor
-and never writes into W, so unmerging is exact; `target_modules` has no default.
+Difference from the paper: A is initialized as in Hugging Face peft (Kaiming uniform), not from a
+Gaussian. Differences from peft: a layer holds one adapter; `merge` keeps W and stores W' next to
+it, so unmerging is exact; `target_modules` must be given.
 
 >>> layers = add_lora(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
 >>> # train the parameters that require a gradient, then:
+>>> model.eval()
 >>> merge_lora(layers)
 """
 
@@ -34,15 +35,17 @@ from torch import Tensor, nn
 
 @dataclass
 class LoraConfig:
-    """Which layers to adapt, and how. Fields and defaults are peft's."""
+    """Which layers to adapt, and how. Names and defaults are those of peft's LoraConfig."""
 
     r: int = 8  # the rank
     lora_alpha: float = 8  # α: the update is scaled by α / r
     lora_dropout: float = 0.0  # applied to the adapter's input during training
-    target_modules: list[str] | str | None = None  # names or endings, a regex, or "all-linear"
-    use_rslora: bool = False  # scale by α / √r instead, equation (2)
-    trainable_token_indices: list[int] | None = None  # handled by get_peft_model, not by add_lora
-    task_type: str | None = None  # as in peft, for example "CAUSAL_LM"
+    target_modules: list[str] | str | None = None  # a list of names or endings of names, a
+    # regex for the full name, or "all-linear"
+    use_rslora: bool = False  # scale by α / √r instead
+    # Not used in this file, but by get_peft_model and in adapter_config.json:
+    trainable_token_indices: list[int] | None = None  # tokens whose embeddings are trained too
+    task_type: str | None = None  # for example "CAUSAL_LM"
     inference_mode: bool = False  # load the adapter frozen
     peft_type: str = field(default="LORA", init=False)
 
@@ -58,36 +61,38 @@ class LoraConfig:
 class LoraLinear(nn.Module):
     """A frozen linear layer plus a trainable low-rank update, equation (1).
 
-    base_layer: `nn.Linear`, or transformers' `Conv1D`, which stores W transposed.
-    Maps x (…, in) to y (…, out). Raises RuntimeError when trained while merged.
+    base_layer: `nn.Linear`, or transformers' `Conv1D`, which stores W transposed. Maps x (…, in) to
+    y (…, out). While merged, `forward` raises RuntimeError in training mode.
     """
 
     def __init__(self, base_layer: nn.Module, config: LoraConfig):
         super().__init__()
-        w, self.r = matrix(base_layer), config.r
-        self.base_layer = base_layer
+        w = matrix(base_layer)  # (out, in)
+        self.base_layer, self.r = base_layer, config.r
         self.out_features, self.in_features = w.shape
-        root = math.sqrt(self.r)
-        self.scaling = config.lora_alpha / (root if config.use_rslora else self.r)  # s, eq. (2)
+        root = math.sqrt(config.r)
+        self.scaling = config.lora_alpha / (root if config.use_rslora else config.r)  # (1), (2): s
         self.lora_dropout = nn.Dropout(config.lora_dropout)
         self.lora_A = nn.Linear(self.in_features, self.r, bias=False)
         self.lora_B = nn.Linear(self.r, self.out_features, bias=False)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
-        for factor in (self.lora_A, self.lora_B):  # float32 even if the base is in half precision
+        for factor in (self.lora_A, self.lora_B):  # at least float32: small steps need precision
             factor.to(w.device, torch.promote_types(w.dtype, torch.float32))
-        self.register_buffer("merged_weight", None, persistent=False)  # W' (out, in) while merged
+        self.register_buffer("merged_weight", None, persistent=False)  # W' while merged; not saved
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_weight is not None:
             if self.training and torch.is_grad_enabled():
-                raise RuntimeError("this layer is merged: call unmerge before training")
-            return F.linear(x, self.merged_weight, self.bias)
+                raise RuntimeError("this layer is merged: call unmerge() to train, or model.eval()")
+            return F.linear(x, self.merged_weight, self.base_layer.bias)
         y = self.base_layer(x)  # (…, out)
         x = self.lora_dropout(x.to(self.lora_A.weight.dtype))  # (…, in)
-        return (y + self.lora_B(self.scaling * self.lora_A(x))).to(y.dtype)  # (1)
+        return (y + self.lora_B(self.scaling * self.lora_A(x))).to(
+            y.dtype
+        )  # (1): W x + b + s B A x
 
-    weight = property(lambda self: self.base_layer.weight)
+    weight = property(lambda self: self.base_layer.weight)  # for code that reads the layer's weight
     bias = property(lambda self: self.base_layer.bias)
 
     def delta(self) -> Tensor:
@@ -95,13 +100,13 @@ class LoraLinear(nn.Module):
         return self.scaling * (self.lora_B.weight @ self.lora_A.weight)  # (out, r) @ (r, in)
 
     def merged(self) -> Tensor:
-        """W' (out, in), in the dtype of W."""
+        """The merged weight W', (out, in), in the dtype of W."""
         w = matrix(self.base_layer)
-        return (w + self.delta()).to(w.dtype)  # (3)
+        return (w + self.delta()).to(w.dtype)  # (3): W + s B A
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Compute with W' from now on. W does not change."""
+        """Store W'; from now on `forward` uses it. W does not change."""
         self.merged_weight = self.merged().contiguous()
 
     def unmerge(self) -> None:
@@ -110,22 +115,24 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merge_into_base(self) -> nn.Module:
-        """Write W' into the base layer and return that layer. This cannot be undone."""
+        """Overwrite W with W' and return the base layer, which then replaces this one."""
         matrix(self.base_layer).copy_(self.merged())
         return self.base_layer
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> dict[str, LoraLinear]:
-    """Freeze the model and replace each target by a LoraLinear. Returns the new layers by name.
+    """Freeze the model and replace each target with a LoraLinear. Return the new layers by name.
 
     Raises ValueError if no linear layer matches `config.target_modules`.
     """
     if config.trainable_token_indices is not None:
-        raise ValueError("trainable_token_indices needs get_peft_model; add_lora ignores it")
-    targets = {n: m for n, m in model.named_modules() if is_target(model, n, config.target_modules)}
+        raise ValueError("add_lora does not support trainable_token_indices: use get_peft_model")
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model already has an adapter: remove it before adding another")
+    targets = find_targets(model, config.target_modules)
     if not targets:
         raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer")
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # before the new layers, which stay trainable, are made
     layers = {name: LoraLinear(layer, config) for name, layer in targets.items()}
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))
@@ -133,13 +140,13 @@ def add_lora(model: nn.Module, config: LoraConfig) -> dict[str, LoraLinear]:
 
 
 def remove_lora(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
-    """Put the original layers back. The model computes exactly what the base computes."""
+    """Put the original layers back. They have their original weights, and stay frozen."""
     for name, layer in layers.items():
         model.set_submodule(name, layer.base_layer)
 
 
 def merge_lora(layers: dict[str, LoraLinear]) -> None:
-    """Merge every layer. May be repeated; no weight changes."""
+    """Merge every layer. Merging twice is safe, because W is not modified."""
     for layer in layers.values():
         layer.merge()
 
@@ -150,29 +157,33 @@ def unmerge_lora(layers: dict[str, LoraLinear]) -> None:
         layer.unmerge()
 
 
-def is_target(model: nn.Module, name: str, targets: list[str] | str | None) -> bool:
-    """Whether this module is linear, and named by `targets`."""
-    module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
-        return False
-    if targets == "all-linear":  # every linear layer except the output head
-        return module is not getattr(model, "get_output_embeddings", lambda: None)()
+def find_targets(model: nn.Module, targets: list[str] | str | None) -> dict[str, nn.Module]:
+    """The linear layers that `targets` selects, by name."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+    if targets == "all-linear":  # all but the output head, if the model declares one
+        return {name: module for name, module in linear.items() if module is not head}
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(f".{name}".endswith(f".{ending}") for ending in targets or [])
+        return {name: module for name, module in linear.items() if re.fullmatch(targets, name)}
+    ends = tuple(f".{ending}" for ending in targets or [])  # ".proj" does not match "q_proj"
+    return {name: module for name, module in linear.items() if f".{name}".endswith(ends)}
 
 
 def matrix(layer: nn.Module) -> Tensor:
-    """The weight as (out, in). A `Conv1D` stores (in, out); only its class name tells."""
+    """The weight as (out, in); a view, not a copy. transformers' `Conv1D` stores (in, out)."""
     return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
 
 
 if __name__ == "__main__":  # recover a rank-2 change of a weight
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30, bias=False))
-    w = model[0].weight.clone()
+    w = model[0].weight.detach().clone()
     change = torch.randn(30, 2) @ torch.randn(2, 20)
-    layers = add_lora(model, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"))
+    (layer,) = add_lora(model, LoraConfig(r=2, lora_alpha=4, target_modules=["0"])).values()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trainable, lr=0.05)
     for _ in range(500):
@@ -181,8 +192,8 @@ if __name__ == "__main__":  # recover a rank-2 change of a weight
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    error = (layers["0"].delta() - change).norm() / change.norm()
-    assert error < 1e-2
-    assert torch.equal(layers["0"].weight, w), "the base weight must not move"
+    error = (layer.delta() - change).norm() / change.norm()
+    assert error < 1e-4, "the update must equal the change"
+    assert torch.equal(layer.weight, w), "the base weight must not move"
     n = sum(p.numel() for p in trainable)
     print(f"lora.py: {n} parameters recovered a 30 x 20 change of rank 2, error {error:.1e}")

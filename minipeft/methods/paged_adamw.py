@@ -171,8 +171,9 @@ class PagedAdamW(torch.optim.Optimizer):
             for p, part, where in page.slices:
                 moments[p].view(2, -1)[:, part] = memory[:, where]
         for i, state in packed["state"].items():
-            state["step"] = torch.tensor(float(state["step"]), device="cpu")
-            state["exp_avg"], state["exp_avg_sq"] = moments[parameters[i]]
+            step = torch.tensor(float(state["step"]), device="cpu")
+            m, v = moments[parameters[i]]
+            packed["state"][i] = {"step": step, "exp_avg": m, "exp_avg_sq": v}  # not self.state's
         return packed
 
     def load_state_dict(self, state_dict: dict) -> None:

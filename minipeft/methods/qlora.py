@@ -1,26 +1,28 @@
-r"""QLoRA: store the frozen base in four bits, and train a LoRA on top of it.
+"""QLoRA: store the frozen base in four bits, and train a LoRA on top of it.
 
-A frozen weight is only read, so it can be stored coarsely. Each block of 64 weights becomes one
-scale, the block's absolute maximum (absmax), and a 4-bit code per weight: the index of the nearest
-of 16 levels. The NF4 levels are quantiles of the normal distribution, because weights are roughly
-normal, plus an exact zero and the ends -1 and 1. Double quantization then quantizes the scales to 8
-bits. Every forward and backward pass dequantizes a layer's weight, uses it and discards it.
-The paper's third part, the paged optimizer, is in paged_adamw.py.
+The base gets no updates, so four bits per weight are enough. (1) Weights are quantized in blocks of
+64. A block stores one scale, its largest absolute value (absmax); a weight stores a 4-bit code, the
+index of the nearest of 16 levels. The NF4 levels are quantiles of the normal distribution, because
+weights are roughly normal, scaled to [-1, 1], plus an exact zero. (2) Double quantization stores
+the scales in 8 bits. Each layer dequantizes its weight in the forward pass and again in the
+backward pass, and never keeps it. (3) The paged optimizer is in paged_adamw.py.
 
 Paper: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314.
 
-    levels = {Φ⁻¹ at 8 even steps from 0.9677 down to 0.5, -Φ⁻¹ at 7, and 0} / the largest    (1)
-    code_i = nearest level to w_i / absmax,    w_i ≈ absmax · level[code_i]        (2)  section 3
-    absmax ≈ offset + absmax₂ · map[code₈],    in blocks of 256 scales             (3)
-    y = W₄ x + b + s B A x                                                         (4)  eq. 5
+    levels = {Φ⁻¹(p) at 8 p in (0.5, 0.9677], -Φ⁻¹(p) at 7, and 0} / the largest             (1)
+    code_i = nearest level to w_i / absmax,    w_i ≈ absmax · levels[code_i]        (2)
+    absmax ≈ offset + absmax₂ · map[code₈],    offset: mean absmax                  (3)
+    y = W₄ x + b + s B A x,                    s = α / r                            (4)
 
-Shapes: W (out, in) with n = out · in weights; codes (n / 2,), two per byte, the first in the high
-half; scales (n / 64,). Trainable parameters: r (in + out) per adapted layer, as for LoRA.
+Φ⁻¹ is the normal quantile function; its points are evenly spaced. absmax₂ is the absmax of a block
+of 256 scales; map has 256 fixed values. W₄ is the dequantized W.
+Shapes: W (out, in), A (r, in), B (out, r); n = out · in weights have codes (n / 2,), two per byte,
+the first weight in the high 4 bits, and scales (n / 64,). Trainable parameters: r · (in + out).
 Bits per weight: 4 + 8/64 + 32/(64 · 256) = 4.127; without double quantization 4 + 32/64 = 4.5.
 
-Difference from the paper: its equation 4 has infinite ends; the levels here are those of its
-authors' library, bitsandbytes. Differences from bitsandbytes: none in codes, scales and weights,
-except that its CPU kernel misses the nearest 8-bit code of a scale a few times in a thousand.
+Difference from the paper: its formula for the levels is infinite at the ends; these levels are
+those of bitsandbytes, the authors' library. Codes, scales and weights equal bitsandbytes', except
+that for a few scales per thousand its CPU kernel does not choose the nearest 8-bit code.
 
 >>> model = quantize_model(model)  # in place and not reversible: the base is now the 4-bit model
 >>> layers = add_qlora(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
@@ -37,21 +39,22 @@ from torch import Tensor, nn
 
 
 def nf4_levels() -> Tensor:
-    """The 16 levels of NF4, (16,) float32."""
-    above = torch.linspace(0.9677083, 0.5, 9, dtype=torch.float32)[:-1].tolist()
-    below = torch.linspace(0.9677083, 0.5, 8, dtype=torch.float32)[:-1].tolist()
+    """The levels of NF4 in ascending order: 7 negative, 0, 8 positive; (16,) float32."""
     quantile = NormalDist().inv_cdf  # Φ⁻¹
-    levels = [-quantile(p) for p in below] + [0.0] + [quantile(p) for p in reversed(above)]
-    return torch.tensor(levels, dtype=torch.float32) / quantile(above[0])  # (1)
+    largest = 0.9677083  # 1 - (1/32 + 1/30) / 2, as in bitsandbytes, whose bits float32 keeps
+    p_positive = torch.linspace(largest, 0.5, 9, dtype=torch.float32)[:-1].tolist()  # without 0.5
+    p_negative = torch.linspace(largest, 0.5, 8, dtype=torch.float32)[:-1].tolist()
+    levels = [-quantile(p) for p in p_negative] + [0.0] + [quantile(p) for p in p_positive[::-1]]
+    return torch.tensor(levels, dtype=torch.float32) / quantile(p_positive[0])  # (1)
 
 
 def dynamic_map() -> Tensor:
-    """The 256 values of the signed 8-bit code for the scales, sorted; (256,) float32.
+    """The 256 values that an 8-bit code of a scale stands for, ascending; (256,) float32.
 
-    The midpoints of 64, 32, … 1 equal steps in the seven decades below 1, with both signs, plus 0
-    and 1 (Dettmers 2015, arXiv 1511.04561).
+    The decade from 10^(k-7) to 10^(k-6), k = 0 … 6, is cut into 2^k equal intervals. The values are
+    ± their midpoints, plus 0 and 1 (Dettmers 2015, arXiv 1511.04561).
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
         midpoints = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
@@ -62,21 +65,21 @@ def dynamic_map() -> Tensor:
 NF4_CODEBOOK = nf4_levels()
 NF4_MIDPOINTS = ((NF4_CODEBOOK[1:] + NF4_CODEBOOK[:-1]) / 2).tolist()
 DYNAMIC_MAP = dynamic_map()
-# The two levels that each byte stands for, (256, 2), viewed as one 8-byte number for speed.
+# The two levels of each byte, (256, 2). Viewed as one 8-byte number, one look-up reads both.
 PAIRS = torch.cartesian_prod(NF4_CODEBOOK, NF4_CODEBOOK).view(torch.int64)[:, 0]
 
 
 @dataclass
 class NF4:
-    """A quantized tensor: everything needed to dequantize it."""
+    """A quantized tensor, with everything needed to dequantize it."""
 
     codes: Tensor  # (ceil(n / 2),) uint8, two weights per byte
     scales: Tensor  # (blocks,) float32, or uint8 codes with double quantization
     scale_scales: Tensor | None  # (ceil(blocks / 256),) float32, absmax₂
     offset: Tensor | None  # () float32, the mean of the scales
-    shape: torch.Size
-    dtype: torch.dtype
-    blocksize: int
+    shape: torch.Size  # of the original tensor
+    dtype: torch.dtype  # of the original tensor
+    blocksize: int  # weights per scale
 
     def bits(self) -> float:
         """Bits per weight, counted from the tensors."""
@@ -88,48 +91,54 @@ class NF4:
 def quantize_nf4(weight: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4:
     """Quantize a floating-point tensor of any shape.
 
-    Raises ValueError for integer, NaN or infinite weights, and for an odd blocksize.
+    Raises ValueError for integer, NaN or infinite weights, and for a blocksize that is not even.
     """
     if not isinstance(blocksize, int) or blocksize < 2 or blocksize % 2:
         raise ValueError(f"blocksize must be a positive even integer, got {blocksize!r}")
     if not weight.is_floating_point():
         raise ValueError(f"only floating-point weights can be quantized, got {weight.dtype}")
-    blocks, scales, packed = in_blocks(weight.reshape(-1), blocksize), [], []
-    for part in blocks.split(blocks_at_once(blocks, blocksize)):  # (some blocks, blocksize)
-        absmax = part.float().abs().amax(dim=1)
-        x = (part * (1 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
-        code, above = torch.zeros_like(x), torch.empty_like(x)  # floats: comparing is faster
-        for midpoint in NF4_MIDPOINTS:  # (2); on a midpoint the lower level wins
+    packed = []
+    scales = []
+    blocks = in_blocks(weight.reshape(-1), blocksize)
+    for chunk in blocks.split(chunk_size(blocks.device, blocksize)):  # for the cache
+        absmax = chunk.float().abs().amax(dim=1)  # (blocks of this chunk,)
+        x = (chunk * (1 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)  # no 0 / 0 in zeros
+        code, above = torch.zeros_like(x), torch.empty_like(x)
+        for midpoint in NF4_MIDPOINTS:  # (2): count the midpoints below x; faster than bucketize
             code += torch.gt(x, midpoint, out=above)
-        packed.append((code[:, 0::2] * 16 + code[:, 1::2]).byte().view(-1))
+        packed.append((code[:, 0::2] * 16 + code[:, 1::2]).to(torch.uint8).view(-1))
         scales.append(absmax)
-    codes, absmax = torch.cat(packed)[: (weight.numel() + 1) // 2].clone(), torch.cat(scales)
+    codes = torch.cat(packed)[: (weight.numel() + 1) // 2].clone()  # clone frees the padding
+    absmax = torch.cat(scales)
     check_finite(absmax)  # NaN or infinity in a block is also in its absmax
-    if not double_quant:
-        return NF4(codes, absmax, None, None, weight.shape, weight.dtype, blocksize)
+    quantized = quantize_scales(absmax) if double_quant else (absmax, None, None)
+    return NF4(codes, *quantized, weight.shape, weight.dtype, blocksize)
+
+
+def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantization: 8-bit codes of the scales, their own scales, and the offset."""
     offset = absmax.mean()
     blocks = in_blocks(absmax - offset, 256)
     scale_scales = blocks.abs().amax(dim=1)
     midpoints = ((DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / 2).to(blocks.device)
     nearest = torch.bucketize(blocks / scale_scales.clamp(min=1e-38)[:, None], midpoints)  # (3)
-    scales = nearest.to(torch.uint8).view(-1)[: len(absmax)].clone()
-    return NF4(codes, scales, scale_scales, offset, weight.shape, weight.dtype, blocksize)
+    return nearest.to(torch.uint8).view(-1)[: len(absmax)].clone(), scale_scales, offset
 
 
 @torch.no_grad()
 def dequantize_nf4(q: NF4, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor that the codes stand for, in its original shape (and dtype, if none is given)."""
+    """Dequantize to the original shape; to the original dtype if none is given."""
     absmax = q.scales
-    if q.offset is not None:  # undo the double quantization, equation (3)
+    if q.offset is not None:
         table = DYNAMIC_MAP.to(q.codes.device)
         blocks = in_blocks(table[q.scales.int()], 256) * q.scale_scales[:, None]
-        absmax = blocks.view(-1)[: len(q.scales)] + q.offset
-    pairs, step = PAIRS.to(q.codes.device), blocks_at_once(q.codes, q.blocksize)
+        absmax = blocks.view(-1)[: len(q.scales)] + q.offset  # (3)
+    pairs, size = PAIRS.to(q.codes.device), chunk_size(q.codes.device, q.blocksize)
     out = absmax.new_empty((len(absmax), q.blocksize), dtype=dtype or q.dtype)
-    codes = in_blocks(q.codes, q.blocksize // 2)
-    for part, scale, to in zip(codes.split(step), absmax.split(step), out.split(step), strict=True):
-        levels = pairs.index_select(0, part.reshape(-1).int()).view(torch.float32)
-        torch.mul(levels.view(-1, q.blocksize), scale[:, None], out=to)  # (2)
+    chunks = in_blocks(q.codes, q.blocksize // 2).split(size), absmax.split(size), out.split(size)
+    for codes, scales, part in zip(*chunks, strict=True):
+        levels = pairs.index_select(0, codes.reshape(-1).int()).view(torch.float32)
+        torch.mul(levels.view(-1, q.blocksize), scales[:, None], out=part)  # (2)
     return out.view(-1)[: math.prod(q.shape)].view(q.shape)
 
 
@@ -138,9 +147,9 @@ def in_blocks(x: Tensor, blocksize: int) -> Tensor:
     return F.pad(x, (0, -len(x) % blocksize)).view(-1, blocksize)
 
 
-def blocks_at_once(x: Tensor, blocksize: int) -> int:
-    """How many blocks to process at once: what fits into a CPU's cache, and more on a GPU."""
-    return max((2**17 if x.device.type == "cpu" else 2**22) // blocksize, 1)
+def chunk_size(device: torch.device, blocksize: int) -> int:
+    """Blocks to process at once: 2^17 weights, which fit into a CPU's cache, and more on a GPU."""
+    return max((2**17 if device.type == "cpu" else 2**22) // blocksize, 1)
 
 
 def check_finite(weight: Tensor) -> None:
@@ -149,7 +158,7 @@ def check_finite(weight: Tensor) -> None:
 
 
 class _Linear4bitFunction(torch.autograd.Function):
-    """x Wᵀ + b. W is dequantized in the forward pass, and again in the backward pass."""
+    """x Wᵀ + b with W dequantized in both passes. `F.linear` alone would keep W in between."""
 
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, q: NF4) -> Tensor:
@@ -159,8 +168,8 @@ class _Linear4bitFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         for_x, for_bias, _ = ctx.needs_input_grad
-        grad_x = grad @ dequantize_nf4(ctx.q, grad.dtype) if for_x else None  # (…, out) (out, in)
-        return grad_x, grad.flatten(0, -2).sum(0) if for_bias else None, None
+        grad_x = grad @ dequantize_nf4(ctx.q, grad.dtype) if for_x else None  # (…, out) @ (out, in)
+        return grad_x, grad.reshape(-1, grad.shape[-1]).sum(0) if for_bias else None, None
 
 
 class QuantizedLinear(nn.Module):
@@ -172,7 +181,8 @@ class QuantizedLinear(nn.Module):
         self.bias = base_layer.bias
 
     def _apply(self, fn, recurse: bool = True):
-        """Scales stay float32 under `.half()`: they move as bytes, which no cast can round."""
+        """`.to()`, `.half()` and so on call this. Casts skip integers, so the scales are passed as
+        bytes: their device changes, their dtype does not."""
         floats = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point()}
         super()._apply(fn, recurse)
         for name, b in floats.items():
@@ -182,7 +192,7 @@ class QuantizedLinear(nn.Module):
     def plain(self, weight: Tensor | None = None) -> nn.Linear:
         """An `nn.Linear` with this weight (out, in), by default the dequantized one."""
         weight = self.weight if weight is None else weight
-        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             bias = self.bias.detach().to(weight.dtype).clone()
@@ -193,7 +203,7 @@ class QuantizedLinear(nn.Module):
 class Linear4bit(QuantizedLinear):
     """A frozen linear layer in NF4: x (…, in) -> y (…, out), computed in compute_dtype or x's.
 
-    base_layer: `nn.Linear` or transformers' `Conv1D`. The state dict holds the 4-bit form.
+    base_layer: `nn.Linear` or transformers' `Conv1D`. The state dict holds codes and scales only.
     """
 
     def __init__(self, base_layer: nn.Module, blocksize=64, double_quant=True, compute_dtype=None):
@@ -204,7 +214,7 @@ class Linear4bit(QuantizedLinear):
         self.form = {"shape": q.shape, "dtype": q.dtype, "blocksize": blocksize}
         self.compute_dtype = compute_dtype
 
-    quantized = property(lambda self: NF4(**self._buffers, **self.form))
+    quantized = property(lambda self: NF4(**self._buffers, **self.form))  # buffers: NF4's fields
     weight = property(lambda self: dequantize_nf4(self.quantized))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -221,7 +231,9 @@ class Linear8bit(QuantizedLinear):
         w = matrix(base_layer).detach().float()
         check_finite(w)
         self.register_buffer("scales", w.abs().amax(dim=1) / 127)  # (out,)
-        self.register_buffer("codes", (w / self.scales.clamp(min=1e-38)[:, None]).round().char())
+        self.register_buffer(
+            "codes", (w / self.scales.clamp(min=1e-38)[:, None]).round().to(torch.int8)
+        )
         self.dtype = base_layer.weight.dtype
 
     weight = property(lambda self: (self.codes * self.scales[:, None]).to(self.dtype))
@@ -232,14 +244,15 @@ class Linear8bit(QuantizedLinear):
 
 
 class QLoraLinear(nn.Module):
-    """A frozen 4-bit layer plus a trainable low-rank update, equation (4); compare lora.py.
+    """A frozen 4-bit layer plus a trainable low-rank update, equation (4).
 
-    config: a LoraConfig, or any object with its fields r, lora_alpha, lora_dropout and use_rslora.
+    config: a LoraConfig (lora.py), or any object with its r, lora_alpha, lora_dropout, use_rslora.
     """
 
     def __init__(self, base_layer: Linear4bit, config):
         super().__init__()
-        self.base_layer, self.r, device = base_layer, config.r, base_layer.codes.device
+        self.base_layer, self.r = base_layer, config.r
+        device = base_layer.codes.device
         self.out_features, self.in_features = base_layer.out_features, base_layer.in_features
         root = math.sqrt(self.r)
         self.scaling = config.lora_alpha / (root if config.use_rslora else self.r)  # s
@@ -253,7 +266,7 @@ class QLoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_weight is not None:
             if self.training and torch.is_grad_enabled():
-                raise RuntimeError("this layer is merged: call unmerge before training")
+                raise RuntimeError("this layer is merged: call unmerge() to train, or model.eval()")
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self.merged_weight.to(x.dtype), bias)
         y = self.base_layer(x)  # (…, out)
@@ -268,42 +281,48 @@ class QLoraLinear(nn.Module):
         return self.scaling * (self.lora_B.weight @ self.lora_A.weight)  # (out, r) @ (r, in)
 
     @torch.no_grad()
+    def merged(self) -> Tensor:
+        """The merged weight W' = W₄ + s B A, (out, in), in float32: not quantized again."""
+        return self.weight.float() + self.delta()
+
     def merge(self) -> None:
-        """Compute with W' = W₄ + s B A from now on, in float32, not rounded to 4 bits again."""
-        self.merged_weight = self.weight.float() + self.delta()
+        """Store W' in float32; from now on `forward` uses it. The codes do not change."""
+        self.merged_weight = self.merged()
 
     def unmerge(self) -> None:
         """Discard W'. Outputs are again exactly those of the 4-bit layer plus the adapter."""
         self.merged_weight = None
 
-    @torch.no_grad()
     def merge_into_base(self) -> nn.Linear:
-        """An `nn.Linear` that holds W'. The 4-bit layer does not change."""
-        return self.base_layer.plain(self.weight.float() + self.delta())
+        """Return a plain float32 `nn.Linear` with W', which then replaces this layer."""
+        return self.base_layer.plain(self.merged())
 
     @torch.no_grad()
     def lost_by_rounding(self) -> float:
-        """‖Q(W') - W'‖ / ‖s B A‖. Above 1, W' in 4 bits would lose more than was learned."""
-        merged = self.weight.float() + self.delta()
-        again = dequantize_nf4(quantize_nf4(merged, self.base_layer.quantized.blocksize))
+        """Error of quantizing W' again, relative to the update s B A (which must not be zero).
+
+        Above 1, storing W' in 4 bits would lose more than was learned.
+        """
+        merged = self.merged()
+        again = dequantize_nf4(quantize_nf4(merged, self.base_layer.form["blocksize"]))
         return ((again - merged).norm() / self.delta().norm()).item()
 
 
 def quantize_model(model: nn.Module, bits: int = 4, **options) -> nn.Module:
-    """Replace every linear layer except the output head by a quantized one; returns the model.
+    """Replace every linear layer except the output head with a quantized one. Return the model.
 
-    In place and not reversible. Embeddings and norms keep their dtype. bits is 4 or 8; options are
-    those of `Linear4bit`. Raises ValueError, before anything changes, for weights that are not
-    finite and for a model with an adapter.
+    In place and not reversible. Embeddings and norms keep their dtype. bits is 4 or 8; for 4, the
+    options are those of `Linear4bit`. Raises ValueError, before anything changes, for other bits,
+    weights that are not finite, and a model with an adapter.
     """
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits!r}")
     if any(hasattr(m, "base_layer") for m in model.modules()):
         raise ValueError("the model has an adapter: quantize it before adding one")
-    kind = {4: Linear4bit, 8: Linear8bit}[bits]
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    layer_class = {4: Linear4bit, 8: Linear8bit}[bits]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers = {
-        name: kind(m, **options)
+        name: layer_class(m, **options)
         for name, m in model.named_modules()
         if (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D") and m is not head
     }
@@ -313,10 +332,12 @@ def quantize_model(model: nn.Module, bits: int = 4, **options) -> nn.Module:
 
 
 def add_qlora(model: nn.Module, config) -> dict[str, QLoraLinear]:
-    """Freeze a quantized model and replace each target by a QLoraLinear. Returns them by name.
+    """Freeze a quantized model and replace each target with a QLoraLinear. Return them by name.
 
     Raises ValueError if no 4-bit layer matches `config.target_modules`.
     """
+    if any(hasattr(m, "base_layer") for m in model.modules()):
+        raise ValueError("the model already has an adapter: remove it before adding another")
     layers = {
         name: QLoraLinear(layer, config)
         for name, layer in quantized_layers(model).items()
@@ -331,10 +352,10 @@ def add_qlora(model: nn.Module, config) -> dict[str, QLoraLinear]:
 
 
 def is_target(name: str, targets: list[str] | str | None) -> bool:
-    """Whether `targets` names a layer: endings, a regex for the whole name, or "all-linear"."""
+    """Whether `targets` selects a layer: a list of endings, a regex for the name, "all-linear"."""
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, name) is not None
-    return any(f".{name}".endswith(f".{ending}") for ending in targets or [])
+    return f".{name}".endswith(tuple(f".{ending}" for ending in targets or []))
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -350,7 +371,7 @@ def bits_per_weight(model: nn.Module) -> float | None:
 
 
 def matrix(layer: nn.Module) -> Tensor:
-    """The weight as (out, in). A `Conv1D` stores (in, out); only its class name tells."""
+    """The weight as (out, in); a view, not a copy. transformers' `Conv1D` stores (in, out)."""
     return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
 
 
@@ -358,14 +379,13 @@ if __name__ == "__main__":  # a 4-bit layer, and a LoRA that recovers a change o
     from types import SimpleNamespace
 
     torch.manual_seed(0)
-    w, change = torch.randn(64, 64), torch.randn(64, 2) @ torch.randn(2, 64)
-    q = quantize_nf4(w)
-    error = (dequantize_nf4(q) - w).norm() / w.norm()
     model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    w, change = torch.randn(64, 64), torch.randn(64, 2) @ torch.randn(2, 64)
     model[0].weight.data = w
-    config = SimpleNamespace(r=2, lora_alpha=4, lora_dropout=0.0, use_rslora=False)
-    config.target_modules = "all-linear"
+    lora = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "use_rslora": False}
+    config = SimpleNamespace(target_modules="all-linear", **lora)
     (layer,) = add_qlora(quantize_model(model), config).values()
+    error = (layer.weight - w).norm() / w.norm()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for _ in range(300):
         x = torch.randn(64, 64)
@@ -373,4 +393,4 @@ if __name__ == "__main__":  # a 4-bit layer, and a LoRA that recovers a change o
         optimizer.step()
         optimizer.zero_grad()
     assert (layer.delta() - change).norm() < 0.01 * change.norm()
-    print(f"qlora.py: {q.bits():.2f} bits per weight, error {error:.1%}; LoRA recovered the change")
+    print(f"qlora.py: relative error of the weights {error:.1%}; LoRA recovered the change")
