@@ -32,7 +32,9 @@ def test_a_frozen_model_or_a_loss_that_is_not_finite_stops_the_run(gpt):
     batch["labels"] = batch["input_ids"]
     run = RunConfig(steps=1, learning_rate=1e-3, warmup=0, quiet=True)
     gpt.transformer.wpe.weight.data[0] = torch.nan
-    with pytest.raises(FloatingPointError, match="loss is nan at step 1; a lower learning rate"):
+    with pytest.raises(
+        FloatingPointError, match="loss is nan at step 1; try a lower learning rate"
+    ):
         train(gpt, [[batch]], run)
     with pytest.raises(ValueError, match="no trainable parameters: the whole model is frozen"):
         train(gpt.requires_grad_(False), [[batch]], run)

@@ -1,7 +1,7 @@
 """The training loop, for pretraining and for fine-tuning.
 
-A step is: batch, forward, loss, backward, clip, step. Around it hang, by a line each, several
-processes (parallel.py), checkpoints (checkpoint.py), AdaLoRA's ranks, logs and a progress bar.
+A step is: batch, forward, loss, backward, clip, step. The rest supports several processes
+(parallel.py), checkpoints (checkpoint.py), AdaLoRA, logs and a progress bar.
 """
 
 import math
@@ -50,23 +50,24 @@ def train(
     the mean loss over the whole batch. make_optimizer: called as make_optimizer(groups, lr=…,
     betas=…); AdamW by default. after_step: called with a dict: step, loss, learning_rate, seconds.
     Raises ValueError if no parameter is trainable, FloatingPointError if a loss is not finite,
-    KeyboardInterrupt after Ctrl-C, when the step is finished and its checkpoint written.
+    KeyboardInterrupt after Ctrl-C, once the step is finished (and a checkpoint, if any, is written).
     """
-    parallel.reshard(model)
+    parallel.reshard(model)  # of a sharded model, each process holds and trains its shards
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("no trainable parameters: the whole model is frozen")
     optimizer = (make_optimizer or torch.optim.AdamW)(
         parameter_groups(parameters, run), lr=run.learning_rate, betas=(0.9, run.beta2)
     )
-    initial = [p.detach().clone() for p in parameters] if run.decay_to == "start" else None
+    initial = [p.detach().clone() for p in parameters] if run.decay_to == "start" else []
     losses: list[float] = []
     seconds: list[float] = []
-    done = 0  # steps that an earlier run, now resumed, has done
+    done = 0  # steps done by the run that is resumed here
     if checkpoint is not None:
         checkpoint.lists |= {"losses": losses, "seconds": seconds}  # saved, and filled by `load`
         done = checkpoint.load(model, optimizer)
-    replicas, device = parallel.Replicas(model), parameters[0].device
+    replicas, n_processes = parallel.Replicas(model), parallel.world_size()
+    device = parameters[0].device
     hidden = {"disable": True} if run.quiet or parallel.rank() != 0 else {}
     ahead = islice(batches, done, run.steps)
     bar = tqdm(ahead, title, run.steps, initial=done, mininterval=0.5, **hidden)
@@ -80,8 +81,9 @@ def train(
                 with replicas.sync_gradients_if(micro_batch is micro_batches[-1]):
                     with autocast(device):
                         micro_loss = replicas(**micro_batch).loss  # forward
-                    (micro_loss * (weight * parallel.world_size())).backward()  # DDP averages
+                    (micro_loss * (weight * n_processes)).backward()  # DDP divides by it again
                 loss += without_penalty(micro_loss, model) * weight
+            losses.append(check_finite(parallel.all_reduce_sum(loss, device), step))
             nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)
             decay_to_start(parameters, initial, rate * run.weight_decay)
             optimizer.step()
@@ -90,13 +92,7 @@ def train(
             gradient_bytes = sum(p.grad.nbytes for p in parameters if p.grad is not None)
             optimizer.zero_grad()
 
-            losses.append(parallel.all_reduce_sum(loss, device))
             seconds.append(time.perf_counter() - began)
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(
-                    f"the loss is {losses[-1]} at step {step}; a lower learning rate than "
-                    f"{run.learning_rate:g} may help"
-                )
             bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{rate:.1e}", refresh=False)
             row = {"step": step, "loss": losses[-1], "learning_rate": rate, "seconds": seconds[-1]}
             after_step(row)
@@ -128,6 +124,12 @@ def weights(micro_batches: list[dict[str, Tensor]]) -> list[float]:
     return [count / total for count in counts]
 
 
+def check_finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} at step {step}; try a lower learning rate")
+    return loss
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -145,10 +147,11 @@ def parameter_groups(parameters: list[nn.Parameter], run: RunConfig) -> list[dic
 
 
 @torch.no_grad()
-def decay_to_start(parameters: list[nn.Parameter], initial: list[Tensor] | None, amount: float):
-    """Decoupled weight decay towards the initial weights: θ ← θ - ηλ (θ - θ₀)."""
-    for p, start in zip(parameters, initial or [], strict=initial is not None):
-        p.lerp_(start, amount)
+def decay_to_start(parameters: list[nn.Parameter], initial: list[Tensor], amount: float) -> None:
+    """Decoupled weight decay towards the initial weights, if there are any: θ ← θ - ηλ (θ - θ₀)."""
+    if initial:
+        for p, start in zip(parameters, initial, strict=True):
+            p.lerp_(start, amount)
 
 
 def without_penalty(loss: Tensor, model: nn.Module) -> float:

@@ -16,7 +16,7 @@ Trainable parameters: r (in + out), summed over the adapted layers.
 
 Difference from the paper: A is initialized as in Hugging Face peft (Kaiming uniform), not from a
 Gaussian. Differences from peft: a layer holds one adapter; `merge` keeps W and stores W' next to
-it, so unmerging is exact; `target_modules` must be given.
+it, which costs memory, but makes unmerging exact; `target_modules` must be given.
 
 >>> layers = add_lora(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
 >>> # train the parameters that require a gradient, then:
@@ -62,7 +62,7 @@ class LoraLinear(nn.Module):
     """A frozen linear layer plus a trainable low-rank update, equation (1).
 
     base_layer: `nn.Linear`, or transformers' `Conv1D`, which stores W transposed. Maps x (…, in) to
-    y (…, out). While merged, `forward` raises RuntimeError in training mode.
+    y (…, out). While merged, training mode (with gradients) raises RuntimeError.
     """
 
     def __init__(self, base_layer: nn.Module, config: LoraConfig):
@@ -71,7 +71,9 @@ class LoraLinear(nn.Module):
         self.base_layer, self.r = base_layer, config.r
         self.out_features, self.in_features = w.shape
         root = math.sqrt(config.r)
-        self.scaling = config.lora_alpha / (root if config.use_rslora else config.r)  # (1), (2): s
+        self.scaling = config.lora_alpha / (
+            root if config.use_rslora else config.r
+        )  # s, (1) or (2)
         self.lora_dropout = nn.Dropout(config.lora_dropout)
         self.lora_A = nn.Linear(self.in_features, self.r, bias=False)
         self.lora_B = nn.Linear(self.r, self.out_features, bias=False)
@@ -88,9 +90,7 @@ class LoraLinear(nn.Module):
             return F.linear(x, self.merged_weight, self.base_layer.bias)
         y = self.base_layer(x)  # (…, out)
         x = self.lora_dropout(x.to(self.lora_A.weight.dtype))  # (…, in)
-        return (y + self.lora_B(self.scaling * self.lora_A(x))).to(
-            y.dtype
-        )  # (1): W x + b + s B A x
+        return (y + self.lora_B(self.scaling * self.lora_A(x))).to(y.dtype)  # (1)
 
     weight = property(lambda self: self.base_layer.weight)  # for code that reads the layer's weight
     bias = property(lambda self: self.base_layer.bias)
@@ -106,7 +106,7 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Store W'; from now on `forward` uses it. W does not change."""
+        """Compute W' and store it; from now on `forward` uses it. W, A and B do not change."""
         self.merged_weight = self.merged().contiguous()
 
     def unmerge(self) -> None:
@@ -115,7 +115,7 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merge_into_base(self) -> nn.Module:
-        """Overwrite W with W' and return the base layer, which then replaces this one."""
+        """Overwrite W with W' for good. Return the base layer, to be used in place of this one."""
         matrix(self.base_layer).copy_(self.merged())
         return self.base_layer
 
@@ -123,7 +123,8 @@ class LoraLinear(nn.Module):
 def add_lora(model: nn.Module, config: LoraConfig) -> dict[str, LoraLinear]:
     """Freeze the model and replace each target with a LoraLinear. Return the new layers by name.
 
-    Raises ValueError if no linear layer matches `config.target_modules`.
+    Raises ValueError if no linear layer matches `config.target_modules`, for a model that already
+    has an adapter, and for trainable_token_indices.
     """
     if config.trainable_token_indices is not None:
         raise ValueError("add_lora does not support trainable_token_indices: use get_peft_model")
