@@ -1,8 +1,9 @@
 """`PeftModel`: add adapters to a model, and train, switch, merge and save them.
 
-An adapter is what a method adds to a model (adapters.py). The *active* adapter is the one that was
-chosen. It is *attached*, which means that it changes what the model computes, except inside
-`disable_adapter()`. With no adapter attached, the model computes exactly what the base computes.
+An adapter is what a method adds to a model (adapters.py). A model can have several, and one of them
+is active. Normally the active adapter is attached: its layers are in the model and change what it
+computes. Inside `disable_adapter()` none is attached, and the model computes exactly what the base
+computes.
 Adapters are saved in Hugging Face peft's format (saving.py). Several LoRAs can be combined into one
 (combine.py).
 """
@@ -10,6 +11,7 @@ Adapters are saved in Hugging Face peft's format (saving.py). Several LoRAs can 
 import copy
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +27,10 @@ from minipeft.saving import PeftConfig, read_adapter, write_adapter
 
 
 class _Forward:
-    """`PeftModel.forward`, with two signatures for transformers' Trainer.
+    """`PeftModel.forward`, for transformers' Trainer, which reads its signature in two places.
 
-    On a model, the signature is that of the base's `forward`: the Trainer passes on the columns it
-    names. On the class, it is that of `_forward`: the Trainer looks there for `labels`.
+    On a model, the signature must be that of the base's `forward`, because the Trainer drops every
+    column of the data that it does not name. On the class, it must have a parameter `labels`.
     """
 
     def __get__(self, model: "PeftModel | None", owner: type) -> Callable:
@@ -68,8 +70,7 @@ class PeftModel(nn.Module):
         """The base model's `forward`, with the attached adapter.
 
         Prompt methods drop the logits of the virtual tokens and return (loss, logits). In training
-        mode, AdaLoRA's penalty is added to the loss. `labels` has a name of its own because the
-        Trainer looks for it in the signature.
+        mode, AdaLoRA's penalty is added to the loss.
         """
         if labels is not None:
             kwargs["labels"] = labels
@@ -169,7 +170,10 @@ class PeftModel(nn.Module):
         return self._attached.penalty()
 
     def update_and_allocate(self, step: int) -> None:
-        """Move ranks, after optimizer step `step` (from 1) and before the gradients are cleared."""
+        """Let AdaLoRA prune; other methods do nothing.
+
+        Call it after every optimizer step, before the gradients are cleared; steps count from 1.
+        """
         self._active.update_and_allocate(step)
 
     def ranks(self) -> dict[str, int]:
@@ -233,7 +237,7 @@ class PeftModel(nn.Module):
         """Write every adapter as peft does: "default" into the folder, others into subfolders.
 
         Raises RuntimeError for an AdaLoRA in the middle of its schedule, which the format cannot
-        hold: save its `state_dict()` instead.
+        hold: save `model.state_dict()` instead.
         """
         base_name = getattr(self.base_model, "name_or_path", None)
         tensors = {name: adapter.tensors() for name, adapter in self.adapters.items()}
@@ -268,17 +272,12 @@ class PeftModel(nn.Module):
         Raises ValueError, before anything changes, for missing, unexpected or misshapen tensors.
         It is always strict; `strict` and `assign` are only there because nn.Module has them.
         """
-        states = {
-            name: {
-                k.removeprefix(f"{name}."): t
-                for k, t in state_dict.items()
-                if k.startswith(f"{name}.")
-            }
-            for name in self.adapters
-        }
-        unknown = set(state_dict) - {f"{name}.{k}" for name in states for k in states[name]}
-        if unknown:
-            raise ValueError(f"{min(unknown)} belongs to no adapter of this model")
+        states = {name: {} for name in self.adapters}
+        for key, tensor in state_dict.items():
+            name, _, rest = key.partition(".")  # adapter names have no dots
+            if name not in states:
+                raise ValueError(f"{key} belongs to no adapter of this model")
+            states[name][rest] = tensor
         for name, adapter in self.adapters.items():
             adapter.check_state(states[name])
         for name, adapter in self.adapters.items():
@@ -329,6 +328,8 @@ class PeftModel(nn.Module):
     def _check_new(self, adapter_name: str) -> None:
         if adapter_name in self.adapters:
             raise ValueError(f"there already is an adapter {adapter_name!r}")
+        if not re.fullmatch(r"[\w -]+", adapter_name):  # it names a folder and prefixes keys
+            raise ValueError(f"adapter_name must be letters, digits, _ and -, got {adapter_name!r}")
 
     def _add(self, adapter_name: str, adapter: Adapter) -> None:
         self.adapters[adapter_name] = adapter
@@ -391,7 +392,7 @@ def _require_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> Tenso
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; shared ones count once, a quantized layer as in x out."""
+    """(trainable, all) parameters. A shared parameter counts once, a 4-bit weight as out · in."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     quantized = sum(q.in_features * q.out_features for q in quantized_layers(model).values())
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes) + quantized

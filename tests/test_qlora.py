@@ -211,7 +211,9 @@ def trained(gpt, ids) -> PeftModel:
 
 
 def test_add_qlora_needs_a_quantized_model_and_says_how_to_get_one(gpt):
-    with pytest.raises(ValueError, match="matches no 4-bit layer: call quantize_model"):
+    with pytest.raises(
+        ValueError, match=r"matches no 4-bit layer: check the names, and call quantize_model"
+    ):
         add_qlora(gpt, LoraConfig(target_modules=["c_attn"]))
     assert all(p.requires_grad for p in gpt.parameters())
 

@@ -50,7 +50,7 @@ def train(
     the mean loss over the whole batch. make_optimizer: called as make_optimizer(groups, lr=…,
     betas=…); AdamW by default. after_step: called with a dict: step, loss, learning_rate, seconds.
     Raises ValueError if no parameter is trainable, FloatingPointError if a loss is not finite,
-    KeyboardInterrupt after Ctrl-C, once the step is finished (and a checkpoint, if any, is written).
+    KeyboardInterrupt after Ctrl-C, once the step is finished and the checkpoint (if any) written.
     """
     parallel.reshard(model)  # of a sharded model, each process holds and trains its shards
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -114,13 +114,11 @@ def train(
 
 def weights(micro_batches: list[dict[str, Tensor]]) -> list[float]:
     """Each micro-batch's share of the labelled tokens in the step, over all processes."""
-    labels = [
-        batch["labels"][:, 1:] for batch in micro_batches
-    ]  # shifted: token 0 is not predicted
+    labels = [batch["labels"][:, 1:] for batch in micro_batches]  # the first token has no label
     counts = [int((wanted != -100).sum()) for wanted in labels]
+    if not all(counts):
+        raise ValueError("a micro-batch has no labelled tokens: all its labels are -100")
     total = parallel.all_reduce_sum(sum(counts), labels[0].device)
-    if not total:
-        raise ValueError("a batch has no labelled tokens: all its labels are -100")
     return [count / total for count in counts]
 
 

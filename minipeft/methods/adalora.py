@@ -5,7 +5,8 @@ B diag(E) A, and starts with more rank than it will keep. Column i of B, entry i
 are a triplet. During training, the least important triplets of all layers together are pruned:
 their entry of E is set to zero. A penalty keeps the columns of B and the rows of A orthogonal, so
 that triplets do not overlap and can be pruned one by one. A triplet's score comes from smoothed
-|weight x gradient|, times how much that fluctuates; the size of E alone does not count.
+|weight x gradient|, times how much it fluctuates from batch to batch; a triplet with a large E can
+be pruned. Pruning is final only at the end: until then, a pruned triplet may grow back.
 
 Paper: Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
 arXiv 2303.10512. The paper's P, Λ, Q are B, diag(E), A here and in peft.
@@ -18,12 +19,13 @@ Shapes: A (r, in), E (r, 1), B (out, r), x (…, in), y (…, out); E ∘ A scal
     score of triplet i = (Ī Ū)(E_i) + mean (Ī Ū)(row i of A) + mean (Ī Ū)(column i of B)   (4)
     budget(t) = target + (initial - target) (1 - (t - tinit) / (T - tfinal - tinit))³  (5)  eq. 12
 
-T is total_step. Budgets count the triplets of all layers: initial = init_r · layers, target =
-target_r · layers. Until tinit nothing is pruned; after T - tfinal the ranks are fixed.
+1 in (2) is the identity matrix. T is total_step. Budgets count the triplets of all layers:
+initial = init_r · layers, target = target_r · layers. Until tinit nothing is pruned; after
+T - tfinal the ranks are fixed.
 Trainable parameters: init_r (in + out + 1), summed over the adapted layers.
 
 Differences from the paper, shared with peft: the scale in (1) stays when ranks shrink; the norms in
-(2) are not squared, and averaged; (3) includes the penalty's gradient, and runs after the
+(2) are averaged and not squared; (3) includes the penalty's gradient, and runs after the
 optimizer step, so w is new and its gradient old; the numerator in (5) is t - tinit.
 """
 
@@ -44,7 +46,7 @@ class AdaLoraConfig:
     init_r: int = 12  # rank of every matrix at the start
     tinit: int = 0  # steps before the budget starts to fall
     tfinal: int = 0  # steps at the end during which the ranks are fixed
-    deltaT: int = 1  # steps between two prunings
+    deltaT: int = 1  # prune every deltaT steps
     beta1: float = 0.85  # β₁, smoothing of the importance
     beta2: float = 0.85  # β₂, smoothing of its uncertainty
     orth_reg_weight: float = 0.5  # γ, weight of the penalty
@@ -98,10 +100,10 @@ class SVDLinear(nn.Module):
         self.lora_alpha, self.divisor = config.lora_alpha, config.init_r + 1e-5
         self.lora_dropout = nn.Dropout(config.lora_dropout)
         dtype = torch.promote_types(w.dtype, torch.float32)  # at least float32
-        where = {"device": w.device, "dtype": dtype}
-        self.lora_A = nn.Parameter(0.02 * torch.randn(r, self.in_features, **where))
-        self.lora_E = nn.Parameter(torch.zeros(r, 1, **where))  # so the update starts at zero
-        self.lora_B = nn.Parameter(0.02 * torch.randn(self.out_features, r, **where))
+        options = {"device": w.device, "dtype": dtype}
+        self.lora_A = nn.Parameter(0.02 * torch.randn(r, self.in_features, **options))
+        self.lora_E = nn.Parameter(torch.zeros(r, 1, **options))  # so the update starts at zero
+        self.lora_B = nn.Parameter(0.02 * torch.randn(self.out_features, r, **options))
         self.register_buffer("merged_weight", None, persistent=False)  # W' while merged; not saved
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,14 +172,15 @@ class RankAllocator:
         Call it after the optimizer step and before the gradients are cleared; steps count from 1.
         Raises RuntimeError if gradients are needed and there are none.
         """
-        c, last = self.config, self.config.total_step - self.config.tfinal  # last pruning
+        c = self.config
+        last = c.total_step - c.tfinal  # step of the last pruning, which uses the scores it finds
         self.step = step
         if step < last or not self.importance:
             self.update_importance()
         prunes = step == last or (c.tinit < step < last and step % c.deltaT == 0)
         if prunes:
             self.prune(self.budget(step))
-        if prunes or step > last:  # between prunings, a pruned triplet may grow back, as in peft
+        if prunes or step > last:  # not in between, where a pruned triplet may grow back
             self.reapply_mask()
 
     def budget(self, step: int) -> int:
@@ -219,7 +222,10 @@ class RankAllocator:
 
     @torch.no_grad()
     def prune(self, budget: int) -> None:
-        """Choose the triplets to keep: over all layers, the `budget` with the highest scores."""
+        """Choose the triplets to keep: over all layers, the `budget` with the highest scores.
+
+        Ties at the threshold are pruned too.
+        """
         scores, n_pruned = self.scores(), self.initial - budget
         if n_pruned > 0:
             everything = torch.cat(list(scores.values()))
@@ -243,7 +249,8 @@ class RankAllocator:
 def add_adalora(model: nn.Module, config: AdaLoraConfig) -> dict[str, SVDLinear]:
     """Freeze the model and replace each target with an SVDLinear. Return the new layers by name.
 
-    Raises ValueError if no linear layer matches `config.target_modules`.
+    Raises ValueError if no linear layer matches `config.target_modules`, and for a model that
+    already has an adapter.
     """
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("the model already has an adapter: remove it before adding another")
@@ -278,7 +285,7 @@ def matrix(layer: nn.Module) -> Tensor:
     return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
 
 
-if __name__ == "__main__":  # the goal differs in its second layer, by rank 3: who keeps more rank?
+if __name__ == "__main__":  # the goal differs only in its second layer, by a matrix of rank 3
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20))
     goal = copy.deepcopy(model).requires_grad_(False)

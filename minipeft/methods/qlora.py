@@ -1,21 +1,22 @@
 """QLoRA: store the frozen base in four bits, and train a LoRA on top of it.
 
-The base gets no updates, so four bits per weight are enough. (1) Weights are quantized in blocks of
-64. A block stores one scale, its largest absolute value (absmax); a weight stores a 4-bit code, the
-index of the nearest of 16 levels. The NF4 levels are quantiles of the normal distribution, because
-weights are roughly normal, scaled to [-1, 1], plus an exact zero. (2) Double quantization stores
-the scales in 8 bits. Each layer dequantizes its weight in the forward pass and again in the
-backward pass, and never keeps it. (3) The paged optimizer is in paged_adamw.py.
+The base gets no updates, so four bits per weight are enough. Weights are quantized in blocks of 64.
+A block stores one scale, its largest absolute value (absmax); a weight stores a 4-bit code, the
+index of the nearest of 16 levels. The levels of NF4 are quantiles of the normal distribution,
+because weights are roughly normal, scaled to [-1, 1], plus an exact zero. Double quantization
+stores the scales in 8 bits. Each layer dequantizes its weight in the forward pass and again in the
+backward pass, and never keeps it. The paper's paged optimizer is in paged_adamw.py.
 
 Paper: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314.
 
-    levels = {Φ⁻¹(p) at 8 p in (0.5, 0.9677], -Φ⁻¹(p) at 7, and 0} / the largest             (1)
-    code_i = nearest level to w_i / absmax,    w_i ≈ absmax · levels[code_i]        (2)
-    absmax ≈ offset + absmax₂ · map[code₈],    offset: mean absmax                  (3)
-    y = W₄ x + b + s B A x,                    s = α / r                            (4)
+    levels = {Φ⁻¹(p) at 8 points, -Φ⁻¹(p) at 7 points, and 0} / Φ⁻¹(0.9677)        (1)
+    code_i = nearest level to w_i / absmax,    w_i ≈ absmax · levels[code_i]       (2)
+    absmax ≈ offset + absmax₂ · map[code₈],    offset: mean absmax                 (3)
+    y = W₄ x + b + s B A x,                    s = α / r                           (4)
 
-Φ⁻¹ is the normal quantile function; its points are evenly spaced. absmax₂ is the absmax of a block
-of 256 scales; map has 256 fixed values. W₄ is the dequantized W.
+Φ⁻¹ is the normal quantile function. The points p are evenly spaced from 0.9677 down to 0.5, which
+is left out. absmax₂ is the absmax of a block of 256 scales; map has 256 fixed values (see
+`dynamic_map`). W₄ is the dequantized W.
 Shapes: W (out, in), A (r, in), B (out, r); n = out · in weights have codes (n / 2,), two per byte,
 the first weight in the high 4 bits, and scales (n / 64,). Trainable parameters: r · (in + out).
 Bits per weight: 4 + 8/64 + 32/(64 · 256) = 4.127; without double quantization 4 + 32/64 = 4.5.
@@ -41,9 +42,9 @@ from torch import Tensor, nn
 def nf4_levels() -> Tensor:
     """The levels of NF4 in ascending order: 7 negative, 0, 8 positive; (16,) float32."""
     quantile = NormalDist().inv_cdf  # Φ⁻¹
-    largest = 0.9677083  # 1 - (1/32 + 1/30) / 2, as in bitsandbytes, whose bits float32 keeps
-    p_positive = torch.linspace(largest, 0.5, 9, dtype=torch.float32)[:-1].tolist()  # without 0.5
-    p_negative = torch.linspace(largest, 0.5, 8, dtype=torch.float32)[:-1].tolist()
+    p_max = 0.9677083  # 1 - (1/32 + 1/30) / 2, rounded as in bitsandbytes to get the same bits
+    p_positive = torch.linspace(p_max, 0.5, 9, dtype=torch.float32)[:-1].tolist()  # without 0.5
+    p_negative = torch.linspace(p_max, 0.5, 8, dtype=torch.float32)[:-1].tolist()
     levels = [-quantile(p) for p in p_negative] + [0.0] + [quantile(p) for p in p_positive[::-1]]
     return torch.tensor(levels, dtype=torch.float32) / quantile(p_positive[0])  # (1)
 
@@ -100,9 +101,9 @@ def quantize_nf4(weight: Tensor, blocksize: int = 64, double_quant: bool = True)
     packed = []
     scales = []
     blocks = in_blocks(weight.reshape(-1), blocksize)
-    for chunk in blocks.split(chunk_size(blocks.device, blocksize)):  # for the cache
+    for chunk in blocks.split(chunk_size(blocks.device, blocksize)):  # in the CPU's cache
         absmax = chunk.float().abs().amax(dim=1)  # (blocks of this chunk,)
-        x = (chunk * (1 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)  # no 0 / 0 in zeros
+        x = (chunk * (1 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)  # zeros: absmax 0
         code, above = torch.zeros_like(x), torch.empty_like(x)
         for midpoint in NF4_MIDPOINTS:  # (2): count the midpoints below x; faster than bucketize
             code += torch.gt(x, midpoint, out=above)
@@ -181,8 +182,8 @@ class QuantizedLinear(nn.Module):
         self.bias = base_layer.bias
 
     def _apply(self, fn, recurse: bool = True):
-        """`.to()`, `.half()` and so on call this. Casts skip integers, so the scales are passed as
-        bytes: their device changes, their dtype does not."""
+        """`.to()`, `.half()` and so on call this with a function `fn` for every tensor. Casts skip
+        integers, so `fn` sees the scales as bytes: it changes their device but not their dtype."""
         floats = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point()}
         super()._apply(fn, recurse)
         for name, b in floats.items():
@@ -203,7 +204,7 @@ class QuantizedLinear(nn.Module):
 class Linear4bit(QuantizedLinear):
     """A frozen linear layer in NF4: x (…, in) -> y (…, out), computed in compute_dtype or x's.
 
-    base_layer: `nn.Linear` or transformers' `Conv1D`. The state dict holds codes and scales only.
+    base_layer: `nn.Linear` or transformers' `Conv1D`. The state dict holds codes, scales and bias.
     """
 
     def __init__(self, base_layer: nn.Module, blocksize=64, double_quant=True, compute_dtype=None):
@@ -283,7 +284,7 @@ class QLoraLinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The merged weight W' = W₄ + s B A, (out, in), in float32: not quantized again."""
-        return self.weight.float() + self.delta()
+        return dequantize_nf4(self.base_layer.quantized, torch.float32) + self.delta()
 
     def merge(self) -> None:
         """Store W' in float32; from now on `forward` uses it. The codes do not change."""
@@ -294,7 +295,7 @@ class QLoraLinear(nn.Module):
         self.merged_weight = None
 
     def merge_into_base(self) -> nn.Linear:
-        """Return a plain float32 `nn.Linear` with W', which then replaces this layer."""
+        """Return a new float32 `nn.Linear` with W', to be used in place of this layer."""
         return self.base_layer.plain(self.merged())
 
     @torch.no_grad()
@@ -303,17 +304,18 @@ class QLoraLinear(nn.Module):
 
         Above 1, storing W' in 4 bits would lose more than was learned.
         """
-        merged = self.merged()
-        again = dequantize_nf4(quantize_nf4(merged, self.base_layer.form["blocksize"]))
+        merged, q = self.merged(), self.base_layer.quantized
+        again = dequantize_nf4(quantize_nf4(merged, q.blocksize, q.offset is not None))
         return ((again - merged).norm() / self.delta().norm()).item()
 
 
 def quantize_model(model: nn.Module, bits: int = 4, **options) -> nn.Module:
     """Replace every linear layer except the output head with a quantized one. Return the model.
 
-    In place and not reversible. Embeddings and norms keep their dtype. bits is 4 or 8; for 4, the
-    options are those of `Linear4bit`. Raises ValueError, before anything changes, for other bits,
-    weights that are not finite, and a model with an adapter.
+    In place and not reversible. Embeddings and norms keep their dtype. A model declares its head
+    with `get_output_embeddings`; without it, all linear layers are quantized. bits is 4 or 8; for
+    4, the options are those of `Linear4bit`. Raises ValueError, before anything changes, for other
+    bits, weights that are not finite, and a model with an adapter.
     """
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits!r}")
@@ -344,7 +346,10 @@ def add_qlora(model: nn.Module, config) -> dict[str, QLoraLinear]:
         if isinstance(layer, Linear4bit) and is_target(name, config.target_modules)
     }
     if not layers:
-        raise ValueError("target_modules matches no 4-bit layer: call quantize_model(model) first")
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches no 4-bit layer: check the names, "
+            "and call quantize_model(model) first"
+        )
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))
