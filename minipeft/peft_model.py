@@ -1,9 +1,8 @@
 """`PeftModel`: add adapters to a model, and train, switch, merge and save them.
 
-An adapter is what a method adds to a model (adapters.py). A model can have several, and one of them
-is active. Normally the active adapter is attached: its layers are in the model and change what it
-computes. Inside `disable_adapter()` none is attached, and the model computes exactly what the base
-computes.
+An adapter is what a method adds to a model (adapters.py). A model can have several, and computes
+with the active one. That one is attached: its layers are in the model, in place of the base's.
+Inside `disable_adapter()` it is detached, and the model computes exactly what the base computes.
 Adapters are saved in Hugging Face peft's format (saving.py). Several LoRAs can be combined into one
 (combine.py).
 """
@@ -19,24 +18,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters import NO_ADAPTER, Adapter, make_adapter
+from minipeft.adapters import Adapter, make_adapter
 from minipeft.combine import weighted_adapter
-from minipeft.methods.adalora import RankAllocator
 from minipeft.methods.qlora import quantized_layers
 from minipeft.saving import PeftConfig, read_adapter, write_adapter
 
 
-class _Forward:
-    """`PeftModel.forward`, for transformers' Trainer, which reads its signature in two places.
+class signature_of_base:
+    """Decorates `PeftModel.forward`, so that a model's `forward` has the base's signature.
 
-    On a model, the signature must be that of the base's `forward`, because the Trainer drops every
-    column of the data that it does not name. On the class, it must have a parameter `labels`.
+    transformers' Trainer reads it: it drops every column of the data that is not named there. The
+    Trainer also looks for `labels` in the signature on the class, which stays as it is written.
     """
+
+    def __init__(self, forward: Callable):
+        self.forward = forward
 
     def __get__(self, model: "PeftModel | None", owner: type) -> Callable:
         if model is None:
-            return owner._forward
-        run = functools.partial(owner._forward, model)
+            return self.forward
+        run = functools.partial(self.forward, model)
         run.__signature__ = inspect.signature(model.base_model.forward)
         return run
 
@@ -55,10 +56,9 @@ class PeftModel(nn.Module):
         if isinstance(model, PeftModel):
             raise ValueError("this model is already a PeftModel: use its add_adapter")
         self.base_model = model
-        self.prompt_encoder: nn.Module | None = None  # the encoder of an attached prompt method
         self.adapters: dict[str, Adapter] = {}  # a plain dict: PyTorch sees only what is attached
         self.active_adapter: str | None = None
-        self._attached: Adapter = NO_ADAPTER
+        self.prompt_encoder: nn.Module | None = None  # the encoder of an attached prompt method
         self._disable_depth = 0  # how many `with disable_adapter()` blocks are open
         self.train(model.training)
         if peft_config is not None:
@@ -66,7 +66,8 @@ class PeftModel(nn.Module):
 
     # --- running ---
 
-    def _forward(self, *args, labels: Tensor | None = None, **kwargs):
+    @signature_of_base
+    def forward(self, *args, labels: Tensor | None = None, **kwargs):
         """The base model's `forward`, with the attached adapter.
 
         Prompt methods drop the logits of the virtual tokens and return (loss, logits). In training
@@ -83,8 +84,6 @@ class PeftModel(nn.Module):
         out["loss"] = out.loss + penalty  # transformers' ModelOutput
         return out
 
-    forward = _Forward()
-
     def generate(self, *args, **kwargs) -> Tensor:
         """The base's own `generate`, with the attached adapter."""
         return self._attached.generate(self.base_model, *args, **kwargs)
@@ -95,8 +94,7 @@ class PeftModel(nn.Module):
         """Create an adapter. If none is active, it becomes active; otherwise call `set_adapter`."""
         self._check_new(adapter_name)
         with self.disable_adapter():  # methods wrap the plain layers of the base
-            adapter = make_adapter(self.base_model, copy.copy(peft_config))
-        self._add(adapter_name, adapter)
+            self._add(adapter_name, make_adapter(self.base_model, copy.copy(peft_config)))
 
     def load_adapter(
         self, model_id: str | Path, adapter_name: str, is_trainable: bool = False
@@ -109,8 +107,7 @@ class PeftModel(nn.Module):
         """
         self._check_new(adapter_name)
         with self.disable_adapter():
-            adapter = read_adapter(self.base_model, Path(model_id), is_trainable)
-        self._add(adapter_name, adapter)
+            self._add(adapter_name, read_adapter(self.base_model, Path(model_id), is_trainable))
 
     def add_weighted_adapter(
         self,
@@ -129,18 +126,17 @@ class PeftModel(nn.Module):
         self._check_new(adapter_name)
         loras = [self._named(name) for name in adapters]
         with self.disable_adapter():
-            combined = weighted_adapter(self.base_model, loras, weights, combination_type, svd_rank)
-        self._add(adapter_name, combined)
+            summed = weighted_adapter(self.base_model, loras, weights, combination_type, svd_rank)
+            self._add(adapter_name, summed)
 
     def set_adapter(self, adapter_name: str) -> None:
         """Make an adapter active. Inside `disable_adapter()` it is attached when the block ends.
 
         The trainable parameters change, so make a new optimizer afterwards.
         """
-        adapter = self._named(adapter_name)
-        self.active_adapter = adapter_name
-        if not self._disable_depth:
-            self._switch_to(adapter)
+        self._named(adapter_name)  # raises if there is none
+        with self.disable_adapter():  # at its end, the active adapter is attached
+            self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If it was active, the first remaining one becomes active."""
@@ -153,15 +149,22 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside the `with` block the model computes exactly what the base computes."""
+        """Inside the `with` block the model computes exactly what the base computes.
+
+        When the outermost block ends, the adapter that is active by then is attached.
+        """
+        self._attached.detach(self.base_model)
+        self.prompt_encoder = None
         self._disable_depth += 1
-        self._switch_to(NO_ADAPTER)
         try:
             yield
         finally:
             self._disable_depth -= 1
-            if not self._disable_depth and self.active_adapter is not None:
-                self._switch_to(self._active)
+            adapter = self._attached  # still none inside another block
+            adapter.attach(self.base_model)
+            self.prompt_encoder = adapter.encoder
+            for module in adapter.modules():
+                module.train(self.training)
 
     # --- AdaLoRA ---
 
@@ -179,11 +182,6 @@ class PeftModel(nn.Module):
     def ranks(self) -> dict[str, int]:
         """The rank that AdaLoRA has left each layer; empty for other methods."""
         return self._active.ranks()
-
-    @property
-    def allocator(self) -> RankAllocator | None:
-        """AdaLoRA's allocator; None for other methods, and for ranks that were read from a file."""
-        return self._active.allocator
 
     # --- merging ---
 
@@ -210,13 +208,13 @@ class PeftModel(nn.Module):
         for name, layer in quantized_layers(model).items():  # dequantize the remaining layers
             model.set_submodule(name, layer.plain())
         if inplace:
-            self.adapters, self.active_adapter, self._attached = {}, None, NO_ADAPTER
+            self.adapters, self.active_adapter = {}, None
         return model
 
     def unload(self) -> nn.Module:
         """Detach and delete all adapters, and return the base model."""
-        self._switch_to(NO_ADAPTER)
-        self.adapters, self.active_adapter = {}, None
+        with self.disable_adapter():
+            self.adapters, self.active_adapter = {}, None
         return self.base_model
 
     # --- counting and saving ---
@@ -301,11 +299,7 @@ class PeftModel(nn.Module):
     @property
     def is_active(self) -> bool:
         """Whether an adapter is attached."""
-        return type(self._attached) is not Adapter  # a copied model has its own null adapter
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.base_model.parameters()).device
+        return self.active_adapter is not None and not self._disable_depth
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -318,6 +312,11 @@ class PeftModel(nn.Module):
         if self.active_adapter is None:
             raise RuntimeError("there is no adapter: none was added, or it was merged or unloaded")
         return self.adapters[self.active_adapter]
+
+    @property
+    def _attached(self) -> Adapter:
+        """The active adapter; the null adapter if it is disabled or there is none."""
+        return self._active if self.is_active else Adapter()
 
     def _named(self, adapter_name: str) -> Adapter:
         if adapter_name not in self.adapters:
@@ -332,18 +331,11 @@ class PeftModel(nn.Module):
             raise ValueError(f"adapter_name must be letters, digits, _ and -, got {adapter_name!r}")
 
     def _add(self, adapter_name: str, adapter: Adapter) -> None:
+        """Called while no adapter is attached."""
         self.adapters[adapter_name] = adapter
         if self.active_adapter is None:
             self.base_model.requires_grad_(False)
-            self.set_adapter(adapter_name)
-
-    def _switch_to(self, adapter: Adapter) -> None:
-        """Detach the attached adapter and attach another, or NO_ADAPTER."""
-        self._attached.detach(self.base_model)
-        adapter.attach(self.base_model)
-        self._attached, self.prompt_encoder = adapter, adapter.encoder
-        for module in adapter.modules():
-            module.train(self.training)
+            self.active_adapter = adapter_name
 
     def _layers_to_merge(self) -> dict[str, nn.Module]:
         self._active.check_mergeable()
@@ -353,8 +345,9 @@ class PeftModel(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True):
         """Apply `.to()`, `.half()` and so on to the detached adapters as well."""
+        attached = self._attached
         for adapter in self.adapters.values():
-            if recurse and adapter is not self._attached:
+            if recurse and adapter is not attached:
                 for module in adapter.modules():
                     module._apply(fn)
         return super()._apply(fn, recurse)
@@ -382,13 +375,10 @@ def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing
         if p.is_floating_point():
             p.data = p.data.float()
     if use_gradient_checkpointing:
-        model.get_input_embeddings().register_forward_hook(_require_gradient)
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         model.gradient_checkpointing_enable()
     return model
-
-
-def _require_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    return output.requires_grad_()
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
