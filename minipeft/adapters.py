@@ -9,7 +9,6 @@ extra inputs. QLoRA has no entry of its own: it is LoRA on 4-bit layers. The bas
 import inspect
 import math
 from collections.abc import Mapping
-from itertools import product
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -36,9 +35,9 @@ class Adapter:
     layers: Mapping[str, nn.Module] = MappingProxyType({})  # weight methods only, by layer name
     allocator: RankAllocator | None = None  # AdaLoRA only, while its ranks can still move
 
-    def modules(self) -> list[nn.Module]:
-        """The modules that follow the model's `.to()`, `.train()` and `.eval()`."""
-        return [self.encoder] if self.encoder is not None else list(self.layers.values())
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The adapter's own modules by name: its layers, or its encoder."""
+        return self.layers if self.encoder is None else {"prompt_encoder": self.encoder}
 
     def attach(self, model: nn.Module) -> None:
         """Replace the layers of the base that this adapter adapts."""
@@ -68,18 +67,14 @@ class Adapter:
         """The rank of each layer, for methods that change ranks (AdaLoRA)."""
         return {}
 
-    def check_finished(self) -> None:
-        """Raises RuntimeError if the adapter is in the middle of its schedule (AdaLoRA)."""
-
     def check_mergeable(self) -> None:
         """Raises ValueError if the method cannot be merged, RuntimeError if it cannot yet."""
 
     def parameters(self) -> dict[str, Tensor]:
         """The adapter's own tensors by name, as Parameters; nothing of the base."""
-        named = self.layers if self.encoder is None else {"prompt_encoder": self.encoder}
         return {
             f"{name}.{key}": tensor
-            for name, module in named.items()
+            for name, module in self.modules().items()
             for key, tensor in module.state_dict(keep_vars=True).items()
             if not key.startswith("base_layer.")
         }
@@ -125,7 +120,6 @@ class WeightAdapter(Adapter):
         return METHODS[kind].module(base_layer, self.config)
 
     def check_mergeable(self) -> None:
-        self.check_finished()
         if self.config.peft_type == "BOTTLENECK":
             raise ValueError("cannot merge BOTTLENECK: a bottleneck is not linear")
 
@@ -174,7 +168,7 @@ class AdaLoraAdapter(WeightAdapter):
         kept = self.allocator.kept.items()
         self.config.rank_pattern = {f"{n}.lora_E": mask.tolist() for n, mask in kept} or None
 
-    def check_finished(self) -> None:
+    def check_mergeable(self) -> None:
         """Raises RuntimeError for trained layers whose ranks are still above the target."""
         c, allocator, total = self.config, self.allocator, sum(self.ranks().values())
         trained = any(layer.lora_E.any() for layer in self.layers.values())  # E starts at 0
@@ -191,7 +185,7 @@ class AdaLoraAdapter(WeightAdapter):
 
     def tensors(self) -> dict[str, Tensor]:
         """The triplets that were kept: rows of A and E, columns of B."""
-        self.check_finished()
+        self.check_mergeable()  # a file cannot hold the middle of a schedule either
         found = super().tensors()
         for name, kept in (self.allocator.kept if self.allocator else {}).items():
             start = f"base_model.model.{name}.lora_"
@@ -199,50 +193,38 @@ class AdaLoraAdapter(WeightAdapter):
             found[f"{start}B"] = found[f"{start}B"][:, kept]
         return found
 
-    def statistics(self) -> dict[str, Tensor]:
-        """The allocator's state: step, importance, uncertainty and masks; empty before step 1."""
-        allocator = self.allocator
-        if allocator is None or allocator.step is None:
-            return {}
-        found = {"allocator.step": torch.tensor(allocator.step)}
-        for kind in ("importance", "uncertainty"):
-            for (name, letter), tensor in getattr(allocator, kind).items():
-                found[f"allocator.{kind}.{name}.{letter}"] = tensor
-        return found | {f"allocator.kept.{name}": mask for name, mask in allocator.kept.items()}
+    def allocator_tensors(self, allocator: RankAllocator) -> dict[str, Tensor]:
+        """An allocator's state by name: its own tensors, and initial ones where it has none yet."""
+        found = {"allocator.step": torch.tensor(allocator.step or 0)}
+        for name, layer in self.layers.items():
+            all_kept = torch.ones_like(layer.lora_E[:, 0], dtype=torch.bool)  # (r,)
+            found[f"allocator.kept.{name}"] = allocator.kept.setdefault(name, all_kept)
+            for letter in "AEB":
+                zeros = torch.zeros_like(getattr(layer, f"lora_{letter}"))
+                for kind in ("importance", "uncertainty"):
+                    smoothed = getattr(allocator, kind).setdefault((name, letter), zeros.clone())
+                    found[f"allocator.{kind}.{name}.{letter}"] = smoothed
+        return found
 
     def state(self) -> dict[str, Tensor]:
-        return self.parameters() | self.statistics()
+        if self.allocator is None or self.allocator.step is None:
+            return self.parameters()
+        return self.parameters() | self.allocator_tensors(self.allocator)
 
     def check_state(self, state: dict[str, Tensor]) -> None:
-        found = {key: t.shape for key, t in state.items() if key.startswith("allocator.")}
-        super().check_state({key: t for key, t in state.items() if key not in found})
-        wanted = {"allocator.step": ()} if found else {}
-        for name, layer in self.layers.items() if found else ():
-            for letter, kind in product("AEB", ("importance", "uncertainty")):
-                shape = getattr(layer, f"lora_{letter}").shape
-                wanted[f"allocator.{kind}.{name}.{letter}"] = shape
-            if any(key.startswith("allocator.kept.") for key in found):
-                wanted[f"allocator.kept.{name}"] = layer.lora_E.shape[:1]
-        wrong = sorted({key for key, _ in found.items() ^ wanted.items()})
-        if wrong or (found and self.allocator is None):
-            raise ValueError(f"the allocator does not match this model: {', '.join(wrong[:3])}")
+        wanted = self.parameters()
+        if self.allocator is not None and any(key.startswith("allocator.") for key in state):
+            wanted |= self.allocator_tensors(RankAllocator(self.layers, self.config))
+        check_match(state, wanted)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        super().load_state({k: t for k, t in state.items() if not k.startswith("allocator.")})
+        super().load_state(state)
         if self.allocator is None:
             return
         self.allocator = RankAllocator(self.layers, self.config)
-        device = next(iter(self.layers.values())).lora_E.device
-        for key, tensor in state.items():
-            start, _, rest = key.partition(".")
-            kind, _, name = rest.partition(".")
-            if start == "allocator" and kind == "step":
-                self.allocator.step = int(tensor)
-            elif start == "allocator" and kind == "kept":
-                self.allocator.kept[name] = tensor.to(device, copy=True)
-            elif start == "allocator":
-                layer, _, letter = name.rpartition(".")
-                getattr(self.allocator, kind)[layer, letter] = tensor.to(device, copy=True)
+        if "allocator.step" in state:  # without it, the state is from before step 1
+            copy_tensors(state, self.allocator_tensors(self.allocator))
+            self.allocator.step = int(state["allocator.step"])
         self.write_rank_pattern()
 
 
@@ -261,19 +243,14 @@ class PromptAdapter(Adapter):
             config.encoder_hidden_size = config.encoder_hidden_size or config.token_dim
 
     def run(self, model: nn.Module, *args, **kwargs):
-        signature = inspect.signature(model.forward)
-        inputs = signature.bind_partial(*args, **kwargs).arguments  # positional ones by name too
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                inputs |= inputs.pop(name, {})
+        positional = inspect.signature(model.forward).bind_partial(*args).arguments  # by name
+        inputs = dict(**positional, **kwargs)
         for name in ("past_key_values", "use_cache"):
             if inputs.pop(name, None):
                 raise ValueError(f"{name} cannot be used with a prompt method: call generate()")
-        names = (
-            "is_activation_checkpointing",
-            "is_gradient_checkpointing",
-        )  # transformers', by age
-        checkpointing = any(getattr(model, name, False) for name in names)
+        # The names in transformers, the older one last:
+        names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+        checkpointing = next((getattr(model, n) for n in names if hasattr(model, n)), False)
         if self.config.peft_type == "PREFIX_TUNING" and model.training and checkpointing:
             raise RuntimeError(
                 "this model drops its cache, and the prefix with it, during gradient "
@@ -325,14 +302,16 @@ def check_prompt_model(model: nn.Module, config) -> None:
 
 
 def check_match(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-    """Raises ValueError if names or shapes differ, or if a source is not floating-point."""
+    """Raises ValueError if names or shapes differ, or if numbers are not of the same kind."""
     wrong = [f"{key} is missing" for key in target if key not in source]
-    wrong += [f"{key} has no place in this model" for key in source if key not in target]
-    wrong += [
-        f"{key} is {tuple(t.shape)} of {t.dtype}, not {tuple(target[key].shape)} floats"
-        for key, t in source.items()
-        if key in target and not (t.shape == target[key].shape and t.is_floating_point())
-    ]
+    for key, tensor in source.items():
+        if key not in target:
+            wrong.append(f"{key} has no place in this model")
+            continue
+        found, wanted = (f"{tuple(t.shape)} of {t.dtype}" for t in (tensor, target[key]))
+        same_kind = tensor.is_floating_point() == target[key].is_floating_point()
+        if tensor.shape != target[key].shape or not same_kind:
+            wrong.append(f"{key} is {found}, not {wanted}")
     if wrong:
         raise ValueError(
             f"adapter does not match this model: {'; '.join(wrong[:3])} ({len(wrong)} in all)"
@@ -360,7 +339,6 @@ METHODS = {  # by peft_type
     "P_TUNING": Method(PromptEncoderConfig, PromptAdapter, PromptEncoder),
     "PREFIX_TUNING": Method(PrefixTuningConfig, PromptAdapter, PrefixEncoder),
 }
-NO_ADAPTER = Adapter()
 
 
 def make_adapter(model: nn.Module, config) -> Adapter:

@@ -15,7 +15,7 @@ The result has a scaling of 1. (peft scales it by √r if the first LoRA has `us
 """
 
 import math
-import re
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -85,14 +85,13 @@ def weighted_adapter(
     if combination_type == "linear" and len(set(ranks)) > 1:
         raise ValueError(f"linear needs LoRAs of equal rank, got {ranks}: use svd or cat")
     r = {"svd": svd_rank or max(ranks), "linear": ranks[0], "cat": sum(ranks)}[combination_type]
-    targets = [config.target_modules for config in configs]
-    if any(isinstance(target, str) for target in targets):  # all their names, as one regex
-        joined = "|".join(dict.fromkeys(re.escape(n) for a in adapters for n in a.layers))
-    else:
-        joined = sorted({name for target in targets for name in target})
-    config = type(configs[0])(
-        r=r, lora_alpha=r, target_modules=joined, task_type=configs[0].task_type,
-        lora_dropout=configs[0].lora_dropout, inference_mode=True,
+    names = set()
+    for adapter in adapters:  # instead of a regex, the full names of what it matched
+        listed = adapter.config.target_modules
+        names |= set(adapter.layers if isinstance(listed, str) else listed)
+    config = replace(
+        configs[0], r=r, lora_alpha=r, use_rslora=False, target_modules=sorted(names),
+        inference_mode=True,
     )  # fmt: skip
     summed = make_adapter(model, config)
     with torch.no_grad():

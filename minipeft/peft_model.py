@@ -163,7 +163,7 @@ class PeftModel(nn.Module):
             adapter = self._attached  # still none inside another block
             adapter.attach(self.base_model)
             self.prompt_encoder = adapter.encoder
-            for module in adapter.modules():
+            for module in adapter.modules().values():
                 module.train(self.training)
 
     # --- AdaLoRA ---
@@ -348,7 +348,7 @@ class PeftModel(nn.Module):
         attached = self._attached
         for adapter in self.adapters.values():
             if recurse and adapter is not attached:
-                for module in adapter.modules():
+                for module in adapter.modules().values():
                     module._apply(fn)
         return super()._apply(fn, recurse)
 

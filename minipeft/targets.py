@@ -27,12 +27,12 @@ def find_targets(
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
     if any(hasattr(m, "base_layer") for m in modules.values()):
         raise ValueError("the model already has an adapter: remove it before adding another")
-    fitting = [n for n, m in modules.items() if (is_linear(m) if part == "weight" else has_bias(m))]
+    fits = is_linear if part == "weight" else has_bias
+    fitting = [n for n, m in modules.items() if fits(m)]
     if target_modules == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        hits = {
-            "all-linear": [n for n in fitting if is_linear(modules[n]) and modules[n] is not head]
-        }
+        linear = [n for n in fitting if is_linear(modules[n]) and modules[n] is not head]
+        hits = {"all-linear": linear}
     elif target_modules is None and part == "bias":
         hits = {"None": fitting}
     elif isinstance(target_modules, str):
@@ -46,13 +46,15 @@ def find_targets(
         if not names:
             raise ValueError(f"target_modules: {entry!r} matches no module; {what}: {known}")
     users = Counter(id(p) for m in modules.values() for p in m.parameters(recurse=False))
+    on_fast_path = {
+        inner for m in model.modules() if isinstance(m, FAST_PATH) for inner in m.modules()
+    }
     found = {n: m for n, m in modules.items() if any(n in names for names in hits.values())}
     for name, layer in found.items():
         if name not in fitting:
             kind = type(layer).__name__
             raise ValueError(f"target {name} is a {kind}; this method adapts {what}: {known}")
-        parents = [model] + [modules[name[:i]] for i, c in enumerate(name) if c == "."]
-        if any(isinstance(parent, FAST_PATH) for parent in parents):
+        if layer in on_fast_path:
             raise ValueError(f"target {name}: PyTorch reads its {part} itself and skips an adapter")
         if users[id(layer._parameters.get(part))] > 1:
             raise ValueError(f"target {name} shares its {part} with another module: untie it first")
