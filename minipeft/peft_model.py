@@ -49,9 +49,7 @@ class PeftModel(nn.Module):
     base's weights, except `merge_and_unload(inplace=True)`.
     """
 
-    def __init__(
-        self, model: nn.Module, peft_config: PeftConfig | None = None, adapter_name="default"
-    ):
+    def __init__(self, model: nn.Module):
         super().__init__()
         if isinstance(model, PeftModel):
             raise ValueError("this model is already a PeftModel: use its add_adapter")
@@ -61,8 +59,6 @@ class PeftModel(nn.Module):
         self.prompt_encoder: nn.Module | None = None  # the encoder of an attached prompt method
         self._disable_depth = 0  # how many `with disable_adapter()` blocks are open
         self.train(model.training)
-        if peft_config is not None:
-            self.add_adapter(adapter_name, peft_config)
 
     # --- running ---
 
@@ -361,7 +357,9 @@ def get_peft_model(
     >>> config = LoraConfig(target_modules=["c_attn"])
     >>> model = get_peft_model(GPT.from_pretrained("data/base/1m"), config)
     """
-    return PeftModel(model, peft_config, adapter_name)
+    peft_model = PeftModel(model)
+    peft_model.add_adapter(adapter_name, peft_config)
+    return peft_model
 
 
 def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing: bool = True):

@@ -61,21 +61,20 @@ class PeftConfig(abc.ABC):
         if not isinstance(peft_type, str) or peft_type not in METHODS:
             known = ", ".join(METHODS)
             raise ValueError(f"{file}: peft_type must be one of {known}, got {peft_type!r}")
-        kinds = {
-            field.name: field.type for field in fields(METHODS[peft_type].config) if field.init
-        }
-        other = {k: v for k, v in found.items() if k not in kinds and k != "peft_type"}
-        for key, value in other.items():
-            known = key in FREE_KEYS or value == DEFAULTS.get(key)
-            if not known and (key in DEFAULTS or value):
-                raise ValueError(f"{file}: {key}={value!r} is not implemented here")
-        own = {key: value for key, value in found.items() if key in kinds}
+        new_config = METHODS[peft_type].config
+        kinds = {field.name: field.type for field in fields(new_config) if field.init}
+        own = {key: found.pop(key) for key in kinds if key in found}
         for key, value in own.items():
             if not has_type(value, kinds[key]):
                 wanted = getattr(kinds[key], "__name__", kinds[key])
                 raise ValueError(f"{file}: {key} must be of type {wanted}, got {value!r}")
+        other = {key: value for key, value in found.items() if key != "peft_type"}
+        for key, value in other.items():
+            is_default = value == DEFAULTS[key] if key in DEFAULTS else not value
+            if not is_default and key not in FREE_KEYS:
+                raise ValueError(f"{file}: {key}={value!r} is not implemented here")
         try:
-            config = METHODS[peft_type].config(**own)
+            config = new_config(**own)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         config.other_keys = other  # written back by save_pretrained
@@ -103,8 +102,6 @@ def read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter:
 
     Raises ValueError, naming the file, for what is damaged or does not match the model.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
     config, file = PeftConfig.from_pretrained(folder), folder / WEIGHTS
     if not file.is_file():
         raise ValueError(f"{file} is missing (a pickled adapter_model.bin is never read)")

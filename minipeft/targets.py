@@ -46,15 +46,13 @@ def find_targets(
         if not names:
             raise ValueError(f"target_modules: {entry!r} matches no module; {what}: {known}")
     users = Counter(id(p) for m in modules.values() for p in m.parameters(recurse=False))
-    on_fast_path = {
-        inner for m in model.modules() if isinstance(m, FAST_PATH) for inner in m.modules()
-    }
+    fast = {inner for m in model.modules() if isinstance(m, FAST_PATH) for inner in m.modules()}
     found = {n: m for n, m in modules.items() if any(n in names for names in hits.values())}
     for name, layer in found.items():
         if name not in fitting:
             kind = type(layer).__name__
             raise ValueError(f"target {name} is a {kind}; this method adapts {what}: {known}")
-        if layer in on_fast_path:
+        if layer in fast:
             raise ValueError(f"target {name}: PyTorch reads its {part} itself and skips an adapter")
         if users[id(layer._parameters.get(part))] > 1:
             raise ValueError(f"target {name} shares its {part} with another module: untie it first")
@@ -76,13 +74,15 @@ def list_targets(model: nn.Module) -> list[dict]:
     A name is the last two parts of a module's name. As an entry of `target_modules` it matches all
     layers of its row.
     """
-    rows: dict[tuple, dict] = {}
+    counts = Counter()
     for name, layer in find_targets(model, "all-linear").items():
         shape = layer.weight.shape
         n_in, n_out = shape if type(layer).__name__ == "Conv1D" else reversed(shape)
-        kind = ".".join(name.split(".")[-2:])
-        row = rows.setdefault((kind, n_in, n_out), {"name": kind, "count": 0, "in": n_in})
-        row |= {"out": n_out, "count": row["count"] + 1}
-        row["parameters"] = row["count"] * n_in * n_out
-        row["rank 1 adapters"] = row["count"] * (n_in + n_out)
-    return list(rows.values())
+        counts[".".join(name.split(".")[-2:]), n_in, n_out] += 1
+    return [
+        {
+            "name": name, "count": count, "in": n_in, "out": n_out,
+            "parameters": count * n_in * n_out, "rank 1 adapters": count * (n_in + n_out),
+        }
+        for (name, n_in, n_out), count in counts.items()
+    ]  # fmt: skip
