@@ -146,10 +146,9 @@ class AdaLoraAdapter(WeightAdapter):
             self.allocator = RankAllocator(self.layers, config)
 
     def new_layer(self, name: str, base_layer: nn.Module) -> nn.Module:
+        layer = super().new_layer(name, base_layer)
         kept = (self.config.rank_pattern or {}).get(f"{name}.lora_E")  # from a file
-        if kept is None or isinstance(base_layer, QuantizedLinear):
-            return super().new_layer(name, base_layer)
-        return SVDLinear(base_layer, self.config, sum(kept))
+        return layer if kept is None else SVDLinear(base_layer, self.config, sum(kept))
 
     def penalty(self) -> Tensor:
         return self.config.orth_reg_weight * orthogonality(self.layers)
@@ -165,8 +164,9 @@ class AdaLoraAdapter(WeightAdapter):
             self.write_rank_pattern()
 
     def write_rank_pattern(self) -> None:
-        kept = self.allocator.kept.items()
-        self.config.rank_pattern = {f"{n}.lora_E": mask.tolist() for n, mask in kept} or None
+        kept, pruned = self.allocator.kept, sum(self.ranks().values()) < self.allocator.initial
+        pattern = {f"{name}.lora_E": mask.tolist() for name, mask in kept.items()}
+        self.config.rank_pattern = pattern if pruned else None
 
     def check_mergeable(self) -> None:
         """Raises RuntimeError for trained layers whose ranks are still above the target."""

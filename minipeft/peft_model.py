@@ -241,11 +241,7 @@ class PeftModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | Path,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
+        cls, model: nn.Module, model_id: str | Path, adapter_name="default", is_trainable=False
     ) -> "PeftModel":
         """A model with the adapter from a folder; see `load_adapter`."""
         peft_model = cls(model)
