@@ -522,6 +522,14 @@ def test_a_state_dict_from_before_the_pruning_restores_the_full_ranks(gpt, ids, 
     assert pruned.state_dict().keys() == checkpoint["model"].keys()
 
 
+def test_a_checkpoint_before_the_pruning_sets_no_rank_pattern(gpt, ids):
+    model, _ = adalora_run(gpt, ids, 1, 1)
+    assert any("allocator.kept" in key for key in model.state_dict())
+    model(ids, labels=ids).loss.backward()
+    model.update_and_allocate(2)  # tinit: nothing is pruned
+    assert model.peft_config["default"].rank_pattern is None
+
+
 @pytest.mark.parametrize("damage", ["missing", "misshapen", "surplus", "no step"])
 def test_a_damaged_allocator_state_is_refused_before_anything_changes(gpt, ids, damage):
     _, checkpoint = adalora_run(copy.deepcopy(gpt), ids, 1, 5)
@@ -627,6 +635,7 @@ def test_forward_publishes_the_signature_of_the_base(gpt):
     assert inspect.signature(adapted(gpt).forward) == inspect.signature(gpt.forward)
     model = get_peft_model(OtherNames(), LoraConfig(r=1, target_modules=["layer"]))
     assert list(inspect.signature(model.forward).parameters) == ["idx", "targets"]
+    assert "labels" in inspect.signature(PeftModel.forward).parameters  # the Trainer looks here too
 
 
 def test_arguments_reach_the_base_as_they_were_passed():
