@@ -55,7 +55,9 @@ class BitFitLayer(nn.Module):
         if self.merged_bias is not None and self.training and torch.is_grad_enabled():
             raise RuntimeError("this layer is merged: call unmerge() to train, or model.eval()")
         bias = self.new_bias() if self.merged_bias is None else self.merged_bias
-        return with_bias(self.base_layer, bias)(x)  # (1)
+        layer = copy.copy(self.base_layer)  # shares everything else; the base is not touched
+        layer._parameters = layer._parameters | {"bias": bias}
+        return layer(x)  # (1)
 
     weight = property(lambda self: self.base_layer.weight)
     bias = property(lambda self: self.base_layer.bias)
@@ -80,13 +82,6 @@ class BitFitLayer(nn.Module):
         """Overwrite b with b' and return the base layer, which then replaces this one."""
         self.bias.copy_(self.new_bias())
         return self.base_layer
-
-
-def with_bias(layer: nn.Module, bias: Tensor) -> nn.Module:
-    """The same layer with another bias. It shares everything else; the layer is not touched."""
-    view = copy.copy(layer)
-    view._parameters = layer._parameters | {"bias": bias}
-    return view
 
 
 def add_bitfit(model: nn.Module, config: BitFitConfig) -> dict[str, BitFitLayer]:

@@ -39,10 +39,9 @@ class BottleneckConfig:
     peft_type: str = field(default="BOTTLENECK", init=False)
 
     def __post_init__(self):
-        if type(self.bottleneck_size) is not int or self.bottleneck_size < 1:
-            raise ValueError(
-                f"bottleneck_size must be a positive integer, got {self.bottleneck_size!r}"
-            )
+        r = self.bottleneck_size
+        if type(r) is not int or r < 1:
+            raise ValueError(f"bottleneck_size must be a positive integer, got {r!r}")
         if self.non_linearity not in ("gelu", "relu"):
             raise ValueError(f"non_linearity must be gelu or relu, got {self.non_linearity!r}")
 
@@ -77,30 +76,29 @@ def add_bottleneck(model: nn.Module, config: BottleneckConfig) -> dict[str, Bott
     """
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("the model already has an adapter: remove it before adding another")
-    targets = find_targets(model, config.target_modules)
-    if not targets:
+    layers = {
+        name: BottleneckLayer(layer, config)
+        for name, layer in model.named_modules()
+        if is_target(model, name, config.target_modules)
+    }
+    if not layers:
         raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer")
-    model.requires_grad_(False)  # before the new layers, which stay trainable, are made
-    layers = {name: BottleneckLayer(layer, config) for name, layer in targets.items()}
+    model.requires_grad_(False)  # the new layers, which stay trainable, are not in it yet
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))
     return layers
 
 
-def find_targets(model: nn.Module, targets: list[str] | str | None) -> dict[str, nn.Module]:
-    """The linear layers that `targets` selects, by name."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    }
-    if targets == "all-linear":  # all but the output head, if the model declares one
-        return {name: module for name, module in linear.items() if module is not head}
+def is_target(model: nn.Module, name: str, targets: list[str] | str | None) -> bool:
+    """Whether this module is a linear layer and `targets` selects it."""
+    layer = model.get_submodule(name)
+    if not isinstance(layer, nn.Linear) and type(layer).__name__ != "Conv1D":
+        return False
+    if targets == "all-linear":  # every linear layer except the output head
+        return layer is not getattr(model, "get_output_embeddings", lambda: None)()
     if isinstance(targets, str):
-        return {name: module for name, module in linear.items() if re.fullmatch(targets, name)}
-    ends = tuple(f".{ending}" for ending in targets or [])  # ".proj" does not match "q_proj"
-    return {name: module for name, module in linear.items() if f".{name}".endswith(ends)}
+        return re.fullmatch(targets, name) is not None
+    return any(f".{name}".endswith(f".{ending}") for ending in targets or [])
 
 
 def matrix(layer: nn.Module) -> Tensor:
@@ -114,8 +112,7 @@ if __name__ == "__main__":  # learn |x| on top of a frozen identity, which no bi
     nn.init.eye_(model[0].weight)
     nn.init.zeros_(model[0].bias)
     add_bottleneck(model, BottleneckConfig(["0"], bottleneck_size=8, non_linearity="relu"))
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trainable, lr=0.02)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(500):
         loss = F.mse_loss(model(x), x.abs())
         loss.backward()
@@ -123,7 +120,4 @@ if __name__ == "__main__":  # learn |x| on top of a frozen identity, which no bi
         optimizer.zero_grad()
     error, before = loss.item(), F.mse_loss(x, x.abs()).item()
     assert error < 0.05 * before
-    n = sum(p.numel() for p in trainable)
-    print(
-        f"bottleneck.py: {n} parameters turned x into |x|, error {before:.2f} before, {error:.4f}"
-    )
+    print(f"bottleneck.py: the adapter turned x into |x|, error {error:.4f}, {before:.2f} before")

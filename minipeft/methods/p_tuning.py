@@ -28,12 +28,14 @@ another method: keys and values in every layer, no network; see prefix_tuning.py
 >>> loss = encoder(model, input_ids, labels=labels).loss  # train encoder.parameters()
 """
 
+from collections import namedtuple
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Output = namedtuple("Output", ["loss", "logits"])  # loss: None without labels; logits: (b, t, v)
 
 
 @dataclass
@@ -51,21 +53,14 @@ class PromptEncoderConfig:
     peft_type: str = field(default="P_TUNING", init=False)
 
     def __post_init__(self):
-        for name in ("num_virtual_tokens", "encoder_num_layers", "encoder_hidden_size"):
-            n = getattr(self, name)
-            optional = name == "encoder_hidden_size" and n is None
-            if not optional and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-                raise ValueError(f"{name} must be a positive integer, got {n!r}")
-        if self.encoder_reparameterization_type not in ("MLP", "LSTM"):
-            kind = self.encoder_reparameterization_type
+        p, w = self.num_virtual_tokens, self.encoder_hidden_size
+        if type(p) is not int or p < 1:
+            raise ValueError(f"num_virtual_tokens must be a positive integer, got {p!r}")
+        if w is not None and w < 1:
+            raise ValueError(f"encoder_hidden_size must be a positive integer, got {w!r}")
+        kind = self.encoder_reparameterization_type
+        if kind not in ("MLP", "LSTM"):
             raise ValueError(f"encoder_reparameterization_type must be MLP or LSTM, got {kind!r}")
-
-
-class Output(NamedTuple):
-    """The loss, if there are labels, and the logits (b, t, v) of the real tokens."""
-
-    loss: Tensor | None
-    logits: Tensor
 
 
 class PromptEncoder(nn.Module):
@@ -95,9 +90,8 @@ class PromptEncoder(nn.Module):
 
         Other inputs are attention_mask, labels and position_ids, each (b, t).
         """
-        named, p = self.prepend(model, input_ids, **inputs), self.embedding.num_embeddings
-        out = model(**named)
-        return Output(out.loss, out.logits[:, p:])
+        out = model(**self.prepend(model, input_ids, **inputs))
+        return Output(out.loss, out.logits[:, self.embedding.num_embeddings :])
 
     def prompt(self) -> Tensor:
         """P, (p, d)."""
@@ -108,15 +102,10 @@ class PromptEncoder(nn.Module):
         return (h if self.mlp_head is None else self.mlp_head(h))[0]  # (1)
 
     def prepend(
-        self,
-        model: nn.Module,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **others,
-    ) -> dict[str, Tensor]:
+        self, model: nn.Module, input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None, labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None, position_ids: Tensor | None = None, **others,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """The model's inputs with P in front: every input becomes p positions longer."""
         x = model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         prompt = self.prompt().to(x.dtype).expand(len(x), -1, -1)  # (b, p, d)

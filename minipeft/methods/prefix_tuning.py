@@ -26,13 +26,15 @@ still take a share of the attention.
 >>> loss = prefix(model, input_ids, labels=labels).loss  # train prefix.parameters()
 """
 
+from collections import namedtuple
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Output = namedtuple("Output", ["loss", "logits"])  # loss: None without labels; logits: (b, t, v)
 
 
 @dataclass
@@ -51,20 +53,13 @@ class PrefixTuningConfig:
     peft_type: str = field(default="PREFIX_TUNING", init=False)
 
     def __post_init__(self):
-        for name in ("num_virtual_tokens", "encoder_hidden_size"):
-            n = getattr(self, name)
-            optional = name == "encoder_hidden_size" and n is None
-            if not optional and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-                raise ValueError(f"{name} must be a positive integer, got {n!r}")
+        p, w = self.num_virtual_tokens, self.encoder_hidden_size
+        if type(p) is not int or p < 1:
+            raise ValueError(f"num_virtual_tokens must be a positive integer, got {p!r}")
+        if w is not None and w < 1:
+            raise ValueError(f"encoder_hidden_size must be a positive integer, got {w!r}")
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"init_weights must be None or 'zero', got {self.init_weights!r}")
-
-
-class Output(NamedTuple):
-    """The loss, if there are labels, and the logits (b, t, v)."""
-
-    loss: Tensor | None
-    logits: Tensor
 
 
 class PrefixEncoder(nn.Module):
@@ -89,24 +84,18 @@ class PrefixEncoder(nn.Module):
         self.to(model.get_input_embeddings().weight.device)
 
     def forward(
-        self,
-        model: nn.Module,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **others,
-    ) -> Output:
+        self, model: nn.Module, input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None, **inputs,
+    ) -> Output:  # fmt: skip
         """Run a causal model with the prefix on input_ids (b, t) or inputs_embeds (b, t, d).
 
         attention_mask, position_ids and labels are (b, t), without the prefix.
         """
-        x = input_ids if inputs_embeds is None else inputs_embeds
-        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **others}
-        if position_ids is not None:
-            inputs["position_ids"] = position_ids + self.embedding.num_embeddings
-        inputs |= self.past(model, len(x), attention_mask)
-        out = model(**{name: value for name, value in inputs.items() if value is not None})
+        x = inputs["inputs_embeds"] if input_ids is None else input_ids
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"] + self.embedding.num_embeddings
+        past = self.past(model, len(x), attention_mask)
+        out = model(input_ids=input_ids, **inputs, **past)
         return Output(out.loss, out.logits)
 
     def prompt(self, b: int = 1) -> Tensor:
@@ -128,10 +117,10 @@ class PrefixEncoder(nn.Module):
             cache = self.cache_class()
             for i, (keys, values) in enumerate(pairs):
                 cache.update(keys, values, i)
-        if attention_mask is None:
-            return {"past_key_values": cache}
-        mask = F.pad(attention_mask, (kv.shape[3], 0), value=1)  # (b, p + t)
-        return {"past_key_values": cache, "attention_mask": mask}
+        past = {"past_key_values": cache}
+        if attention_mask is not None:
+            past["attention_mask"] = F.pad(attention_mask, (kv.shape[3], 0), value=1)  # (b, p + t)
+        return past
 
     @torch.no_grad()
     def generate(self, model: nn.Module, input_ids: Tensor, attention_mask=None, **options):
@@ -184,7 +173,6 @@ if __name__ == "__main__":  # steer one frozen attention layer towards token 3
         F.cross_entropy(prefix(model, ids).logits.mT, torch.full_like(ids, 3)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    plain, behind = model(ids).logits, prefix(model, ids).logits
-    before, after = ((x.argmax(-1) == 3).float().mean().item() for x in (plain, behind))
-    assert after > 0.9
-    print(f"prefix_tuning.py: token 3 wins {before:.0%} of places before, {after:.0%} after")
+    share = (prefix(model, ids).logits.argmax(-1) == 3).float().mean().item()
+    assert share > 0.9
+    print(f"prefix_tuning.py: with the prefix, token 3 wins {share:.0%} of the places")

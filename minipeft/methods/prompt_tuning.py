@@ -24,12 +24,14 @@ predicts the first real token where that has a label; positions are 0 … p + t 
 >>> prompt.generate(model, input_ids, max_new_tokens=20)
 """
 
+from collections import namedtuple
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Output = namedtuple("Output", ["loss", "logits"])  # loss: None without labels; logits: (b, t, v)
 
 
 @dataclass
@@ -48,19 +50,12 @@ class PromptTuningConfig:
 
     def __post_init__(self):
         p, init = self.num_virtual_tokens, self.prompt_tuning_init
-        if not isinstance(p, int) or isinstance(p, bool) or p < 1:
+        if type(p) is not int or p < 1:
             raise ValueError(f"num_virtual_tokens must be a positive integer, got {p!r}")
         if init not in ("RANDOM", "SAMPLE_VOCAB", "TEXT"):
             raise ValueError(f"prompt_tuning_init must be RANDOM, SAMPLE_VOCAB or TEXT, got {init}")
         if init == "TEXT" and not (self.prompt_tuning_init_text and self.tokenizer_name_or_path):
             raise ValueError("TEXT needs prompt_tuning_init_text and tokenizer_name_or_path")
-
-
-class Output(NamedTuple):
-    """The loss, if there are labels, and the logits (b, t, v) of the real tokens."""
-
-    loss: Tensor | None
-    logits: Tensor
 
 
 class PromptEmbedding(nn.Module):
@@ -88,15 +83,10 @@ class PromptEmbedding(nn.Module):
         return self.embedding.weight
 
     def prepend(
-        self,
-        model: nn.Module,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **others,
-    ) -> dict[str, Tensor]:
+        self, model: nn.Module, input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None, labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None, position_ids: Tensor | None = None, **others,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """The model's inputs with P in front: every input becomes p positions longer."""
         x = model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         prompt = self.prompt().to(x.dtype).expand(len(x), -1, -1)  # (b, p, d)

@@ -182,23 +182,20 @@ class QuantizedLinear(nn.Module):
         self.bias = base_layer.bias
 
     def _apply(self, fn, recurse: bool = True):
-        """`.to()`, `.half()` and so on call this with a function `fn` for every tensor. Casts skip
-        integers, so `fn` sees the scales as bytes: it changes their device but not their dtype."""
-        floats = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        """`.to()`, `.half()` and so on move the scales to another device, but do not cast them."""
+        scales = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point()}
         super()._apply(fn, recurse)
-        for name, b in floats.items():
-            self._buffers[name] = fn(b.reshape(-1).view(torch.uint8)).view(b.dtype).view(b.shape)
+        for name, tensor in scales.items():
+            self._buffers[name] = tensor.to(self.codes.device)
         return self
 
     def plain(self, weight: Tensor | None = None) -> nn.Linear:
-        """An `nn.Linear` with this weight (out, in), by default the dequantized one."""
-        weight = self.weight if weight is None else weight
-        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        if self.bias is not None:
-            bias = self.bias.detach().to(weight.dtype).clone()
-            layer.bias = nn.Parameter(bias, requires_grad=False)
-        return layer
+        """A frozen `nn.Linear` with this weight (out, in), by default the dequantized one."""
+        layer = nn.Linear(self.in_features, self.out_features, device="meta")
+        w = self.weight if weight is None else weight
+        layer.weight = nn.Parameter(w)
+        layer.bias = None if self.bias is None else nn.Parameter(self.bias.to(w.dtype, copy=True))
+        return layer.requires_grad_(False)
 
 
 class Linear4bit(QuantizedLinear):
