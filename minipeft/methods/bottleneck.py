@@ -51,9 +51,9 @@ class BottleneckLayer(nn.Module):
 
     def __init__(self, base_layer: nn.Module, config: BottleneckConfig):
         super().__init__()
-        w = matrix(base_layer)
-        self.base_layer, r = base_layer, config.bottleneck_size
-        self.out_features, self.in_features = w.shape
+        self.base_layer, w, r = base_layer, base_layer.weight, config.bottleneck_size
+        transposed = type(base_layer).__name__ == "Conv1D"  # transformers'; its weight is (in, out)
+        self.out_features, self.in_features = reversed(w.shape) if transposed else w.shape
         self.f = getattr(F, config.non_linearity)
         self.down, self.up = nn.Linear(self.out_features, r), nn.Linear(r, self.out_features)
         for layer in (self.down, self.up):  # at least float32: small steps need precision
@@ -99,11 +99,6 @@ def is_target(model: nn.Module, name: str, targets: list[str] | str | None) -> b
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(f".{name}".endswith(f".{ending}") for ending in targets or [])
-
-
-def matrix(layer: nn.Module) -> Tensor:
-    """The weight as (out, in); a view, not a copy. transformers' `Conv1D` stores (in, out)."""
-    return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
 
 
 if __name__ == "__main__":  # learn |x| on top of a frozen identity, which no bias or LoRA could
