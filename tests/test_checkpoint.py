@@ -166,16 +166,6 @@ def test_gradient_checkpointing_saves_memory_and_gives_the_same_losses(job):
     assert "seconds_lost" in fewer.gradient_checkpointing
 
 
-def test_tensorboard_gets_the_losses(job, tmp_path):
-    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
-    run = replace(RUN, steps=2, output=tmp_path / "out", log_dir=str(tmp_path / "log"))
-    finetune(*job, RECIPES["lora"], run)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "log")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2]
-
-
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     script = Path(__file__).with_name("killed.py")

@@ -21,7 +21,6 @@ from minipeft.lab.recipes import RECIPES, RunConfig
 SMALL = BASE.parent / "0.3m"
 WRITING = {
     "finetune": "finetune --method lora --output",
-    "tensorboard": "finetune --output out --log-dir",
     "compare": "compare --output",
     "sweep": "sweep --output",
     "pretrain": "pretrain --text README.md --output",
@@ -174,7 +173,6 @@ def test_a_base_that_does_not_exist_is_refused(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prompt", "Hi", "--top-k", "5"], "--top-k needs --temperature"),
         (["--prompt", ""], "the prompt is empty: pass at least one token"),
         (["--prompt", "Hi", "--device", "nonsense"], "device 'nonsense' cannot be used"),
     ],
@@ -229,7 +227,6 @@ JOB = "finetune --base 0.3m --train train.jsonl --validation valid.jsonl --outpu
             "--method prompt_tuning --size 251",
             "12 tokens of text and 251 virtual tokens exceed",
         ),
-        ("", "--examples 2", "--examples must be from 1 to 1, got 2"),
         ("", "--task describe", "give --task NAME, or --train FILE and --validation FILE"),
     ],
 )

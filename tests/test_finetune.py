@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
@@ -228,17 +227,6 @@ def test_held_out_windows_may_fill_the_context(small, task):
     assert record.forgetting["on"] > 0
 
 
-# --- logs ---
-
-
-def test_tensorboard_is_asked_for_if_it_is_missing(monkeypatch, small, task, tmp_path):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    run = replace(RUN, output=str(tmp_path / "out"), log_dir=str(tmp_path / "log"))
-    with pytest.raises(ValueError, match="--log-dir needs TensorBoard: pip install tensorboard"):
-        finetune(small, task, RECIPES["lora"], run)
-    assert not list(tmp_path.iterdir())
-
-
 # --- records ---
 
 
@@ -248,7 +236,6 @@ def test_a_record_survives_json_and_leaves_out_what_does_not_apply():
     assert "bits" not in found
     assert found["score"] == 0.0  # zero is a value
     assert Record.from_json(found) == record
-    assert Record.from_json(found | {"bleu": 0.5}) == record  # a field of the first edition
 
 
 def test_settings_and_the_split_are_recorded(small, task):

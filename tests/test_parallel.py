@@ -57,7 +57,7 @@ def test_unequal_shares_and_sharded_4bit_weights_are_refused(tmp_path):
 def test_a_single_process_needs_no_process_group(gpt):
     assert (parallel.world_size(), parallel.rank()) == (1, 0)
     assert parallel.share([1, 2, 3]) == [1, 2, 3]
-    assert parallel.all_reduce_sum(2.5, torch.device("cpu")) == 2.5
+    assert parallel.mean(2.5, torch.device("cpu")) == 2.5
     assert parallel.Replicas(gpt).run is gpt
     with pytest.raises(ValueError, match="--shard needs several processes"):
         parallel.shard(gpt, "lora")

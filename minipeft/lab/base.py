@@ -3,8 +3,10 @@
 import copy
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,10 +103,7 @@ def copy_tokenizer(base: str | Path, folder: str | Path) -> None:
     """Copy a base's tokenizer, and what transformers reads of it, to a model made from the base."""
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (file := Path(base) / name).is_file():
-            content = file.read_bytes()
-            write_file(
-                Path(folder) / name, lambda to, content=content: Path(to).write_bytes(content)
-            )
+            write_file(Path(folder) / name, partial(shutil.copyfile, file))
 
 
 def read_text(file: str | Path) -> list[str]:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from signal import SIGINT, Handlers, default_int_handler, getsignal, signal
+from signal import SIGINT, default_int_handler, getsignal, signal
+from threading import current_thread, main_thread
 
 import torch
 from safetensors import safe_open
@@ -78,26 +79,26 @@ class Checkpoint:
             partial.unlink()
         if not found:
             return 0
-        parts: dict[str, dict] = {"model": {}, "optimizer": {}, "random": {}}
+        of_model, of_optimizer = {}, {}
         for key, tensor in found.items():
             kind, name = key.split(".", 1)
-            parts[kind][name] = tensor
+            if kind == "model":
+                of_model[name] = tensor
+            elif kind == "optimizer":
+                i, name = name.split(".", 1)
+                of_optimizer.setdefault(int(i), {})[name] = tensor
         if isinstance(model, PeftModel):
-            model.load_state_dict(parts["model"])
+            model.load_state_dict(of_model)
         else:
             with torch.no_grad():
                 for name, tensor in trained(model).items():
-                    tensor.copy_(parts["model"][name])
-        packed = optimizer.state_dict() | {"state": {}}
-        for key, tensor in parts["optimizer"].items():
-            i, name = key.split(".", 1)
-            packed["state"].setdefault(int(i), {})[name] = tensor
-        optimizer.load_state_dict(packed)
+                    tensor.copy_(of_model[name])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": of_optimizer})
         for name, values in about["lists"].items():
             self.lists[name][:] = values
-        torch.set_rng_state(parts["random"]["cpu"])
-        if "cuda" in parts["random"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(parts["random"]["cuda"])
+        torch.set_rng_state(found["random.cpu"])
+        if "random.cuda" in found and torch.cuda.is_available():
+            torch.cuda.set_rng_state(found["random.cuda"])
         return about["step"]
 
 
@@ -120,14 +121,11 @@ def delayed_interrupt() -> Iterator[list]:
         interrupts.append(number)
         signal(SIGINT, default_int_handler)
 
-    before = getsignal(SIGINT)
-    try:
-        if before in (default_int_handler, Handlers.SIG_DFL):
-            signal(SIGINT, once)
-    except ValueError:  # not the main thread
-        pass
+    if current_thread() is not main_thread() or getsignal(SIGINT) is not default_int_handler:
+        yield interrupts
+        return
+    signal(SIGINT, once)
     try:
         yield interrupts
     finally:
-        if interrupts or getsignal(SIGINT) is once:
-            signal(SIGINT, before)
+        signal(SIGINT, default_int_handler)

@@ -4,31 +4,38 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 from minipeft import __version__
 from minipeft.lab import DATA
 from minipeft.lab.recipes import RECIPES, TARGETS, RunConfig, swept_methods
 
-ONE_RUN = {  # fields of RunConfig that are options of `finetune` only, and not of all jobs
+ONE_RUN = {  # fields of RunConfig that are options of `finetune`, but not of `compare` and `sweep`
     "learning_rate", "seed", "n_evaluations", "random_base", "shard", "output", "checkpoint_every",
-    "resume", "log_dir", "quiet", "lr_end", "beta2",
+    "resume", "quiet", "lr_end", "beta2",
 }  # fmt: skip
+
+
+def add_option(parser: argparse.ArgumentParser, flag: str, default, help: str, **more) -> None:
+    """Add an option with the type of its default, which the help text shows."""
+    if default is False:
+        parser.add_argument(flag, action="store_true", help=help)
+        return
+    if default is not None:
+        more = {"type": type(default)} | more
+        help += " (default: %(default)s)"
+    parser.add_argument(flag, default=default, help=help, **more)
 
 
 def add_fields(parser: argparse.ArgumentParser, names: set[str], **defaults) -> None:
     """Add an option for each of these fields of RunConfig."""
     for field in fields(RunConfig):
         if field.name in names:
-            flag, text = f"--{field.name.replace('_', '-')}", field.metadata["help"]
+            flag = f"--{field.name.replace('_', '-')}"
+            kind = next(k for k in (bool, int, float, str) if k.__name__ in str(field.type))
             default = defaults.get(field.name, field.default)
-            if field.type is bool:
-                parser.add_argument(flag, action="store_true", help=text)
-                continue
-            kind = next(k for k in (int, float, str) if k.__name__ in str(field.type))
-            shown = "" if default is None else " (default: %(default)s)"
-            parser.add_argument(flag, type=kind, default=default, help=text + shown)
+            add_option(parser, flag, default, field.metadata["help"], type=kind)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,92 +43,75 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"minipeft {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, help: str, *parents):
-        """A new command, and a function that adds options to it."""
-        made = commands.add_parser(name, parents=parents, help=help, description=help.capitalize())
-
-        def add(flag: str, default=None, help: str = "", **more) -> None:
-            kind = {} if default is None or "action" in more else {"type": type(default)}
-            shown = "" if default is None else " (default: %(default)s)"
-            made.add_argument(flag, default=default, help=help + shown, **kind | more)
-
-        return made, add
+    def add_command(name: str, help: str, *parents) -> argparse.ArgumentParser:
+        return commands.add_parser(name, parents=parents, help=help, description=help.capitalize())
 
     base = argparse.ArgumentParser(add_help=False)
-    base.add_argument("--base", default=str(DATA / "base" / "1m"), metavar="FOLDER",
-                      help="a GPT-2 folder (default: the shipped 1M base)")  # fmt: skip
-    coarse = argparse.ArgumentParser(add_help=False, parents=[base])
-    coarse.add_argument("--4bit", dest="four_bits", action="store_true",
-                        help="quantize the base first, as QLoRA does")  # fmt: skip
+    add_option(base, "--base", str(DATA / "base" / "1m"), "a GPT-2 folder", metavar="FOLDER")
+    any_base = argparse.ArgumentParser(add_help=False, parents=[base])
+    add_option(any_base, "--4bit", False, "quantize the base first, as QLoRA does")
     job = argparse.ArgumentParser(add_help=False, parents=[base])
-    job.add_argument("--task", help="a shipped task (default: describe)")
-    job.add_argument("--train", metavar="FILE", help="your own task: JSONL of prompt, completion")
-    job.add_argument("--validation", metavar="FILE", help="its validation examples")
-    job.add_argument("--test", metavar="FILE", help="its test examples; without this file, every "
-                     "second validation example is kept for the test")  # fmt: skip
-    job.add_argument("--examples", type=int, metavar="N", help="use the first N training examples")
+    add_option(job, "--task", None, "a shipped task; without it and --train, describe")
+    add_option(job, "--train", None, "your own task: JSONL of prompt, completion", metavar="FILE")
+    add_option(job, "--validation", None, "its validation examples", metavar="FILE")
+    add_option(job, "--test", None, "its test examples; without this file, every second validation "
+               "example is kept for the test", metavar="FILE")  # fmt: skip
     common = {field.name for field in fields(RunConfig)} - ONE_RUN
     add_fields(job, common, steps=int(os.environ.get("MINIPEFT_STEPS", 100)))
     trainable = [method for method in RECIPES if method != "frozen"]
 
-    _, add = command("compare", "methods against full fine-tuning", job)
-    add("--methods", ",".join(swept_methods()), "a list of methods")
-    add("--seeds", 1, "seeds per method")
-    add("--targets", None, "put adapters there, with equal numbers of parameters; a list from "
-        f"{', '.join(TARGETS)}", metavar="PLACES")  # fmt: skip
-    add("--full", None, "the README's run: 3M base, three seeds, all test examples",
-        action="store_true")  # fmt: skip
-    add("--output", "out/compare", "the folder to write")
+    command = add_command("compare", "methods against full fine-tuning", job)
+    add_option(command, "--methods", ",".join(swept_methods()), "a list of methods")
+    add_option(command, "--seeds", 1, "seeds per method")
+    add_option(command, "--targets", None, "put adapters there, with equal numbers of parameters; "
+               f"a list from {', '.join(TARGETS)}", metavar="PLACES")  # fmt: skip
+    add_option(command, "--full", False, "the README's run: 3M base, three seeds, the whole test")
+    add_option(command, "--output", "out/compare", "the folder to write")
 
-    made, add = command("finetune", "train one method and save the result", job)
-    add("--method", "lora", "the method", choices=trainable)
-    add("--size", None, "rank, width or virtual tokens", type=int)
-    add("--targets", None, "where a weight method's adapters go", choices=TARGETS)
-    add_fields(made, ONE_RUN)
+    command = add_command("finetune", "train one method and save the result", job)
+    add_option(command, "--method", "lora", "the method", choices=trainable)
+    add_option(command, "--size", None, "rank, width or virtual tokens", type=int)
+    add_option(command, "--targets", None, "where a weight method's adapters go", choices=TARGETS)
+    add_fields(command, ONE_RUN)
 
-    made, add = command("sweep", "learning rates and sizes of a method, on a grid", job)
-    add("--method", "lora", "the method", choices=trainable)
-    add("--learning-rates", "2.5e-3,5e-3,1e-2,2e-2,4e-2", "a list of learning rates")
-    add("--sizes", "", "ranks, widths or virtual tokens")
-    add("--seeds", 1, "seeds per point")
-    add("--output", "out/sweep", "the folder for sweep.png")
-    add(
-        "--results", None, "add the results to this file (default: sweep.json in the output folder)"
-    )
-    add_fields(made, {"random_base"})
+    command = add_command("sweep", "learning rates and sizes of a method, on a grid", job)
+    add_option(command, "--method", "lora", "the method", choices=trainable)
+    add_option(command, "--learning-rates", "2.5e-3,5e-3,1e-2,2e-2,4e-2", "a list")
+    add_option(command, "--sizes", None, "a list of ranks, widths or numbers of virtual tokens")
+    add_option(command, "--seeds", 1, "seeds per point")
+    add_option(command, "--output", "out/sweep", "the folder for sweep.png")
+    add_option(command, "--results", None, "add to this file; without it, OUTPUT/sweep.json")
+    add_fields(command, {"random_base"})
 
-    made, add = command("pretrain", "a small GPT and its tokenizer from a text file")
-    add("--text", None, "plain text; <|endoftext|> separates documents", required=True)
-    add("--output", None, "the folder to write", required=True)
-    for name, value in (("vocab-size", 2048), ("n-positions", 256), ("n-embd", 128)):
-        add(f"--{name}", value, "of the GPT")
-    add("--n-layer", 4, "of the GPT")
-    add("--n-head", 4, "of the GPT")
-    add_fields(made, {"steps", "seed", "device"}, steps=2000)
+    command = add_command("pretrain", "a small GPT and its tokenizer from a text file")
+    add_option(command, "--text", None, "documents with <|endoftext|> between them", required=True)
+    add_option(command, "--output", None, "the folder to write", required=True)
+    sizes = {"vocab-size": 2048, "n-positions": 256, "n-embd": 128, "n-layer": 4, "n-head": 4}
+    for name, size in sizes.items():
+        add_option(command, f"--{name}", size, "of the GPT")
+    add_fields(command, {"steps", "seed", "device"}, steps=2000)
 
-    made, add = command("generate", "continue a prompt", coarse)
-    add("--adapter", None, "an adapter to add to the base", metavar="FOLDER")
-    add("--prompt", None, "the text to continue", required=True)
-    add("--max-new-tokens", 60, "tokens to generate at most")
-    add("--temperature", None, "sample at this temperature (default: greedy)", type=float)
-    add("--top-k", None, "sample from the k most likely tokens", type=int)
-    add_fields(made, {"seed", "device"})
+    command = add_command("generate", "continue a prompt", any_base)
+    add_option(command, "--adapter", None, "an adapter to add to the base", metavar="FOLDER")
+    add_option(command, "--prompt", None, "the text to continue", required=True)
+    add_option(command, "--max-new-tokens", 60, "tokens to generate at most")
+    add_option(command, "--temperature", None, "sample; without it, greedy decoding", type=float)
+    add_fields(command, {"seed", "device"})
 
-    _, add = command("memory", "where the bytes go, by model shape and method")
-    add("--shapes", None, "a list of shapes (default: all)")
-    add("--methods", None, "a list from full, lora, qlora (default: all)")
-    add("--rank", 8, "of the adapters")
-    add("--batch-size", 1, "sequences")
-    add("--length", 256, "tokens per sequence")
-    add("--checkpointing", True, "keep only the blocks' inputs; our own bases keep everything",
-        action=argparse.BooleanOptionalAction)  # fmt: skip
-    add("--output", "out/memory", "the folder to write")
+    command = add_command("memory", "where the bytes go, by model shape and method")
+    add_option(command, "--shapes", None, "a list of shapes; without it, all")
+    add_option(command, "--methods", None, "a list from full, lora, qlora; without it, all")
+    add_option(command, "--rank", 8, "of the adapters")
+    add_option(command, "--batch-size", 1, "sequences")
+    add_option(command, "--length", 256, "tokens per sequence")
+    add_option(command, "--no-checkpointing", False, "keep all activations for the backward pass")
+    add_option(command, "--output", "out/memory", "the folder to write")
 
-    command("targets", "list the layers of a base that adapters can go on", base)
+    add_command("targets", "list the layers of a base that adapters can go on", base)
 
-    _, add = command("merge", "write a base with an adapter merged into it", coarse)
-    add("--adapter", None, "the adapter", metavar="FOLDER", required=True)
-    add("--output", None, "the folder to write", required=True)
+    command = add_command("merge", "write a base with an adapter merged into it", any_base)
+    add_option(command, "--adapter", None, "the adapter", metavar="FOLDER", required=True)
+    add_option(command, "--output", None, "the folder to write", required=True)
     return top
 
 
@@ -138,16 +128,10 @@ def open_job(args):
     opened = base.load_base(args.base)
     files = [args.train, args.validation, args.test]
     if not any(files):
-        task = tasks.load_task(opened, args.task or "describe")
-    elif args.task or not (args.train and args.validation):
+        return opened, tasks.load_task(opened, args.task or "describe")
+    if args.task or not (args.train and args.validation):
         raise ValueError("give --task NAME, or --train FILE and --validation FILE")
-    else:
-        task = tasks.load_files(opened, *files)
-    if args.examples is not None:
-        if not 0 < args.examples <= len(task.train):
-            raise ValueError(f"--examples must be from 1 to {len(task.train)}, got {args.examples}")
-        task = replace(task, train=task.train[: args.examples])
-    return opened, task
+    return opened, tasks.load_files(opened, *files)
 
 
 def compare(args) -> None:
@@ -193,15 +177,19 @@ def finetune(args) -> None:
 def sweep(args) -> None:
     from minipeft.lab import report, sweep
 
+    results = Path(args.results or Path(args.output) / "sweep.json")
+    check_folder(results.parent)
+    if results.is_dir():
+        raise ValueError(f"--results {results} is a folder: name a file")
     base, task = open_job(args)
     rates = [float(rate) for rate in args.learning_rates.split(",")]
-    sizes = [int(size) for size in args.sizes.split(",") if size]
+    sizes = [int(size) for size in args.sizes.split(",")] if args.sizes else []
     run, grid = run_config(args, output=None), sweep.Grid(rates, sizes, args.seeds)
     entries = sweep.sweep(base, task, RECIPES[args.method], run, grid)
     print(sweep.table(entries))
-    sweep.save(entries, args.results)
+    sweep.save(entries, results)
     report.save_figure(report.sweep_figure(entries), Path(args.output) / "sweep.png")
-    print(f"wrote {args.output}/sweep.png and {args.results}")
+    print(f"wrote {args.output}/sweep.png and {results}")
 
 
 def memory(args) -> None:
@@ -209,7 +197,7 @@ def memory(args) -> None:
 
     shapes = args.shapes.split(",") if args.shapes else list(memory.SHAPES)
     methods = args.methods.split(",") if args.methods else list(memory.METHODS)
-    settings = args.rank, args.batch_size, args.length, args.checkpointing
+    settings = args.rank, args.batch_size, args.length, not args.no_checkpointing
     found, measured = memory.of(shapes, methods, *settings)
     print(f"{memory.table(found)}\n")
     if measured:
@@ -251,7 +239,7 @@ def open_model(args, device: str | None):
 
     opened = base.load_base(args.base)
     model = opened.pretrained.to(train.pick_device(device))
-    model = quantize_model(model) if args.four_bits else model
+    model = quantize_model(model) if vars(args)["4bit"] else model
     return opened, PeftModel.from_pretrained(model, args.adapter) if args.adapter else model
 
 
@@ -260,12 +248,10 @@ def generate(args) -> None:
 
     base, model = open_model(args, args.device)
     ids = torch.tensor([base.tokenizer.encode(args.prompt).ids], device=model.device)
-    sampling = {"top_k": args.top_k, "max_new_tokens": args.max_new_tokens}
+    sampling = {"max_new_tokens": args.max_new_tokens}
     if args.temperature is not None:
-        generator = torch.Generator(model.device).manual_seed(args.seed)
-        sampling |= {"do_sample": True, "temperature": args.temperature, "generator": generator}
-    elif args.top_k is not None:
-        raise ValueError("--top-k needs --temperature: greedy decoding does not sample")
+        torch.manual_seed(args.seed)
+        sampling |= {"do_sample": True, "temperature": args.temperature}
     print(base.tokenizer.decode(model.generate(ids, **sampling)[0].tolist()))
 
 
@@ -278,26 +264,20 @@ def merge(args) -> None:
     print(f"wrote {args.output}")
 
 
-def check_outputs(args) -> None:
-    """Raises ValueError, before any work, if a command could not write its results."""
-    folders = [getattr(args, name, None) for name in ("output", "log_dir")]
-    if args.command == "sweep":
-        args.results = args.results or str(Path(args.output) / "sweep.json")
-        folders.append(Path(args.results).parent)
-        if Path(args.results).is_dir():
-            raise ValueError(f"--results {args.results} is a folder: name a file")
-    for folder in [Path(folder) for folder in folders if folder is not None]:
-        existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        if not existing.is_dir():
-            raise ValueError(f"cannot write to {folder}: {existing} is not a folder")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise ValueError(f"cannot write to {folder}: no permission to write to {existing}")
+def check_folder(folder: Path) -> None:
+    """Raises ValueError, before any work, if results could not be written to a folder."""
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise ValueError(f"cannot write to {folder}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write to {folder}: no permission to write to {existing}")
 
 
 def main() -> None:
     args = parser().parse_args()
     try:
-        check_outputs(args)
+        if getattr(args, "output", None) is not None:
+            check_folder(Path(args.output))
         globals()[args.command](args)
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -3,8 +3,9 @@
 import csv
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +26,12 @@ from minipeft.targets import find_targets
 # Fields of RunConfig that may differ between a stopped run and the run that resumes it.
 NOT_IDENTITY = {
     "n_generate", "n_evaluations", "gradient_checkpointing", "device", "output", "checkpoint_every",
-    "resume", "log_dir", "quiet",
+    "resume", "quiet",
 }  # fmt: skip
+LOGGED = (
+    "step", "loss", "learning_rate", "seconds",
+    "validation_loss", "validation_slot_loss", "validation_template_loss",
+)  # fmt: skip
 
 
 @dataclass
@@ -81,8 +86,7 @@ class Record:
 
     @classmethod
     def from_json(cls, found: dict) -> "Record":
-        known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in found.items() if name in known})
+        return cls(**found)
 
 
 def build_model(base: Base, recipe: Recipe, run: RunConfig) -> nn.Module:
@@ -113,8 +117,10 @@ def check_lengths(model: nn.Module, base: Base, task: Task) -> None:
     """Raises ValueError if text (examples and held-out windows) and virtual tokens exceed the
     context."""
     examples = [*task.train, *task.validation, *task.test]
-    longest = max(len(e.prompt_ids) + len(e.completion_ids) for e in examples)
-    longest = max(longest, 0 if base.held_out is None else base.held_out.shape[1])
+    lengths = [len(e.prompt_ids) + len(e.completion_ids) for e in examples]
+    if base.held_out is not None:
+        lengths.append(base.held_out.shape[1])
+    longest = max(lengths)
     virtual, limit = evaluate.virtual_tokens(model), model.config.n_positions
     if longest + virtual > limit:
         raise ValueError(
@@ -144,16 +150,20 @@ def finetune(base: Base, task: Task, recipe: Recipe, run: RunConfig) -> Record:
             print(f"{recipe.method}: learning rate {run.learning_rate:g}, {origin}")
         if task.split:
             print(f"{task.name}: {task.split}")
+    trainable, parameters = count_parameters(model)
     record = Record(
-        recipe.method, base.name, task.name, run.seed, run.steps, len(task.train), run.random_base,
-        recipe.size, recipe.targets, run.learning_rate, origin, run.weight_decay, run.decay_to,
-        task.split, *count_parameters(model), evaluate.weight_bytes(model), bits_per_weight(model),
+        method=recipe.method, size=recipe.size, targets=recipe.targets,
+        base=base.name, task=task.name, n_train=len(task.train), split=task.split,
+        seed=run.seed, steps=run.steps, random_base=run.random_base,
+        learning_rate=run.learning_rate, learning_rate_origin=origin,
+        weight_decay=run.weight_decay, decay_to=run.decay_to,
+        trainable=trainable, parameters=parameters,
+        weight_bytes=evaluate.weight_bytes(model), bits=bits_per_weight(model),
     )  # fmt: skip
     if trains:
         train_and_save(model, base, task, recipe, run, record)
     else:
-        losses = evaluate.task_loss(model, task.validation, base.end)
-        record.validation.append({"step": 0} | losses)
+        validate(record, model, base, task, step=0)
         measure_forgetting(record, model, base, "base", None)
     examples = task.test[: run.n_generate]
     texts = evaluate.complete(model, base, examples)
@@ -175,19 +185,20 @@ def train_and_save(
     """Train, validate on the way, save; what is measured goes into the record."""
     checkpoint, log = None, None
     if run.output is not None and not run.shard:
-        checkpoint, log = open_output(base, task, recipe, run)
+        checkpoint = open_checkpoint(base, task, recipe, run)
         checkpoint.lists["validation"] = record.validation
+        if parallel.rank() == 0:
+            log = open_log(Path(run.output) / "log.csv", checkpoint.read()[0]["step"])
 
-    def validate(row: dict) -> None:
+    def after_step(row: dict) -> None:
         step = row["step"]
         if step % max(run.steps // run.n_evaluations, 1) == 0 or step == run.steps:
-            losses = evaluate.task_loss(model, task.validation, base.end)
-            record.validation.append({"step": step} | losses)
+            losses = validate(record, model, base, task, step)
             row |= {f"validation_{name}": loss for name, loss in losses.items()}
-        if log is not None and step:
+        if log is not None:
             log(row)
 
-    validate({"step": 0})
+    validate(record, model, base, task, step=0)
     measure_forgetting(record, model, base, "base", "start")
     model.train()
     first = tasks.collate(task.train[: run.batch_size], base.end, model.device)
@@ -200,7 +211,7 @@ def train_and_save(
         torch.cuda.reset_peak_memory_stats()
     title = f"{recipe.method}{' on a random base' if run.random_base else ''}, seed {run.seed}"
     batches = micro_batches(task, run, base.end, model.device)
-    training = train(model, batches, run, recipe.optimizer, validate, checkpoint, title)
+    training = train(model, batches, run, recipe.optimizer, after_step, checkpoint, title)
     for name, value in vars(training).items():
         setattr(record, name, value)
     record.max_memory_allocated = torch.cuda.max_memory_allocated() if on_gpu else None
@@ -214,8 +225,13 @@ def train_and_save(
         record.disk_bytes = evaluate.disk_bytes(model)
     if checkpoint is not None:
         checkpoint.file.unlink(missing_ok=True)
-    if log is not None:
-        log.close()
+
+
+def validate(record: Record, model: nn.Module, base: Base, task: Task, step: int) -> dict:
+    """The losses on the validation examples after a step; they also go into the record."""
+    losses = evaluate.task_loss(model, task.validation, base.end)
+    record.validation.append({"step": step} | losses)
+    return losses
 
 
 def measure_forgetting(record: Record, model: nn.Module, base: Base, off: str, on: str | None):
@@ -241,59 +257,32 @@ def micro_batches(task: Task, run: RunConfig, end: int, device):
         yield [tasks.collate(part, end, device) for part in parts if part]
 
 
-def open_output(base: Base, task: Task, recipe: Recipe, run: RunConfig):
-    """The run's checkpoint and log. Raises ValueError if a stopped run lies in the output folder
-    and is not to be resumed."""
+def open_checkpoint(base: Base, task: Task, recipe: Recipe, run: RunConfig) -> Checkpoint:
+    """The run's checkpoint. Raises ValueError if the output folder has one and `run` does not
+    resume it."""
     examples = [json.dumps([e.prompt_ids, e.completion_ids]).encode() for e in task.train]
     identity = {name: value for name, value in asdict(run).items() if name not in NOT_IDENTITY}
     identity |= {name: getattr(recipe, name) for name in ("method", "size", "targets", "bits")}
     identity |= {"base": base.digest(), "task": task.name, "n_train": len(task.train)}
     identity["data"] = hashlib.sha256(b"".join(examples)).hexdigest()[:16]
     file = Path(run.output) / "checkpoint.safetensors"
-    checkpoint = Checkpoint(file, run.checkpoint_every, identity)
     if file.is_file() and not run.resume:
         raise ValueError(f"{file} is of a run that was stopped: resume it, or delete the file")
-    start = checkpoint.read()[0]["step"] if run.resume else 0
-    return checkpoint, Log(run.output, run.log_dir, start) if parallel.rank() == 0 else None
+    return Checkpoint(file, run.checkpoint_every, identity)
 
 
-class Log:
-    """Rows by step, in `log.csv` of a folder and, if asked for, in TensorBoard.
+def open_log(file: Path, start: int) -> Callable[[dict], object]:
+    """A function that appends a row to a CSV file, at once.
 
-    Rows after step `start` that a stopped run left are dropped. Raises ValueError if TensorBoard is
-    wanted and not installed.
+    Rows after step `start`, which a stopped run has left, are dropped.
     """
-
-    NAMES = (
-        "step", "loss", "learning_rate", "seconds",
-        "validation_loss", "validation_slot_loss", "validation_template_loss",
-    )  # fmt: skip
-
-    def __init__(self, folder: str | Path, log_dir: str | None = None, start: int = 0):
-        self.file, self.writer = Path(folder) / "log.csv", None
-        if log_dir is not None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ValueError("--log-dir needs TensorBoard: pip install tensorboard") from error
-            self.writer = SummaryWriter(log_dir, purge_step=start + 1)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        rows = []
-        if start and self.file.is_file():
-            with self.file.open(newline="") as opened:
-                rows = [row for row in csv.DictReader(opened) if int(row["step"]) <= start]
-        with self.file.open("w", newline="") as opened:
-            writer = csv.DictWriter(opened, self.NAMES)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def __call__(self, row: dict[str, float]) -> None:
-        """Append a row, at once."""
-        with self.file.open("a", newline="") as opened:
-            csv.DictWriter(opened, self.NAMES).writerow(row)
-        for name in set(row) - {"step"} if self.writer is not None else ():
-            self.writer.add_scalar(name, row[name], row["step"])
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+    rows = []
+    if start and file.is_file():
+        with file.open(newline="") as old:
+            rows = [row for row in csv.DictReader(old) if int(row["step"]) <= start]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    opened = file.open("w", newline="", buffering=1)  # each line is written when it is complete
+    writer = csv.DictWriter(opened, LOGGED)
+    writer.writeheader()
+    writer.writerows(rows)
+    return writer.writerow

@@ -51,14 +51,14 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def all_reduce_sum(number: float, device: torch.device) -> float:
-    """The sum of a number over all processes."""
+def mean(number: float, device: torch.device) -> float:
+    """The mean of a number over all processes."""
     if world_size() == 1:
         return number
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
     summed = torch.tensor(number, dtype=dtype, device=device)
     dist.all_reduce(summed)
-    return summed.item()
+    return summed.item() / world_size()
 
 
 def share(batch: list) -> list:
@@ -121,6 +121,7 @@ class Replicas:
     """A model as all processes run it: `run` computes, and `sent` counts the bytes of gradients."""
 
     def __init__(self, model: nn.Module):
+        reshard(model)  # each process trains its shards
         self.model, self.run, self.sent = model, model, 0
         self.sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
         if world_size() > 1 and not self.sharded:

@@ -113,7 +113,6 @@ class RunConfig:
     output: str | None = option(None, "folder for the adapter or model, its log and checkpoints")
     checkpoint_every: int = option(100, "steps between two checkpoints in the output folder")
     resume: bool = option(False, "continue the stopped run in the output folder")
-    log_dir: str | None = option(None, "also log to TensorBoard, in this folder")
     quiet: bool = option(False, "no progress bars and no announcements")
 
     def __post_init__(self):

@@ -1,7 +1,7 @@
 """The training loop, for pretraining and for fine-tuning.
 
 A step is: batch, forward, loss, backward, clip, step. The rest supports several processes
-(parallel.py), checkpoints (checkpoint.py), AdaLoRA, logs and a progress bar.
+(parallel.py), checkpoints (checkpoint.py), AdaLoRA and a progress bar.
 """
 
 import math
@@ -52,7 +52,7 @@ def train(
     Raises ValueError if no parameter is trainable, FloatingPointError if a loss is not finite,
     KeyboardInterrupt after Ctrl-C, once the step is finished and the checkpoint (if any) written.
     """
-    parallel.reshard(model)  # of a sharded model, each process holds and trains its shards
+    replicas = parallel.Replicas(model)  # calls the model, and averages gradients over processes
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("no trainable parameters: the whole model is frozen")
@@ -66,36 +66,42 @@ def train(
     if checkpoint is not None:
         checkpoint.lists |= {"losses": losses, "seconds": seconds}  # saved, and filled by `load`
         done = checkpoint.load(model, optimizer)
-    replicas, n_processes = parallel.Replicas(model), parallel.world_size()
     device = parameters[0].device
-    hidden = {"disable": True} if run.quiet or parallel.rank() != 0 else {}
-    ahead = islice(batches, done, run.steps)
-    bar = tqdm(ahead, title, run.steps, initial=done, mininterval=0.5, **hidden)
+    no_bar = {"disable": True} if run.quiet or parallel.rank() != 0 else {}
+    remaining = islice(batches, done, run.steps)
+    bar = tqdm(remaining, title, run.steps, initial=done, mininterval=0.5, **no_bar)
     model.train()
     with delayed_interrupt() as interrupts:
         for step, micro_batches in enumerate(bar, done + 1):
             began = time.perf_counter()
-            rate = set_learning_rate(optimizer, run.learning_rate_at(step))
+            learning_rate = run.learning_rate_at(step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
             loss = 0.0  # of the whole batch
             for micro_batch, weight in zip(micro_batches, weights(micro_batches), strict=True):
                 with replicas.sync_gradients_if(micro_batch is micro_batches[-1]):
                     with autocast(device):
-                        micro_loss = replicas(**micro_batch).loss  # forward
-                    (micro_loss * (weight * n_processes)).backward()  # DDP divides by it again
+                        micro_loss = replicas(**micro_batch).loss
+                    (micro_loss * weight).backward()
                 loss += without_penalty(micro_loss, model) * weight
-            losses.append(check_finite(parallel.all_reduce_sum(loss, device), step))
+            loss = parallel.mean(loss, device)  # over the processes
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss} at step {step}; try a lower learning rate"
+                )
             nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)
-            decay_to_start(parameters, initial, rate * run.weight_decay)
+            if run.decay_to == "start":
+                decay_to_start(parameters, initial, learning_rate * run.weight_decay)
             optimizer.step()
             if isinstance(model, PeftModel):
                 model.update_and_allocate(step)  # AdaLoRA; it reads the gradients
-            gradient_bytes = sum(p.grad.nbytes for p in parameters if p.grad is not None)
             optimizer.zero_grad()
 
+            losses.append(loss)
             seconds.append(time.perf_counter() - began)
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{rate:.1e}", refresh=False)
-            row = {"step": step, "loss": losses[-1], "learning_rate": rate, "seconds": seconds[-1]}
-            after_step(row)
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{learning_rate:.1e}", refresh=False)
+            row = {"step": step, "loss": loss, "learning_rate": learning_rate}
+            after_step(row | {"seconds": seconds[-1]})  # logs it, and may validate
             if checkpoint is not None:
                 checkpoint.save_if_due(model, optimizer, step, bool(interrupts))
             if interrupts and step < run.steps:
@@ -105,7 +111,7 @@ def train(
     return TrainingResult(
         losses=losses,
         seconds_per_step=statistics.median(seconds[run.steps // 10 :]),
-        gradient_bytes=gradient_bytes if done < run.steps else sum(p.nbytes for p in parameters),
+        gradient_bytes=sum(p.nbytes for p in parameters),
         optimizer_bytes=sum(t.nbytes for t in tensors),
         bytes_sent_per_step=replicas.sent // (run.steps - done) if replicas.sent else None,
         paging=getattr(optimizer, "counters", None),
@@ -113,25 +119,16 @@ def train(
 
 
 def weights(micro_batches: list[dict[str, Tensor]]) -> list[float]:
-    """Each micro-batch's share of the labelled tokens in the step, over all processes."""
+    """Each micro-batch's share of the labelled tokens in the step.
+
+    With several processes it is the share of one process's mean, as gradients are averaged too.
+    """
     labels = [batch["labels"][:, 1:] for batch in micro_batches]  # the first token has no label
     counts = [int((wanted != -100).sum()) for wanted in labels]
     if not all(counts):
         raise ValueError("a micro-batch has no labelled tokens: all its labels are -100")
-    total = parallel.all_reduce_sum(sum(counts), labels[0].device)
+    total = parallel.mean(sum(counts), labels[0].device)
     return [count / total for count in counts]
-
-
-def check_finite(loss: float, step: int) -> float:
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} at step {step}; try a lower learning rate")
-    return loss
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
 
 
 def parameter_groups(parameters: list[nn.Parameter], run: RunConfig) -> list[dict]:
@@ -146,10 +143,9 @@ def parameter_groups(parameters: list[nn.Parameter], run: RunConfig) -> list[dic
 
 @torch.no_grad()
 def decay_to_start(parameters: list[nn.Parameter], initial: list[Tensor], amount: float) -> None:
-    """Decoupled weight decay towards the initial weights, if there are any: θ ← θ - ηλ (θ - θ₀)."""
-    if initial:
-        for p, start in zip(parameters, initial, strict=True):
-            p.lerp_(start, amount)
+    """Decoupled weight decay towards the initial weights: θ ← θ - ηλ (θ - θ₀)."""
+    for p, start in zip(parameters, initial, strict=True):
+        p.lerp_(start, amount)
 
 
 def without_penalty(loss: Tensor, model: nn.Module) -> float:
@@ -159,10 +155,9 @@ def without_penalty(loss: Tensor, model: nn.Module) -> float:
 
 def pick_device(name: str | None = None) -> torch.device:
     """The named device, else cuda, else mps, else cpu. Raises ValueError if it cannot be used."""
-    if name is None and torch.cuda.is_available():
-        name = "cuda"
-    elif name is None:
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name is None:
+        gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next((name for name, found in gpus.items() if found), "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
