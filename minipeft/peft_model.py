@@ -49,7 +49,9 @@ class PeftModel(nn.Module):
     base's weights, except `merge_and_unload(inplace=True)`.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig | None = None, adapter_name="default"
+    ):
         super().__init__()
         if isinstance(model, PeftModel):
             raise ValueError("this model is already a PeftModel: use its add_adapter")
@@ -59,6 +61,8 @@ class PeftModel(nn.Module):
         self.prompt_encoder: nn.Module | None = None  # the encoder of an attached prompt method
         self._disable_depth = 0  # how many `with disable_adapter()` blocks are open
         self.train(model.training)
+        if peft_config is not None:
+            self.add_adapter(adapter_name, peft_config)
 
     # --- running ---
 
@@ -294,6 +298,10 @@ class PeftModel(nn.Module):
         return self.active_adapter is not None and not self._disable_depth
 
     @property
+    def device(self) -> torch.device:
+        return next(self.base_model.parameters()).device
+
+    @property
     def peft_config(self) -> dict[str, PeftConfig]:
         return {name: adapter.config for name, adapter in self.adapters.items()}
 
@@ -353,9 +361,7 @@ def get_peft_model(
     >>> config = LoraConfig(target_modules=["c_attn"])
     >>> model = get_peft_model(GPT.from_pretrained("data/base/1m"), config)
     """
-    peft_model = PeftModel(model)
-    peft_model.add_adapter(adapter_name, peft_config)
-    return peft_model
+    return PeftModel(model, peft_config, adapter_name)
 
 
 def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing: bool = True):

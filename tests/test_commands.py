@@ -173,6 +173,7 @@ def test_a_base_that_does_not_exist_is_refused(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--prompt", "Hi", "--top-k", "5"], "--top-k needs --temperature"),
         (["--prompt", ""], "the prompt is empty: pass at least one token"),
         (["--prompt", "Hi", "--device", "nonsense"], "device 'nonsense' cannot be used"),
     ],

@@ -96,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     add_option(command, "--prompt", None, "the text to continue", required=True)
     add_option(command, "--max-new-tokens", 60, "tokens to generate at most")
     add_option(command, "--temperature", None, "sample; without it, greedy decoding", type=float)
+    add_option(command, "--top-k", None, "sample from the k most likely tokens", type=int)
     add_fields(command, {"seed", "device"})
 
     command = add_command("memory", "where the bytes go, by model shape and method")
@@ -248,10 +249,12 @@ def generate(args) -> None:
 
     base, model = open_model(args, args.device)
     ids = torch.tensor([base.tokenizer.encode(args.prompt).ids], device=model.device)
-    sampling = {"max_new_tokens": args.max_new_tokens}
+    sampling = {"max_new_tokens": args.max_new_tokens, "top_k": args.top_k}
     if args.temperature is not None:
         torch.manual_seed(args.seed)
         sampling |= {"do_sample": True, "temperature": args.temperature}
+    elif args.top_k is not None:
+        raise ValueError("--top-k needs --temperature: greedy decoding does not sample")
     print(base.tokenizer.decode(model.generate(ids, **sampling)[0].tolist()))
 
 

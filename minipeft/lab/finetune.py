@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -86,7 +86,8 @@ class Record:
 
     @classmethod
     def from_json(cls, found: dict) -> "Record":
-        return cls(**found)
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in found.items() if name in known})
 
 
 def build_model(base: Base, recipe: Recipe, run: RunConfig) -> nn.Module:
