@@ -3,7 +3,6 @@
 import json
 import statistics
 from dataclasses import replace
-from itertools import compress
 from pathlib import Path
 
 from minipeft.gpt import write_file
@@ -34,17 +33,13 @@ def compare(
 
 
 def rows(records: list[Record]) -> dict[str, list[Record]]:
-    """The records by row of the table, in order."""
+    """The records by row of the table, in order; a row is a method, or a method at a place."""
     grouped: dict[str, list[Record]] = {}
     for record in records:
-        grouped.setdefault(label(record), []).append(record)
+        place = f", {record.targets}" if record.targets else ""
+        label = RANDOM if record.random_base else record.method + place
+        grouped.setdefault(label, []).append(record)
     return grouped
-
-
-def label(record: Record) -> str:
-    """The name of a record's row."""
-    place = f", {record.targets}" if record.targets else ""
-    return RANDOM if record.random_base else record.method + place
 
 
 def mean(records: list[Record], name: str) -> float:
@@ -82,46 +77,39 @@ def in_spread(record: Record, others: list[Record], name="score", margin: float 
 
 def table(records: list[Record], task: Task) -> str:
     """A Markdown table with one line per method; columns without any value are left out."""
+    lines = [cells(name, row, records, task.metric) for name, row in rows(records).items()]
+    used = [column for column in lines[0] if any(line[column] != "–" for line in lines)]
+    return report.markdown_table(used, [[line[column] for column in used] for line in lines])
 
-    def average(name: str, form: str):
-        def cell(row: list[Record]) -> str:
-            missing = getattr(row[0], name) is None
-            return "–" if missing else format(mean(row, name), form)
 
-        return cell
+def cells(name: str, row: list[Record], records: list[Record], metric: str) -> dict[str, str]:
+    """A row of the table, by column."""
 
-    def rise(state: str):
-        def cell(row: list[Record]) -> str:
-            value = None if row[0].random_base else forgetting(row, state)
-            return "–" if value is None else f"{value:+.2f}"
+    def show(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
 
-        return cell
+    def average(field: str, form: str) -> str:
+        return "–" if getattr(row[0], field) is None else format(mean(row, field), form)
 
-    def share(row: list[Record]) -> str:
-        value = share_of_gap(records, row)
-        return "–" if value is None else f"{value:.2f}"
+    def rise(state: str) -> str:
+        return "–" if row[0].random_base else show(forgetting(row, state), "+.2f")
 
-    columns = {
-        "method": lambda row: report.name_of(label(row[0])),
+    return {
+        "method": report.name_of(name),
         "learning rate": average("learning_rate", "g"),
         "trainable": average("trainable", ",.0f"),
-        "weights, kB": lambda row: f"{row[0].weight_bytes / 1e3:,.0f}",
-        "disk, kB": lambda row: f"{row[0].disk_bytes / 1e3:,.0f}" if row[0].disk_bytes else "–",
+        "weights, kB": f"{row[0].weight_bytes / 1e3:,.0f}",
+        "disk, kB": f"{row[0].disk_bytes / 1e3:,.0f}" if row[0].disk_bytes else "–",
         "s / step": average("seconds_per_step", ".3f"),
-        "validation loss": lambda row: (
-            f"{statistics.mean(r.validation[-1]['loss'] for r in row):.3f}"
-        ),
+        "validation loss": f"{statistics.mean(r.validation[-1]['loss'] for r in row):.3f}",
         "slot loss": average("test_slot_loss", ".3f"),
         "template loss": average("test_template_loss", ".3f"),
-        task.metric: lambda row: spread(row, "score"),
-        "share of gap": share,
+        metric: spread(row, "score"),
+        "share of gap": show(share_of_gap(records, row), ".2f"),
         "forgetting at step 0": rise("start"),
         "forgetting": rise("on"),
         "adapter off": rise("off"),
     }
-    lines = [[cell(row) for cell in columns.values()] for row in rows(records).values()]
-    used = [any(line[i] != "–" for line in lines) for i in range(len(columns))]
-    return report.markdown_table(compress(columns, used), (compress(line, used) for line in lines))
 
 
 def save(records: list[Record], task: Task, folder: str | Path) -> None:

@@ -58,46 +58,44 @@ def save_figure(figure: Figure, path: Path, dpi: int = 100) -> None:
     write_file(path, lambda to: figure.savefig(to, format="png", dpi=dpi))
 
 
-def plain(axis: Axes) -> None:
-    axis.spines[["top", "right"]].set_visible(False)
+def panels(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """A figure and its panels, in reading order."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
+@matplotlib.rc_context({"font.size": 11})
 def compare_figure(rows: dict[str, list], task) -> Figure:
     """Left: validation loss by step, on a log axis. Right: each row's score with its interval."""
+    figure, (left, right) = panels(10, 5.2, 1, 2)
     records = [record for row in rows.values() for record in row]
-    key = "slot_loss" if "slot_loss" in records[0].validation[0] else "loss"
-    with matplotlib.rc_context({"font.size": 11}):
-        figure = Figure(figsize=(10, 5.2), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for name, row in rows.items():
-            points = zip(*(record.validation for record in row), strict=True)  # by step
-            curve = [(p[0]["step"], statistics.mean(seed[key] for seed in p)) for p in points]
-            if name == "frozen":
-                curve = [(0, curve[0][1]), (records[-1].steps, curve[0][1])]
-            left.plot(*zip(*curve, strict=True), STYLES.get(name, "-"), color=color_of(name),
-                      marker="o", markersize=3, label=name_of(name))  # fmt: skip
-        tokens = "slot tokens" if key == "slot_loss" else "completions"
-        left.set(
-            xlabel="step", ylabel=f"validation loss on {tokens} (nats per token)", yscale="log"
-        )
-        left.yaxis.set_major_formatter("{x:g}")
-        figure.legend(loc="outside lower center", ncols=4, frameon=False)
-        scores = [[record.score for record in row] for row in rows.values()]
-        means = [statistics.mean(values) for values in scores]
-        errors = [interval(values) for values in scores]
-        bounds = [[min(e, m) for m, e in zip(means, errors, strict=True)],
-                  [min(e, 1 - m) for m, e in zip(means, errors, strict=True)]]  # fmt: skip
-        right.barh([name_of(name) for name in rows], means, 0.6, xerr=bounds, capsize=3,
-                   color=[color_of(name) for name in rows], ecolor="#333333")  # fmt: skip
-        for y, m in enumerate(means):
-            right.annotate(f"{m:.2f}", (1.04, y), va="center")
-        several = max(map(len, scores))
-        seeds = f"{several} seeds, 95 % t intervals" if several > 1 else "one seed"
-        right.set(xlabel=f"{task.metric} on the test examples\n({seeds})", xlim=(0, 1.15))
-        right.invert_yaxis()
-        for axis in (left, right):
-            plain(axis)
-        figure.suptitle(f"Task {task.name}: {records[-1].steps} steps")
+    steps = records[-1].steps
+    has_slots = "slot_loss" in records[0].validation[0]
+    key, tokens = ("slot_loss", "slot tokens") if has_slots else ("loss", "completions")
+    for y, (name, row) in enumerate(rows.items()):
+        title, color = name_of(name), color_of(name)
+        by_step = zip(*(record.validation for record in row), strict=True)
+        curve = [(seeds[0]["step"], statistics.mean(p[key] for p in seeds)) for seeds in by_step]
+        if name == "frozen":  # measured once, as it does not change
+            curve.append((steps, curve[0][1]))
+        style = STYLES.get(name, "-")
+        left.plot(*zip(*curve, strict=True), style, color=color, marker="o", ms=3, label=title)
+        scores = [record.score for record in row]
+        score, error = statistics.mean(scores), interval(scores)
+        bounds = [[min(error, score)], [min(error, 1 - score)]]
+        right.barh(title, score, 0.6, xerr=bounds, capsize=3, color=color, ecolor="#333333")
+        right.annotate(f"{score:.2f}", (1.04, y), va="center")
+    left.set(xlabel="step", ylabel=f"validation loss on {tokens} (nats per token)", yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
+    several = max(map(len, rows.values()))
+    seeds = f"{several} seeds, 95 % t intervals" if several > 1 else "one seed"
+    right.set(xlabel=f"{task.metric} on the test examples\n({seeds})", xlim=(0, 1.15))
+    right.invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"Task {task.name}: {steps} steps")
     return figure
 
 
@@ -106,9 +104,8 @@ def rank_figure(ranks: dict[str, int]) -> Figure:
     kinds = list(dict.fromkeys(".".join(name.split(".")[3:]) for name in ranks))
     layers = sorted({int(name.split(".")[2]) for name in ranks})
     grid = [[ranks[f"transformer.h.{i}.{kind}"] for i in layers] for kind in kinds]
-    figure = Figure(figsize=(1.2 + 0.7 * len(layers), 1.2 + 0.5 * len(kinds)), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(grid, cmap="Greys", vmin=0, vmax=1.6 * max(map(max, grid)), aspect="auto")
+    figure, (axis,) = panels(1.2 + 0.7 * len(layers), 1.2 + 0.5 * len(kinds), 1, 1)
+    axis.imshow(grid, cmap="Greys", vmin=0, vmax=1.6 * max(ranks.values()), aspect="auto")
     for row, column in product(range(len(kinds)), range(len(layers))):
         axis.text(column, row, grid[row][column], ha="center", va="center")
     axis.set_xticks(range(len(layers)), layers)
@@ -124,20 +121,16 @@ def selection_loss(point: dict) -> float:
 
 def sweep_figure(entries: list[dict]) -> Figure:
     """Validation loss by learning rate, one curve per size; the best point has a circle."""
-    first = entries[0]
-    what = "slot loss" if "slot_loss" in first["points"][0] else "loss"
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
-    axis = figure.subplots()
+    figure, (axis,) = panels(6.5, 4.2, 1, 1)
     shades = matplotlib.colormaps["viridis"].resampled(len(entries) + 1)
     for i, entry in enumerate(entries):
-        finite = [point for point in entry["points"] if math.isfinite(selection_loss(point))]
-        rates = [point["learning_rate"] for point in finite]
-        losses = [selection_loss(point) for point in finite]
+        losses = {p["learning_rate"]: selection_loss(p) for p in entry["points"]}
+        finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
         title = name_of(entry["method"]) if entry["size"] is None else f"size {entry['size']}"
-        axis.plot(rates, losses, "o-", color=shades(i), label=title)
-        axis.plot(
-            entry["best"], min(losses, default=math.nan), "o", ms=13, mfc="none", color=shades(i)
-        )
+        axis.plot(finite.keys(), finite.values(), "o-", color=shades(i), label=title)
+        axis.plot(entry["best"], losses[entry["best"]], "o", ms=13, mfc="none", color=shades(i))
+    first = entries[0]
+    what = "slot loss" if "slot_loss" in first["points"][0] else "loss"
     axis.set(xscale="log", yscale="log", xlabel="learning rate")
     axis.set_ylabel(f"validation {what} (nats per token)")
     tried = sorted({point["learning_rate"] for entry in entries for point in entry["points"]})
@@ -145,7 +138,6 @@ def sweep_figure(entries: list[dict]) -> Figure:
     axis.minorticks_off()
     axis.yaxis.set_major_formatter("{x:g}")
     axis.legend(frameon=False)
-    plain(axis)
     figure.suptitle(
         f"{name_of(first['method'])}{', random base' if first['random_base'] else ''}: "
         f"{first['task']}, {first['base']} base, {first['steps']} steps, "
@@ -157,81 +149,76 @@ def sweep_figure(entries: list[dict]) -> Figure:
 def memory_figure(found: dict[str, dict[str, dict[str, int]]]) -> Figure:
     """A panel per shape and a stacked bar per method; each panel has its own scale."""
     columns = min(len(found), 4)
-    lines = -(-len(found) // columns)
-    figure = Figure(figsize=(2.9 * columns, 2.7 * lines + 0.5), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    lines = math.ceil(len(found) / columns)
+    figure, axes = panels(2.9 * columns, 2.7 * lines + 0.5, lines, columns)
     for axis, (name, methods) in zip(axes, found.items(), strict=False):
         largest = max(sum(parts.values()) for parts in methods.values())
         unit, factor = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
+        names = [name_of(method) for method in methods]
         bottom = [0.0] * len(methods)
         for part, color in zip(next(iter(methods.values())), PART_COLORS, strict=True):
             heights = [parts[part] / factor for parts in methods.values()]
-            axis.bar([name_of(m) for m in methods], heights, 0.65, bottom, color=color, label=part)
+            bars = axis.bar(names, heights, 0.65, bottom, color=color, label=part)
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-        for i, total in enumerate(bottom):
-            axis.annotate(f"{total:.3g}", (i, total), (0, 2), ha="center",
-                          textcoords="offset points")  # fmt: skip
+        axis.bar_label(bars, [f"{total:.3g}" for total in bottom], padding=2)
         axis.set(title=name, ylabel=unit, ylim=(0, 1.15 * max(bottom)))
-        plain(axis)
-    handles, labels = axes[0].get_legend_handles_labels()
     for axis in axes[len(found) :]:
         axis.set_axis_off()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    parts = axes[0].get_legend_handles_labels()
+    figure.legend(*parts, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
 def study_figure(records: list, curves: list[dict]) -> Figure:
     """Full fine-tuning and LoRA: score by steps, by examples, and against forgetting."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    names = {"steps": "steps", "n_train": "training examples"}
-    usual = {"steps": 100, "n_train": 400}
-    for axis, key, fixed in ((axes[0], "steps", "n_train"), (axes[1], "n_train", "steps")):
-        rows = [r for r in records if getattr(r, fixed) == usual[fixed]]
-        for method in ("full", "lora"):
-            values = sorted({getattr(r, key) for r in rows if r.method == method})
-            scores = [
-                [r.score for r in rows if (r.method, getattr(r, key)) == (method, value)]
-                for value in values
-            ]
-            means, errors = [statistics.mean(s) for s in scores], [interval(s) for s in scores]
-            axis.errorbar(values, means, errors, color=COLORS[method], marker="o", capsize=3,
-                          label=NAMES[method])  # fmt: skip
-        axis.set(xscale="log", xlabel=names[key], ylim=(0, 1.05))
-        axis.set(ylabel="slot accuracy on held-out names", title=f"{usual[fixed]} {names[fixed]}")
-        axis.set_xticks(values, [str(value) for value in values])
-        axis.minorticks_off()
+    figure, axes = panels(13, 4, 1, 3)
+    by_steps, by_examples, by_rate = axes
+    plot_scores(by_steps, [r for r in records if r.n_train == 400], "steps")
+    by_steps.set(xlabel="steps", title="400 training examples")
+    plot_scores(by_examples, [r for r in records if r.steps == 100], "n_train")
+    by_examples.set(xlabel="training examples", title="100 steps")
     for entry in curves:
-        points, color = entry["points"], COLORS[entry["method"]]
-        axes[2].plot([p["forgetting"] for p in points], [p["score"] for p in points], "o-",
-                     color=color, label=NAMES[entry["method"]])  # fmt: skip
-        for p in points:
-            axes[2].annotate(f"{p['learning_rate']:g}", (p["forgetting"], p["score"]), fontsize=8,
-                             xytext=(4, -10), textcoords="offset points")  # fmt: skip
-    axes[2].set(xlabel="forgetting (nats per token on pretraining text)", xscale="log")
-    axes[2].set_ylim(0, 1.05)
-    axes[2].set(ylabel="validation slot accuracy", title="by learning rate")
+        spots = [(point["forgetting"], point["score"]) for point in entry["points"]]
+        name, color = NAMES[entry["method"]], COLORS[entry["method"]]
+        by_rate.plot(*zip(*spots, strict=True), "o-", color=color, label=name)
+        for point, spot in zip(entry["points"], spots, strict=True):
+            by_rate.annotate(f"{point['learning_rate']:g}", spot, (4, -10), fontsize=8,
+                             textcoords="offset points")  # fmt: skip
+    by_rate.set(xlabel="forgetting (nats per token on pretraining text)", xscale="log")
+    by_rate.set(ylabel="validation slot accuracy", title="by learning rate")
     for axis in axes:
+        axis.set_ylim(0, 1.05)
         axis.legend(frameon=False)
-        plain(axis)
     return figure
+
+
+def plot_scores(axis: Axes, records: list, key: str) -> None:
+    """Mean scores of full fine-tuning and LoRA with their intervals, by an attribute of records."""
+    values = sorted({getattr(record, key) for record in records})
+    for method in ("full", "lora"):
+        rows = [
+            [r.score for r in records if r.method == method and getattr(r, key) == value]
+            for value in values
+        ]
+        axis.errorbar(values, list(map(statistics.mean, rows)), list(map(interval, rows)),
+                      color=COLORS[method], marker="o", capsize=3, label=NAMES[method])  # fmt: skip
+    axis.set(xscale="log", ylabel="slot accuracy on held-out names")
+    axis.set_xticks(values, [str(value) for value in values])
+    axis.minorticks_off()
 
 
 def bits_figure(records: list[dict]) -> Figure:
     """Divergence and agreement by code, one line per base; filled: blocks, hollow: one scale."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = panels(10, 4.2, 1, 2)
     names = list(dict.fromkeys(r["code"] for r in records))
     colors = {"0.3m": "#2e7d32", "1m": "#d1741f", "3m": "#1b4f8f"}
     sizes = list(dict.fromkeys(r["blocksize"] for r in records))
-    for (axis, key), (base, color), size in product(
-        ((left, "divergence"), (right, "agreement")), colors.items(), sizes
-    ):
-        values = [r[key] for r in records if (r["base"], r["blocksize"]) == (base, size)]
+    for (base, color), size in product(colors.items(), sizes):
+        found = [r for r in records if (r["base"], r["blocksize"]) == (base, size)]
         how = f"blocks of {size}" if size else "one scale per matrix"
-        style = {"mfc": color if size else "white", "label": f"{base}, {how}"}
-        axis.plot(names, values, "o-" if size else "o:", color=color, **style)
-        plain(axis)
+        style = {"color": color, "mfc": color if size else "white", "label": f"{base}, {how}"}
+        for axis, key in ((left, "divergence"), (right, "agreement")):
+            axis.plot(names, [r[key] for r in found], "o-" if size else "o:", **style)
     left.set(yscale="log", ylabel="KL(base ‖ quantized), nats per token")
     right.set(ylim=(0, 1.03), ylabel="share of tokens with the same top prediction")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3,

@@ -38,40 +38,39 @@ class Grid:
 def sweep(base: Base, task: Task, recipe: Recipe, run: RunConfig, grid: Grid) -> list[dict]:
     """An entry per size: its points, by learning rate, and the best of them."""
     judged = replace(task, test=task.validation)  # never the test examples
-    sizes = grid.sizes or [recipe.size]
-    points: dict[int | None, list[dict]] = {size: [] for size in sizes}
-
-    def measure(learning_rate: float, size: int | None) -> dict:
+    run = replace(run, n_evaluations=1, quiet=True)
+    points: dict[int | None, list[dict]] = {size: [] for size in grid.sizes or [recipe.size]}
+    for size, rate in tqdm(list(product(points, sorted(grid.learning_rates))), desc="sweep"):
         sized = recipe if size == recipe.size else recipe.with_size(size)
-        seeds = range(FIRST_SEED, FIRST_SEED + grid.seeds)
-        settings = replace(run, learning_rate=learning_rate, n_evaluations=1, quiet=True)
-        try:
-            records = [finetune(base, judged, sized, replace(settings, seed=s)) for s in seeds]
-        except FloatingPointError:  # not finite: the point stays without a loss
-            records = []
-        point = {"learning_rate": learning_rate}
-        for name in ("loss", "slot_loss", "template_loss"):
-            values = [r.validation[-1][name] for r in records if name in r.validation[-1]]
-            point |= {name: statistics.mean(values)} if values else {}
-        if records:
-            point["score"] = statistics.mean(record.score for record in records)
-        if base.held_out is not None and records:
-            point["forgetting"] = statistics.mean(record.forgot() for record in records)
-        return point
-
-    for size, learning_rate in tqdm(list(product(sizes, grid.learning_rates)), desc="sweep"):
-        points[size].append(measure(learning_rate, size))
+        runs = [
+            replace(run, learning_rate=rate, seed=FIRST_SEED + seed) for seed in range(grid.seeds)
+        ]
+        points[size].append({"learning_rate": rate} | measure(base, judged, sized, runs))
     common = {
         "date": date.today().isoformat(), "method": recipe.method, "random_base": run.random_base,
         "base": base.name, "task": task.name, "steps": run.steps, "examples": len(task.train),
         "seeds": grid.seeds,
     }  # fmt: skip
-    entries = []
-    for size, tried in points.items():
-        tried.sort(key=lambda point: point["learning_rate"])
-        best = min(tried, key=selection_loss)["learning_rate"]
-        entries.append(common | {"size": size, "best": best, "points": tried})
-    return entries
+    best = {size: min(tried, key=selection_loss) for size, tried in points.items()}
+    return [
+        common | {"size": size, "best": best[size]["learning_rate"], "points": tried}
+        for size, tried in points.items()
+    ]
+
+
+def measure(base: Base, task: Task, recipe: Recipe, runs: list[RunConfig]) -> dict[str, float]:
+    """Means over runs: validation losses, score, forgetting. Empty if a loss is not finite."""
+    try:
+        records = [finetune(base, task, recipe, run) for run in runs]
+    except FloatingPointError:
+        return {}
+    last = [record.validation[-1] for record in records]
+    point = {name: statistics.mean(row[name] for row in last) for name in last[0]}
+    del point["step"]
+    point["score"] = statistics.mean(record.score for record in records)
+    if base.held_out is not None:
+        point["forgetting"] = statistics.mean(record.forgot() for record in records)
+    return point
 
 
 def check(entries: list[dict]) -> None:
