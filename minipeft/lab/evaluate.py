@@ -19,12 +19,12 @@ from minipeft.lab.train import autocast
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """Evaluation mode without gradients; afterwards the mode is restored."""
-    was_training = model.training
+    """Evaluation mode without gradients, on the device that is returned; restores the mode."""
+    device, was_training = next(model.parameters()).device, model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast(next(model.parameters()).device):
-            yield
+        with torch.no_grad(), autocast(device):
+            yield device
     finally:
         model.train(was_training)
 
@@ -35,8 +35,8 @@ def text_loss(model: nn.Module, rows: Tensor, batch_size: int = 32) -> float:
     Each window's tokens 1 … t - 1 are predicted, for every method: the first one is not, although
     a virtual token in front of it could.
     """
-    device, losses = next(model.parameters()).device, []
-    with evaluating(model):
+    losses = []
+    with evaluating(model) as device:
         for ids in rows.to(device).split(batch_size):
             logits = model(ids).logits[:, :-1].float()  # (b, t - 1, v)
             losses.append(F.cross_entropy(logits.mT, ids[:, 1:], reduction="none"))  # (b, t - 1)
@@ -46,18 +46,15 @@ def text_loss(model: nn.Module, rows: Tensor, batch_size: int = 32) -> float:
 def task_loss(model: nn.Module, examples: list[Example], end: int, batch_size: int = 64) -> dict:
     """Mean loss per token of the completions: loss, and slot_loss and template_loss if there are
     slots."""
-    device = next(model.parameters()).device
-    losses, slots = [], []
-    with evaluating(model):
+    losses = []
+    with evaluating(model) as device:
         for i in range(0, len(examples), batch_size):
-            part = examples[i : i + batch_size]
-            batch = tasks.collate(part, end, device)
+            batch = tasks.collate(examples[i : i + batch_size], end, device)
             labels = batch.pop("labels")[:, 1:]  # (b, t - 1)
             logits = model(**batch).logits[:, :-1].float()  # (b, t - 1, v)
             each = F.cross_entropy(logits.mT, labels, reduction="none")  # (b, t - 1)
             losses.append(each[labels != -100].cpu())
-            slots.append(torch.tensor([s for e in part for s in e.is_slot]))
-    loss, slot = torch.cat(losses), torch.cat(slots)
+    loss, slot = torch.cat(losses), torch.tensor([s for e in examples for s in e.is_slot])
     found = {"loss": loss.mean().item()}
     if slot.any():
         found["slot_loss"] = loss[slot].mean().item()
@@ -67,18 +64,16 @@ def task_loss(model: nn.Module, examples: list[Example], end: int, batch_size: i
 
 def complete(model: nn.Module, base: Base, examples: list[Example], batch_size: int = 64):
     """Greedy completions of the examples' prompts, as texts."""
-    device, texts = next(model.parameters()).device, []
+    texts = []
     longest = max(len(e.completion_ids) for e in examples) + 8
-    with evaluating(model):
+    with evaluating(model) as device:
         for i in range(0, len(examples), batch_size):
             prompts = [e.prompt_ids for e in examples[i : i + batch_size]]
             ids, mask = tasks.pad_left(prompts, base.end, device)
             room = model.config.n_positions - virtual_tokens(model) - ids.shape[1]
-            out = model.generate(
-                ids, mask, max_new_tokens=min(longest, room), eos_token_id=base.end
-            )
-            new = out[:, ids.shape[1] :].tolist()
-            texts += [base.tokenizer.decode(row, skip_special_tokens=True) for row in new]
+            limit = min(longest, room)
+            out = model.generate(ids, mask, max_new_tokens=limit, eos_token_id=base.end)
+            texts += base.tokenizer.decode_batch(out[:, ids.shape[1] :].tolist())
     return texts
 
 
@@ -127,8 +122,9 @@ def checkpoint_gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict:
     batch takes longer (medians of three).
     """
     state, found = torch.get_rng_state(), []
-    for enable in (lambda: None, model.gradient_checkpointing_enable):
-        enable()
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
         kept, seconds = activation_bytes(model, batch), []
         for _ in range(4):
             began = time.perf_counter()

@@ -141,26 +141,18 @@ def measure(base: Base, method: str, r: int, batch_size: int, length: int) -> di
 
 
 def of(
-    shapes: list[str],
-    methods: list[str],
-    r: int,
-    batch_size: int,
-    length: int,
-    checkpointing: bool,
+    shapes: list[str], methods: list[str], r: int, batch_size: int, length: int, checkpointing: bool
 ) -> tuple[Found, Found]:
     """Computed figures for shapes and methods, and measured ones for our own bases."""
+    found, measured = {}, {}
     for name in shapes:
         if name not in SHAPES:
             raise ValueError(f"there is no shape {name!r}; known shapes: {', '.join(SHAPES)}")
-    found = {
-        name: {m: memory(SHAPES[name], m, r, batch_size * length, checkpointing) for m in methods}
-        for name in shapes
-    }
-    bases = {name: load_base(DATA / "base" / name) for name in shapes if SHAPES[name].ours}
-    measured = {
-        name: {m: measure(base, m, r, batch_size, length) for m in methods}
-        for name, base in bases.items()
-    }
+        shape, tokens = SHAPES[name], batch_size * length
+        found[name] = {m: memory(shape, m, r, tokens, checkpointing) for m in methods}
+    for name in [name for name in shapes if SHAPES[name].ours]:
+        base = load_base(DATA / "base" / name)
+        measured[name] = {m: measure(base, m, r, batch_size, length) for m in methods}
     return found, measured
 
 

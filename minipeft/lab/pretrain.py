@@ -1,10 +1,9 @@
 """Pretraining: a small GPT and its tokenizer from a text file."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 
 from minipeft.gpt import GPT, GPTConfig
 from minipeft.lab.base import END, windows
@@ -48,13 +47,10 @@ def pretrain(
     encoded = [e.ids for e in tokenizer.encode_batch(documents)]
     n_held, end, window = len(encoded) // 50, config.eos_token_id, min(128, config.n_positions)
     rows = windows(encoded[n_held:], window, end)
-
-    def batches() -> Iterator[list[dict[str, Tensor]]]:
-        for indices in shuffled(list(range(len(rows))), run.batch_size, run.seed):
-            ids = rows[indices].to(model.device)
-            yield [{"input_ids": ids, "labels": ids}]
-
-    training = train(model, batches(), run, title="pretraining")
+    order = shuffled(range(len(rows)), run.batch_size, run.seed)
+    texts = (rows[indices].to(model.device) for indices in order)
+    batches = ([{"input_ids": ids, "labels": ids}] for ids in texts)
+    training = train(model, batches, run, title="pretraining")
     if sum(len(document) + 1 for document in encoded[:n_held]) < window:
         return model.eval(), training, None
     held_out = windows(encoded[:n_held], window, end)[:200]

@@ -65,8 +65,8 @@ def measure(base: Base, task: Task, recipe: Recipe, runs: list[RunConfig]) -> di
     except FloatingPointError:
         return {}
     last = [record.validation[-1] for record in records]
-    point = {name: statistics.mean(row[name] for row in last) for name in last[0]}
-    del point["step"]
+    names = [name for name in last[0] if name != "step"]
+    point = {name: statistics.mean(row[name] for row in last) for name in names}
     point["score"] = statistics.mean(record.score for record in records)
     if base.held_out is not None:
         point["forgetting"] = statistics.mean(record.forgot() for record in records)

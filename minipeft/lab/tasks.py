@@ -9,12 +9,13 @@ whether the greedy completion equals the reference.
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from minipeft.lab import DATA
 from minipeft.lab.base import Base
@@ -53,15 +54,13 @@ class Task:
     def score(self, examples: list[Example], generated: list[str]) -> float:
         """Slot accuracy (the share of facts that a phrasing states with the right value), or the
         share of exact matches."""
-        if not self.fact:
-            pairs = zip(generated, examples, strict=True)
-            same = [text.strip() == example.completion.strip() for text, example in pairs]
-            return sum(same) / len(same)
-        hits = [
-            any(phrase.format(v=value).lower() in text.lower() for phrase in self.phrasings[key])
-            for example, text in zip(examples, generated, strict=True)
-            for key, value in self.facts(example.prompt)
-        ]
+        hits = []
+        for example, text in zip(examples, generated, strict=True):
+            if not self.fact:
+                hits.append(text.strip() == example.completion.strip())
+            for key, value in self.facts(example.prompt):
+                stated = (phrase.format(v=value).lower() for phrase in self.phrasings[key])
+                hits.append(any(phrase in text.lower() for phrase in stated))
         return sum(hits) / len(hits)
 
 
@@ -86,7 +85,7 @@ def _encode(where: str, line: str, base: Base, fact: str | None) -> Example:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     for name in ("prompt", "completion"):
-        if not isinstance(row, dict) or not isinstance(row.get(name), str) or not row[name]:
+        if not (isinstance(row, dict) and isinstance(row.get(name), str) and row[name]):
             raise ValueError(f'{where} needs a "{name}": a string that is not empty')
     prompt, completion = row["prompt"], row["completion"]
     try:
@@ -124,14 +123,14 @@ def load_task(base: Base, name: str) -> Task:
 def load_files(base: Base, train: str, validation: str, test: str | None = None) -> Task:
     """A task from your own files. Without a test file, every second validation example becomes a
     test example, so that nothing is chosen and reported on the same data."""
-    read = {name: load_jsonl(name, base) for name in (train, validation, test) if name}
-    held, name, split = read[validation], Path(train).stem, None
+    parts = [load_jsonl(file, base) for file in (train, validation, test) if file]
     if test:
-        return Task(name, read[train], held, read[test])
+        return Task(Path(train).stem, *parts)
+    trained, held = parts
     if len(held) < 2:
         raise ValueError(f"{validation} has one example, too few to split: give --test FILE too")
     split = f"{len(held[1::2])} of the {len(held)} examples in {validation} are kept for the test"
-    return Task(name, read[train], held[::2], held[1::2], split=split)
+    return Task(Path(train).stem, trained, held[::2], held[1::2], split=split)
 
 
 # --- batches ---
@@ -142,20 +141,17 @@ def collate(examples: list[Example], end: int, device) -> dict[str, Tensor]:
 
     The prompt's labels are -100: no loss is taken there.
     """
-    length = max(len(e.prompt_ids) + len(e.completion_ids) for e in examples)
-    ids = torch.full((len(examples), length), end)
-    labels = torch.full((len(examples), length), -100)
-    mask = torch.zeros(len(examples), length, dtype=torch.long)
-    for i, e in enumerate(examples):
-        n, total = len(e.prompt_ids), len(e.prompt_ids) + len(e.completion_ids)
-        ids[i, :total] = torch.tensor(e.prompt_ids + e.completion_ids)
-        labels[i, n:total] = ids[i, n:total]
-        mask[i, :total] = 1
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    ids = [e.prompt_ids + e.completion_ids for e in examples]
+    labels = [[-100] * len(e.prompt_ids) + e.completion_ids for e in examples]
+    mask = [[1] * len(row) for row in ids]
+    return {
+        "input_ids": pad(ids, end, device),
+        "attention_mask": pad(mask, 0, device),
+        "labels": pad(labels, -100, device),
+    }
 
 
-def shuffled(items: list, batch_size: int, seed: int) -> Iterator[list]:
+def shuffled(items: Sequence, batch_size: int, seed: int) -> Iterator[list]:
     """Endless batches; every item comes once before any comes again."""
     rng, queue = random.Random(seed), []
     while True:
@@ -167,7 +163,12 @@ def shuffled(items: list, batch_size: int, seed: int) -> Iterator[list]:
 
 def pad_left(prompts: list[list[int]], end: int, device) -> tuple[Tensor, Tensor]:
     """Prompts for `generate`: input_ids and attention_mask, (b, t)."""
-    length = max(len(prompt) for prompt in prompts)
-    ids = [[end] * (length - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    mask = [[1] * len(prompt) for prompt in prompts]
+    return pad(prompts, end, device, "left"), pad(mask, 0, device, "left")
+
+
+def pad(rows: list[list[int]], value: int, device, side: str = "right") -> Tensor:
+    """Rows of unequal lengths as one tensor (b, t)."""
+    tensors = [torch.tensor(row) for row in rows]
+    padded = pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+    return padded.to(device)

@@ -70,10 +70,8 @@ class LoraLinear(nn.Module):
         w = matrix(base_layer)  # (out, in)
         self.base_layer, self.r = base_layer, config.r
         self.out_features, self.in_features = w.shape
-        root = math.sqrt(config.r)
-        self.scaling = config.lora_alpha / (
-            root if config.use_rslora else config.r
-        )  # s, (1) or (2)
+        divisor = math.sqrt(config.r) if config.use_rslora else config.r
+        self.scaling = config.lora_alpha / divisor  # s, (1) or (2)
         self.lora_dropout = nn.Dropout(config.lora_dropout)
         self.lora_A = nn.Linear(self.in_features, self.r, bias=False)
         self.lora_B = nn.Linear(self.r, self.out_features, bias=False)
