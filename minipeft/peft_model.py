@@ -1,8 +1,9 @@
 """`PeftModel`: add adapters to a model, and train, switch, merge and save them.
 
-An adapter is what a method adds to a model (adapters.py). A model can have several, and computes
-with the active one. That one is attached: its layers are in the model, in place of the base's.
-Inside `disable_adapter()` it is detached, and the model computes exactly what the base computes.
+An adapter is what LoRA or another PEFT method adds to a model (adapters.py). A model can have
+several adapters, and one of them is active. The active adapter is attached: for most methods its
+layers replace layers of the base; a prompt method adds virtual tokens to the input. Inside
+`disable_adapter()` it is detached, and the model computes exactly what the base computes.
 Adapters are saved in Hugging Face peft's format (saving.py). Several LoRAs can be combined into one
 (combine.py).
 """
@@ -27,8 +28,8 @@ from minipeft.saving import PeftConfig, read_adapter, write_adapter
 class signature_of_base:
     """Decorates `PeftModel.forward`, so that a model's `forward` has the base's signature.
 
-    transformers' Trainer reads it: it drops every column of the data that is not named there. The
-    Trainer also looks for `labels` in the signature on the class, which stays as it is written.
+    transformers' Trainer reads it: it drops every column of the data that is not named there. It
+    also looks for `labels` in the signature of `PeftModel.forward`, so that one is not changed.
     """
 
     def __init__(self, forward: Callable):
@@ -45,8 +46,8 @@ class signature_of_base:
 class PeftModel(nn.Module):
     """A frozen base model with adapters. Create one with `get_peft_model`.
 
-    Attributes and methods that are not defined here are the base model's. No method writes into the
-    base's weights, except `merge_and_unload(inplace=True)`.
+    Attributes and methods that are not defined here are the base model's. Training, switching and
+    merging never change the base's weights; only `merge_and_unload(inplace=True)` does.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class PeftModel(nn.Module):
         if isinstance(model, PeftModel):
             raise ValueError("this model is already a PeftModel: use its add_adapter")
         self.base_model = model
-        self.adapters: dict[str, Adapter] = {}  # a plain dict: PyTorch sees only what is attached
+        self.adapters: dict[
+            str, Adapter
+        ] = {}  # not a ModuleDict: only what is attached is a submodule
         self.active_adapter: str | None = None
         self.prompt_encoder: nn.Module | None = None  # the encoder of an attached prompt method
         self._disable_depth = 0  # how many `with disable_adapter()` blocks are open
@@ -93,17 +96,17 @@ class PeftModel(nn.Module):
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
         """Create an adapter. If none is active, it becomes active; otherwise call `set_adapter`."""
         self._check_new(adapter_name)
-        with self.disable_adapter():  # methods wrap the plain layers of the base
+        with self.disable_adapter():  # the new layers must wrap the base's own layers
             self._add(adapter_name, make_adapter(self.base_model, copy.copy(peft_config)))
 
     def load_adapter(
         self, model_id: str | Path, adapter_name: str, is_trainable: bool = False
     ) -> None:
-        """Load an adapter from a folder that minipeft or peft saved. It is frozen unless
-        `is_trainable`.
+        """Load an adapter from a folder that minipeft or peft saved. If none is active, it becomes
+        active. It is frozen unless `is_trainable`.
 
-        Raises ValueError, before anything changes, for a damaged file or an adapter of another
-        model.
+        Raises ValueError, before anything changes, for a damaged file or an adapter that does not
+        fit this model.
         """
         self._check_new(adapter_name)
         with self.disable_adapter():
@@ -117,30 +120,32 @@ class PeftModel(nn.Module):
         combination_type: str = "svd",
         svd_rank: int | None = None,
     ) -> None:
-        """Combine LoRAs into a new, frozen one with the update Σ wᵢ ΔWᵢ (combine.py).
+        """Combine LoRAs with updates ΔWᵢ into a new, frozen one, whose update is Σ wᵢ ΔWᵢ or near
+        it (combine.py).
 
-        combination_type: "svd", "linear" or "cat". As in peft, the rank is `svd_rank`, or the
-        largest rank among the adapters; for "cat", their sum. A single adapter always uses
-        "linear", which is then exact.
+        combination_type: "cat" is exact, and its rank is the sum of the ranks. "svd" has the rank
+        `svd_rank`, by default the largest rank. "linear" needs equal ranks and keeps them; it is
+        exact for a single adapter, which always uses it.
         """
         self._check_new(adapter_name)
-        loras = [self._named(name) for name in adapters]
+        loras = [self._get(name) for name in adapters]
         with self.disable_adapter():
             summed = weighted_adapter(self.base_model, loras, weights, combination_type, svd_rank)
             self._add(adapter_name, summed)
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Make an adapter active. Inside `disable_adapter()` it is attached when the block ends.
+        """Make an adapter active and attach it; inside a `disable_adapter()` block, it is attached
+        only after the block.
 
         The trainable parameters change, so make a new optimizer afterwards.
         """
-        self._named(adapter_name)  # raises if there is none
+        self._get(adapter_name)  # raises if no adapter has this name
         with self.disable_adapter():  # at its end, the active adapter is attached
             self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If it was active, the first remaining one becomes active."""
-        self._named(adapter_name)  # raises if there is none
+        self._get(adapter_name)  # raises if no adapter has this name
         if len(self.adapters) == 1:
             raise ValueError(f"{adapter_name!r} is the only adapter: use unload() to get the base")
         if adapter_name == self.active_adapter:
@@ -160,7 +165,7 @@ class PeftModel(nn.Module):
             yield
         finally:
             self._disable_depth -= 1
-            adapter = self._attached  # still none inside another block
+            adapter = self._attached  # inside another block, the null adapter
             adapter.attach(self.base_model)
             self.prompt_encoder = adapter.encoder
             for module in adapter.modules().values():
@@ -169,7 +174,7 @@ class PeftModel(nn.Module):
     # --- AdaLoRA ---
 
     def penalty(self) -> Tensor | float:
-        """What training mode adds to the loss: AdaLoRA's penalty, or 0."""
+        """The term added to the loss in training mode: AdaLoRA's penalty, or 0."""
         return self._attached.penalty()
 
     def update_and_allocate(self, step: int) -> None:
@@ -180,19 +185,20 @@ class PeftModel(nn.Module):
         self._active.update_and_allocate(step)
 
     def ranks(self) -> dict[str, int]:
-        """The rank that AdaLoRA has left each layer; empty for other methods."""
+        """The rank of each layer after AdaLoRA's pruning; empty for other methods."""
         return self._active.ranks()
 
     # --- merging ---
 
     def merge_adapter(self) -> None:
-        """Make the active adapter's layers use W' = W + ΔW. The base does not change."""
-        for layer in self._layers_to_merge().values():
+        """Make the active adapter's layers use W' = W + ΔW, the weight plus the update. W itself
+        does not change."""
+        for layer in self._mergeable_layers().values():
             layer.merge()
 
     def unmerge_adapter(self) -> None:
         """Undo `merge_adapter` exactly."""
-        for layer in self._layers_to_merge().values():
+        for layer in self._mergeable_layers().values():
             layer.unmerge()
 
     def merge_and_unload(self, inplace: bool = False) -> nn.Module:
@@ -201,7 +207,7 @@ class PeftModel(nn.Module):
         By default it is a copy, and this model keeps its adapters. With `inplace`, it overwrites
         the base's weights, makes no copy, and deletes the adapters.
         """
-        names = list(self._layers_to_merge())
+        names = list(self._mergeable_layers())
         model = self.base_model if inplace else copy.deepcopy(self.base_model)
         for name in names:
             model.set_submodule(name, model.get_submodule(name).merge_into_base())
@@ -234,12 +240,15 @@ class PeftModel(nn.Module):
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write every adapter as peft does: "default" into the folder, others into subfolders.
 
-        Raises RuntimeError for an AdaLoRA in the middle of its schedule, which the format cannot
-        hold: save `model.state_dict()` instead.
+        Raises RuntimeError for an AdaLoRA in the middle of its schedule, because peft's format has
+        no place for the schedule's state: save `model.state_dict()` instead.
         """
         base_name = getattr(self.base_model, "name_or_path", None)
         tensors = {name: adapter.tensors() for name, adapter in self.adapters.items()}
-        for name, adapter in self.adapters.items():  # only now: an error above writes nothing
+        for (
+            name,
+            adapter,
+        ) in self.adapters.items():  # only now, so that an error above leaves no files
             folder = Path(save_directory) / ("" if name == "default" else name)
             write_adapter(folder, adapter, tensors[name], base_name)
 
@@ -261,7 +270,7 @@ class PeftModel(nn.Module):
         return found
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """Load what `state_dict` returned; merged layers are unmerged.
+        """Load what `state_dict` returned. Merged layers are unmerged by this.
 
         Raises ValueError, before anything changes, for missing, unexpected or misshapen tensors.
         It is always strict; `strict` and `assign` are only there because nn.Module has them.
@@ -289,12 +298,13 @@ class PeftModel(nn.Module):
             return getattr(self.base_model, name)
 
     def get_base_model(self) -> nn.Module:
-        """The base model, in which an attached weight method has replaced layers; see `unload`."""
+        """The base model. While a LoRA, for example, is attached, some of its layers are replaced;
+        `unload` puts them back."""
         return self.base_model
 
     @property
-    def is_active(self) -> bool:
-        """Whether an adapter is attached."""
+    def is_attached(self) -> bool:
+        """Whether an adapter is active and not disabled."""
         return self.active_adapter is not None and not self._disable_depth
 
     @property
@@ -310,15 +320,15 @@ class PeftModel(nn.Module):
     @property
     def _active(self) -> Adapter:
         if self.active_adapter is None:
-            raise RuntimeError("there is no adapter: none was added, or it was merged or unloaded")
+            raise RuntimeError("there is no adapter: none was added, or it was unloaded")
         return self.adapters[self.active_adapter]
 
     @property
     def _attached(self) -> Adapter:
-        """The active adapter; the null adapter if it is disabled or there is none."""
-        return self._active if self.is_active else Adapter()
+        """The adapter in use. Without one, the null adapter, which changes nothing."""
+        return self._active if self.is_attached else Adapter()
 
-    def _named(self, adapter_name: str) -> Adapter:
+    def _get(self, adapter_name: str) -> Adapter:
         if adapter_name not in self.adapters:
             known = ", ".join(self.adapters) or "none"
             raise ValueError(f"there is no adapter {adapter_name!r}; known adapters: {known}")
@@ -328,7 +338,9 @@ class PeftModel(nn.Module):
         if adapter_name in self.adapters:
             raise ValueError(f"there already is an adapter {adapter_name!r}")
         if not re.fullmatch(r"[\w -]+", adapter_name):  # it names a folder and prefixes keys
-            raise ValueError(f"adapter_name must be letters, digits, _ and -, got {adapter_name!r}")
+            raise ValueError(
+                f"adapter_name may have letters, digits, spaces, _ and -, got {adapter_name!r}"
+            )
 
     def _add(self, adapter_name: str, adapter: Adapter) -> None:
         """Called while no adapter is attached."""
@@ -337,9 +349,9 @@ class PeftModel(nn.Module):
             self.base_model.requires_grad_(False)
             self.active_adapter = adapter_name
 
-    def _layers_to_merge(self) -> dict[str, nn.Module]:
+    def _mergeable_layers(self) -> dict[str, nn.Module]:
         self._active.check_mergeable()
-        if not self.is_active:
+        if not self.is_attached:
             raise RuntimeError("the adapter is disabled: call this outside disable_adapter()")
         return self._active.layers
 
@@ -382,7 +394,8 @@ def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters. A shared parameter counts once, a 4-bit weight as out · in."""
+    """Numbers of (trainable, all) parameters. A shared parameter counts once; a 4-bit weight counts
+    as out · in, its number of weights."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     quantized = sum(q.in_features * q.out_features for q in quantized_layers(model).values())
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes) + quantized

@@ -49,7 +49,7 @@ def test_disable_adapter_restores_the_base_exactly(gpt, ids):
 
 @pytest.mark.parametrize("name", ["../outside", "a.b", "a/b", "", "."])
 def test_an_adapter_name_that_is_no_plain_folder_name_is_refused(gpt, name):
-    with pytest.raises(ValueError, match="adapter_name must be letters"):
+    with pytest.raises(ValueError, match="adapter_name may have letters"):
         get_peft_model(gpt, LoraConfig(target_modules=ALL), name)
 
 
@@ -349,7 +349,7 @@ def test_impossible_weighted_sums_are_refused(gpt):
         with pytest.raises(ValueError, match=message):
             model.add_weighted_adapter(*arguments)
         assert list(model.adapters) == ["a", "b", "c", "prompt"]
-        assert model.is_active
+        assert model.is_attached
 
 
 # --- state_dict ---
@@ -562,7 +562,7 @@ def test_an_adapter_added_inside_disable_adapter_stays_detached(gpt, ids, tmp_pa
     with_adapter = model(ids).logits
 
     def check():
-        assert not model.is_active
+        assert not model.is_attached
         assert torch.equal(model(ids).logits, before)
 
     with model.disable_adapter():
@@ -582,7 +582,7 @@ def test_an_adapter_added_inside_disable_adapter_stays_detached(gpt, ids, tmp_pa
         check()
         model.set_adapter("summed")
         check()
-    assert model.is_active
+    assert model.is_attached
     assert not torch.allclose(model(ids).logits, before, atol=1e-3)
     assert not torch.allclose(model(ids).logits, with_adapter, atol=1e-3)
     model.set_adapter("loaded")
@@ -603,11 +603,11 @@ def test_the_first_adapter_added_inside_disable_adapter_is_attached_when_it_ends
 
 def test_a_copy_of_a_disabled_or_unloaded_model_has_no_adapter_attached(gpt):
     model = adapted(gpt)
-    assert copy.deepcopy(model).is_active
+    assert copy.deepcopy(model).is_attached
     with model.disable_adapter():
-        assert not copy.deepcopy(model).is_active
+        assert not copy.deepcopy(model).is_attached
     model.unload()
-    assert not copy.deepcopy(model).is_active
+    assert not copy.deepcopy(model).is_attached
 
 
 # --- behaving like the base ---

@@ -1,7 +1,7 @@
 """The training loop, for pretraining and for fine-tuning.
 
-A step is: batch, forward, loss, backward, clip, step. The rest supports several processes
-(parallel.py), checkpoints (checkpoint.py), AdaLoRA and a progress bar.
+Each training step: batch, forward, loss, backward, clip the gradients, optimizer step. The rest is
+for several processes (parallel.py), checkpoints (checkpoint.py), AdaLoRA and a progress bar.
 """
 
 import math
@@ -30,7 +30,7 @@ class TrainingResult:
     seconds_per_step: float  # median over the steps after the first 10 %
     gradient_bytes: int
     optimizer_bytes: int
-    bytes_sent_per_step: int | None  # with several processes
+    bytes_sent_per_step: int | None  # by this process; None if it is the only one
     paging: dict[str, int] | None  # counters of a PagedAdamW
 
 
@@ -45,14 +45,16 @@ def train(
 ) -> TrainingResult:
     """Train all parameters that require a gradient.
 
-    batches: yields one list per step, the micro-batches of that step, on the model's device. Each
-    micro-batch is weighted by its number of labelled tokens, so the accumulated gradient is that of
-    the mean loss over the whole batch. make_optimizer: called as make_optimizer(groups, lr=…,
-    betas=…); AdamW by default. after_step: called with a dict: step, loss, learning_rate, seconds.
-    Raises ValueError if no parameter is trainable, FloatingPointError if a loss is not finite,
-    KeyboardInterrupt after Ctrl-C, once the step is finished and the checkpoint (if any) written.
+    batches: yields one list per step, from step 1: the micro-batches of that step, on the model's
+    device. Each is weighted by its number of labelled tokens, so that the sum of their gradients is
+    the gradient of the mean loss per token of the whole batch. make_optimizer: called as
+    make_optimizer(groups, lr=…, betas=…); AdamW by default. after_step: called with a dict: step,
+    loss, learning_rate, seconds. checkpoint: if it has a saved state, training continues from it.
+    Raises ValueError if no parameter is trainable or a micro-batch has no labelled tokens;
+    FloatingPointError if a loss is not finite; KeyboardInterrupt after Ctrl-C, once the step is
+    finished and the checkpoint (if any) written, unless it was the last step.
     """
-    replicas = parallel.Replicas(model)  # calls the model, and averages gradients over processes
+    replicas = parallel.Replicas(model)  # called like the model; averages gradients over processes
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("no trainable parameters: the whole model is frozen")
@@ -62,9 +64,9 @@ def train(
     initial = [p.detach().clone() for p in parameters] if run.decay_to == "start" else []
     losses: list[float] = []
     seconds: list[float] = []
-    done = 0  # steps done by the run that is resumed here
+    done = 0  # steps already done, if a stopped run is resumed
     if checkpoint is not None:
-        checkpoint.lists |= {"losses": losses, "seconds": seconds}  # saved, and filled by `load`
+        checkpoint.lists |= {"losses": losses, "seconds": seconds}  # `load` fills them
         done = checkpoint.load(model, optimizer)
     device = parameters[0].device
     no_bar = {"disable": True} if run.quiet or parallel.rank() != 0 else {}
@@ -94,14 +96,14 @@ def train(
                 decay_to_start(parameters, initial, learning_rate * run.weight_decay)
             optimizer.step()
             if isinstance(model, PeftModel):
-                model.update_and_allocate(step)  # AdaLoRA; it reads the gradients
+                model.update_and_allocate(step)  # for AdaLoRA, which needs the gradients
             optimizer.zero_grad()
 
             losses.append(loss)
             seconds.append(time.perf_counter() - began)
             bar.set_postfix(loss=f"{loss:.3f}", lr=f"{learning_rate:.1e}", refresh=False)
             row = {"step": step, "loss": loss, "learning_rate": learning_rate}
-            after_step(row | {"seconds": seconds[-1]})  # logs it, and may validate
+            after_step(row | {"seconds": seconds[-1]})  # the caller may log and validate
             if checkpoint is not None:
                 checkpoint.save_if_due(model, optimizer, step, bool(interrupts))
             if interrupts and step < run.steps:
@@ -111,7 +113,7 @@ def train(
     return TrainingResult(
         losses=losses,
         seconds_per_step=statistics.median(seconds[run.steps // 10 :]),
-        gradient_bytes=sum(p.nbytes for p in parameters),
+        gradient_bytes=sum(p.nbytes for p in parameters),  # as large as the parameters
         optimizer_bytes=sum(t.nbytes for t in tensors),
         bytes_sent_per_step=replicas.sent // (run.steps - done) if replicas.sent else None,
         paging=getattr(optimizer, "counters", None),
@@ -119,12 +121,13 @@ def train(
 
 
 def weights(micro_batches: list[dict[str, Tensor]]) -> list[float]:
-    """Each micro-batch's share of the labelled tokens in the step.
+    """Each micro-batch's share of the labelled tokens of the step: count / total.
 
-    With several processes it is the share of one process's mean, as gradients are averaged too.
+    With several processes, the total is the mean over processes and not the sum: averaging the
+    gradients divides by the number of processes once more.
     """
-    labels = [batch["labels"][:, 1:] for batch in micro_batches]  # the first token has no label
-    counts = [int((wanted != -100).sum()) for wanted in labels]
+    labels = [batch["labels"][:, 1:] for batch in micro_batches]  # the first token is not predicted
+    counts = [int((targets != -100).sum()) for targets in labels]
     if not all(counts):
         raise ValueError("a micro-batch has no labelled tokens: all its labels are -100")
     total = parallel.mean(sum(counts), labels[0].device)
@@ -132,8 +135,8 @@ def weights(micro_batches: list[dict[str, Tensor]]) -> list[float]:
 
 
 def parameter_groups(parameters: list[nn.Parameter], run: RunConfig) -> list[dict]:
-    """AdamW decays matrices towards zero, but not biases and norms. Decay towards the start is done
-    by `decay_to_start`, for all parameters."""
+    """The optimizer's parameter groups. AdamW decays matrices towards zero, but not biases and the
+    weights of LayerNorms. Decay towards the initial weights is left to `decay_to_start`."""
     decay = run.weight_decay if run.decay_to == "zero" else 0.0
     return [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
@@ -149,7 +152,7 @@ def decay_to_start(parameters: list[nn.Parameter], initial: list[Tensor], amount
 
 
 def without_penalty(loss: Tensor, model: nn.Module) -> float:
-    """The task loss: reports leave AdaLoRA's penalty out."""
+    """The loss as a number, without AdaLoRA's penalty."""
     return (loss - model.penalty()).item() if isinstance(model, PeftModel) else loss.item()
 
 
@@ -168,7 +171,7 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def autocast(device: torch.device):
-    """bfloat16 arithmetic on GPUs with native bfloat16; nothing on other devices."""
+    """bfloat16 arithmetic on GPUs with native bfloat16; no autocast on other devices."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.autocast("cuda", torch.bfloat16)
     return nullcontext()

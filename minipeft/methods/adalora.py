@@ -2,27 +2,27 @@ r"""AdaLoRA: LoRA that gives more rank to the layers that need it.
 
 LoRA gives every layer the same rank. AdaLoRA writes the update of a weight in the form of an SVD,
 B diag(E) A, and starts with more rank than it will keep. Column i of B, entry i of E and row i of A
-are a triplet. During training, the least important triplets of all layers together are pruned:
-their entry of E is set to zero. A penalty keeps the columns of B and the rows of A orthogonal, so
-that triplets do not overlap and can be pruned one by one. A triplet's score comes from smoothed
-|weight x gradient|, times how much it fluctuates from batch to batch; a triplet with a large E can
-be pruned. Pruning is final only at the end: until then, a pruned triplet may grow back.
+are a triplet. During training, the triplets of all layers are compared with each other, and the
+least important are pruned: their entry of E is set to zero. A penalty keeps the columns of B and
+the rows of A orthogonal, so that triplets do not overlap and can be pruned one by one. A triplet's
+score comes from the smoothed |weight · gradient|, times its fluctuation between batches: the size
+of E alone does not decide. Until the end, a pruned triplet may grow back: E still gets gradients.
 
 Paper: Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
 arXiv 2303.10512. The paper's P, Λ, Q are B, diag(E), A here and in peft.
 
 Shapes: A (r, in), E (r, 1), B (out, r), x (…, in), y (…, out); E ∘ A scales row i of A by E_i.
 
-    y = W x + b + B (E ∘ A) x · α / (init_r + 1e-5)                                (1)  eq. 3
+    y = W x + b + B (E ∘ A) x · α / (init_r + 1e-5), as in peft                    (1)  eq. 3
     loss = task loss + γ · mean over all A and B of ‖A Aᵀ - 1‖_F and ‖Bᵀ B - 1‖_F  (2)  eq. 4
     I = |w ∂loss/∂w|,  Ī ← β₁ Ī + (1 - β₁) I,  Ū ← β₂ Ū + (1 - β₂) |I - Ī|         (3)  eq. 8-10
     score of triplet i = (Ī Ū)(E_i) + mean (Ī Ū)(row i of A) + mean (Ī Ū)(column i of B)   (4)
     budget(t) = target + (initial - target) (1 - (t - tinit) / (T - tfinal - tinit))³  (5)  eq. 12
 
-1 in (2) is the identity matrix. T is total_step. Budgets count the triplets of all layers:
-initial = init_r · layers, target = target_r · layers. Until tinit nothing is pruned; after
-T - tfinal the ranks are fixed.
-Trainable parameters: init_r (in + out + 1), summed over the adapted layers.
+1 in (2) is the identity matrix. I is the sensitivity, Ī the importance, Ū its uncertainty. Budgets
+count the triplets of all layers: initial = init_r · layers, target = target_r · layers. Until tinit
+nothing is pruned; after T - tfinal (T: total_step) the ranks are fixed.
+Trainable parameters: init_r · (in + out + 1), summed over the adapted layers.
 
 Differences from the paper, shared with peft: the scale in (1) stays when ranks shrink; the norms in
 (2) are averaged and not squared; (3) includes the penalty's gradient, and runs after the
@@ -43,14 +43,14 @@ class AdaLoraConfig:
     """Which layers to adapt, and the schedule. Names and defaults are those of peft's config."""
 
     target_r: int = 8  # average rank at the end
-    init_r: int = 12  # rank of every matrix at the start
+    init_r: int = 12  # rank of every layer's update at the start
     tinit: int = 0  # steps before the budget starts to fall
     tfinal: int = 0  # steps at the end during which the ranks are fixed
     deltaT: int = 1  # prune every deltaT steps
     beta1: float = 0.85  # β₁, smoothing of the importance
     beta2: float = 0.85  # β₂, smoothing of its uncertainty
     orth_reg_weight: float = 0.5  # γ, weight of the penalty
-    total_step: int | None = None  # T, the number of training steps; must be given
+    total_step: int | None = None  # T, the number of training steps; required, as in peft
     lora_alpha: float = 8  # α, scale of the update
     lora_dropout: float = 0.0  # applied to the adapter's input during training
     target_modules: list[str] | str | None = None  # a list of names or endings of names, a
@@ -173,14 +173,14 @@ class RankAllocator:
         Raises RuntimeError if gradients are needed and there are none.
         """
         c = self.config
-        last = c.total_step - c.tfinal  # step of the last pruning, which uses the scores it finds
+        last = c.total_step - c.tfinal  # the last pruning; it uses the importance of step last - 1
         self.step = step
         if step < last or not self.importance:
             self.update_importance()
         prunes = step == last or (c.tinit < step < last and step % c.deltaT == 0)
         if prunes:
             self.prune(self.budget(step))
-        if prunes or step > last:  # not in between, where a pruned triplet may grow back
+        if prunes or step > last:  # not between two prunings: E may grow back there
             self.reapply_mask()
 
     def budget(self, step: int) -> int:
@@ -239,7 +239,7 @@ class RankAllocator:
             self.layers[name].lora_E.masked_fill_(~kept[:, None], 0.0)
 
     def ranks(self) -> dict[str, int]:
-        """How many triplets the last pruning left each layer."""
+        """How many triplets each layer has after the last pruning."""
         return {
             name: int(self.kept[name].sum()) if name in self.kept else len(layer.lora_E)
             for name, layer in self.layers.items()
@@ -257,7 +257,7 @@ def add_adalora(model: nn.Module, config: AdaLoraConfig) -> dict[str, SVDLinear]
     targets = find_targets(model, config.target_modules)
     if not targets:
         raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer")
-    model.requires_grad_(False)  # before the new layers, which stay trainable, are made
+    model.requires_grad_(False)  # first freeze: the layers made next stay trainable
     layers = {name: SVDLinear(layer, config) for name, layer in targets.items()}
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))
@@ -285,7 +285,7 @@ def matrix(layer: nn.Module) -> Tensor:
     return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
 
 
-if __name__ == "__main__":  # the goal differs only in its second layer, by a matrix of rank 3
+if __name__ == "__main__":  # learn a goal that differs in the second layer, by rank 3
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20))
     goal = copy.deepcopy(model).requires_grad_(False)

@@ -2,8 +2,8 @@
 
 Fine-tuning turns a weight W into W + ΔW. LoRA freezes W and writes ΔW as s B A: A maps the input to
 r numbers, and B maps these r numbers to the output. A starts random and B starts at zero, so the
-adapted model starts out identical to the base model. Only A and B are trained and saved, so the
-file is small. After training, s B A can be added to W, and the layer is as fast as before.
+adapted model starts out identical to the base model. Only A and B are trained and saved, so a
+saved LoRA is small. After training, s B A can be added to W, and the layer is as fast as before.
 
 Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 
@@ -12,11 +12,11 @@ Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arX
     W' = W + s B A                                             (3)  merging
 
 Shapes: W (out, in), A (r, in), B (out, r), x (…, in), y (…, out); r is the rank.
-Trainable parameters: r (in + out), summed over the adapted layers.
+Trainable parameters: r · (in + out), summed over the adapted layers.
 
 Difference from the paper: A is initialized as in Hugging Face peft (Kaiming uniform), not from a
-Gaussian. Differences from peft: a layer holds one adapter; `merge` keeps W and stores W' next to
-it, which costs memory, but makes unmerging exact; `target_modules` must be given.
+Gaussian. Differences from peft: a layer holds only one adapter; `merge` keeps W and stores W' next
+to it, which costs memory, but makes unmerging exact; `target_modules` must be given.
 
 >>> layers = add_lora(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
 >>> # train the parameters that require a gradient, then:
@@ -43,7 +43,7 @@ class LoraConfig:
     target_modules: list[str] | str | None = None  # a list of names or endings of names, a
     # regex for the full name, or "all-linear"
     use_rslora: bool = False  # scale by α / √r instead
-    # Not used in this file, but by get_peft_model and in adapter_config.json:
+    # Only for get_peft_model and adapter_config.json; add_lora refuses the first one:
     trainable_token_indices: list[int] | None = None  # tokens whose embeddings are trained too
     task_type: str | None = None  # for example "CAUSAL_LM"
     inference_mode: bool = False  # load the adapter frozen
@@ -62,7 +62,7 @@ class LoraLinear(nn.Module):
     """A frozen linear layer plus a trainable low-rank update, equation (1).
 
     base_layer: `nn.Linear`, or transformers' `Conv1D`, which stores W transposed. Maps x (…, in) to
-    y (…, out). While merged, training mode (with gradients) raises RuntimeError.
+    y (…, out). While merged, calling it in training mode with gradients raises RuntimeError.
     """
 
     def __init__(self, base_layer: nn.Module, config: LoraConfig):
@@ -90,7 +90,7 @@ class LoraLinear(nn.Module):
         x = self.lora_dropout(x.to(self.lora_A.weight.dtype))  # (…, in)
         return (y + self.lora_B(self.scaling * self.lora_A(x))).to(y.dtype)  # (1)
 
-    weight = property(lambda self: self.base_layer.weight)  # for code that reads the layer's weight
+    weight = property(lambda self: self.base_layer.weight)  # W, for code outside that reads it
     bias = property(lambda self: self.base_layer.bias)
 
     def delta(self) -> Tensor:
@@ -131,7 +131,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> dict[str, LoraLinear]:
     targets = find_targets(model, config.target_modules)
     if not targets:
         raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer")
-    model.requires_grad_(False)  # before the new layers, which stay trainable, are made
+    model.requires_grad_(False)  # first freeze: the LoRA layers made next stay trainable
     layers = {name: LoraLinear(layer, config) for name, layer in targets.items()}
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))
@@ -157,7 +157,7 @@ def unmerge_lora(layers: dict[str, LoraLinear]) -> None:
 
 
 def find_targets(model: nn.Module, targets: list[str] | str | None) -> dict[str, nn.Module]:
-    """The linear layers that `targets` selects, by name."""
+    """A dict from name to layer: the linear layers that `targets` selects."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linear = {
         name: module
@@ -168,7 +168,7 @@ def find_targets(model: nn.Module, targets: list[str] | str | None) -> dict[str,
         return {name: module for name, module in linear.items() if module is not head}
     if isinstance(targets, str):
         return {name: module for name, module in linear.items() if re.fullmatch(targets, name)}
-    ends = tuple(f".{ending}" for ending in targets or [])  # ".proj" does not match "q_proj"
+    ends = tuple(f".{ending}" for ending in targets or [])  # "proj" must not match "q_proj"
     return {name: module for name, module in linear.items() if f".{name}".endswith(ends)}
 
 

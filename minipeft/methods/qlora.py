@@ -2,28 +2,28 @@
 
 The base gets no updates, so four bits per weight are enough. Weights are quantized in blocks of 64.
 A block stores one scale, its largest absolute value (absmax); a weight stores a 4-bit code, the
-index of the nearest of 16 levels. The levels of NF4 are quantiles of the normal distribution,
-because weights are roughly normal, scaled to [-1, 1], plus an exact zero. Double quantization
-stores the scales in 8 bits. Each layer dequantizes its weight in the forward pass and again in the
-backward pass, and never keeps it. The paper's paged optimizer is in paged_adamw.py.
+index of the nearest of 16 levels. Weights are roughly normal, so the levels of NF4 are quantiles of
+the normal distribution, divided by the largest so that they lie in [-1, 1], and an exact zero.
+Double quantization stores the scales in 8 bits. Each layer dequantizes its weight in the forward
+pass and again in the backward pass, and never keeps it. For paged AdamW, see paged_adamw.py.
 
 Paper: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314.
 
-    levels = {Φ⁻¹(p) at 8 points, -Φ⁻¹(p) at 7 points, and 0} / Φ⁻¹(0.9677)        (1)
-    code_i = nearest level to w_i / absmax,    w_i ≈ absmax · levels[code_i]       (2)
-    absmax ≈ offset + absmax₂ · map[code₈],    offset: mean absmax                 (3)
-    y = W₄ x + b + s B A x,                    s = α / r                           (4)
+    levels = {Φ⁻¹(p) at 8 points, -Φ⁻¹(p) at 7 points, and 0} / Φ⁻¹(0.9677)            (1)
+    code_i = index of the level nearest w_i / absmax,  w_i ≈ absmax · levels[code_i]   (2)
+    absmax ≈ offset + absmax₂ · map[code₈],            offset = mean absmax            (3)
+    y = W₄ x + b + s B A x,                            s = α / r                       (4)
 
-Φ⁻¹ is the normal quantile function. The points p are evenly spaced from 0.9677 down to 0.5, which
-is left out. absmax₂ is the absmax of a block of 256 scales; map has 256 fixed values (see
-`dynamic_map`). W₄ is the dequantized W.
-Shapes: W (out, in), A (r, in), B (out, r); n = out · in weights have codes (n / 2,), two per byte,
-the first weight in the high 4 bits, and scales (n / 64,). Trainable parameters: r · (in + out).
+Φ⁻¹ is the normal quantile function. The 8 points, and the 7, are evenly spaced from 0.9677 down to
+0.5, which is left out. absmax₂ is the largest |absmax - offset| of 256 scales; map has 256 fixed
+values (see `dynamic_map`). W₄ is the dequantized W.
+Shapes: W (out, in), A (r, in), B (out, r). For n = out · in weights: codes (n / 2,), two per byte,
+the first weight in the high 4 bits; scales (n / 64,). Trainable parameters: r · (in + out).
 Bits per weight: 4 + 8/64 + 32/(64 · 256) = 4.127; without double quantization 4 + 32/64 = 4.5.
 
 Difference from the paper: its formula for the levels is infinite at the ends; these levels are
-those of bitsandbytes, the authors' library. Codes, scales and weights equal bitsandbytes', except
-that for a few scales per thousand its CPU kernel does not choose the nearest 8-bit code.
+those of bitsandbytes, the authors' library. Codes, scales and weights are the same as there, with
+one exception: its CPU kernel misses the nearest 8-bit code for a few scales per thousand.
 
 >>> model = quantize_model(model)  # in place and not reversible: the base is now the 4-bit model
 >>> layers = add_qlora(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
@@ -66,7 +66,7 @@ def dynamic_map() -> Tensor:
 NF4_CODEBOOK = nf4_levels()
 NF4_MIDPOINTS = ((NF4_CODEBOOK[1:] + NF4_CODEBOOK[:-1]) / 2).tolist()
 DYNAMIC_MAP = dynamic_map()
-# The two levels of each byte, (256, 2). Viewed as one 8-byte number, one look-up reads both.
+# For each byte, its two float32 levels as one int64, (256,), so that one look-up reads both.
 PAIRS = torch.cartesian_prod(NF4_CODEBOOK, NF4_CODEBOOK).view(torch.int64)[:, 0]
 
 
@@ -101,9 +101,9 @@ def quantize_nf4(weight: Tensor, blocksize: int = 64, double_quant: bool = True)
     packed = []
     scales = []
     blocks = in_blocks(weight.reshape(-1), blocksize)
-    for chunk in blocks.split(chunk_size(blocks.device, blocksize)):  # in the CPU's cache
+    for chunk in blocks.split(chunk_size(blocks.device, blocksize)):  # small enough for the cache
         absmax = chunk.float().abs().amax(dim=1)  # (blocks of this chunk,)
-        x = (chunk * (1 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)  # zeros: absmax 0
+        x = (chunk * (1 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)  # clamp: no 1 / 0
         code, above = torch.zeros_like(x), torch.empty_like(x)
         for midpoint in NF4_MIDPOINTS:  # (2): count the midpoints below x; faster than bucketize
             code += torch.gt(x, midpoint, out=above)
@@ -149,7 +149,8 @@ def in_blocks(x: Tensor, blocksize: int) -> Tensor:
 
 
 def chunk_size(device: torch.device, blocksize: int) -> int:
-    """Blocks to process at once: 2^17 weights, which fit into a CPU's cache, and more on a GPU."""
+    """The number of blocks to process at once. On a CPU they have 2^17 weights, which fit into its
+    cache; on a GPU more."""
     return max((2**17 if device.type == "cpu" else 2**22) // blocksize, 1)
 
 
@@ -199,7 +200,7 @@ class QuantizedLinear(nn.Module):
 
 
 class Linear4bit(QuantizedLinear):
-    """A frozen linear layer in NF4: x (…, in) -> y (…, out), computed in compute_dtype or x's.
+    """A frozen linear layer in NF4: x (…, in) -> y (…, out), in compute_dtype or the dtype of x.
 
     base_layer: `nn.Linear` or transformers' `Conv1D`. The state dict holds codes, scales and bias.
     """
@@ -212,7 +213,7 @@ class Linear4bit(QuantizedLinear):
         self.form = {"shape": q.shape, "dtype": q.dtype, "blocksize": blocksize}
         self.compute_dtype = compute_dtype
 
-    quantized = property(lambda self: NF4(**self._buffers, **self.form))  # buffers: NF4's fields
+    quantized = property(lambda self: NF4(**self._buffers, **self.form))  # named like its fields
     weight = property(lambda self: dequantize_nf4(self.quantized))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -299,7 +300,7 @@ class QLoraLinear(nn.Module):
     def lost_by_rounding(self) -> float:
         """Error of quantizing W' again, relative to the update s B A (which must not be zero).
 
-        Above 1, storing W' in 4 bits would lose more than was learned.
+        Above 1, the error of storing W' in 4 bits is larger than what was learned.
         """
         merged, q = self.merged(), self.base_layer.quantized
         again = dequantize_nf4(quantize_nf4(merged, q.blocksize, q.offset is not None))
@@ -312,7 +313,7 @@ def quantize_model(model: nn.Module, bits: int = 4, **options) -> nn.Module:
     In place and not reversible. Embeddings and norms keep their dtype. A model declares its head
     with `get_output_embeddings`; without it, all linear layers are quantized. bits is 4 or 8; for
     4, the options are those of `Linear4bit`. Raises ValueError, before anything changes, for other
-    bits, weights that are not finite, and a model with an adapter.
+    bits, a bad blocksize, weights that are not finite, and a model with an adapter.
     """
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits!r}")
@@ -331,7 +332,7 @@ def quantize_model(model: nn.Module, bits: int = 4, **options) -> nn.Module:
 
 
 def add_qlora(model: nn.Module, config) -> dict[str, QLoraLinear]:
-    """Freeze a quantized model and replace each target with a QLoraLinear. Return them by name.
+    """Freeze a quantized model and replace each target with a QLoraLinear. Return the new layers.
 
     Raises ValueError if no 4-bit layer matches `config.target_modules`.
     """
@@ -354,7 +355,7 @@ def add_qlora(model: nn.Module, config) -> dict[str, QLoraLinear]:
 
 
 def is_target(name: str, targets: list[str] | str | None) -> bool:
-    """Whether `targets` selects a layer: a list of endings, a regex for the name, "all-linear"."""
+    """Whether `targets` (a list of endings, or a regex, or "all-linear") selects this name."""
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, name) is not None
     return f".{name}".endswith(tuple(f".{ending}" for ending in targets or []))
