@@ -337,10 +337,8 @@ class PeftModel(nn.Module):
     def _check_new(self, adapter_name: str) -> None:
         if adapter_name in self.adapters:
             raise ValueError(f"there already is an adapter {adapter_name!r}")
-        if not re.fullmatch(r"[\w -]+", adapter_name):  # it names a folder and prefixes keys
-            raise ValueError(
-                f"adapter_name may have letters, digits, spaces, _ and -, got {adapter_name!r}"
-            )
+        if not adapter_name or re.search(r"[./\\]", adapter_name):  # it names a folder
+            raise ValueError(f"adapter_name must not be empty or have . or /, got {adapter_name!r}")
 
     def _add(self, adapter_name: str, adapter: Adapter) -> None:
         """Called while no adapter is attached."""

@@ -384,7 +384,7 @@ assert (summed - wanted).norm() > 0.2 * wanted.norm()
 # %%
 def together(parts, weight, way):
     """The model with several adapters at once, each at this weight."""
-    name = f"{'+'.join(parts)} {weight} {way}"
+    name = f"{'+'.join(parts)} {weight:.0%} {way}"
     if name not in model.adapters:
         model.add_weighted_adapter(parts, [weight] * len(parts), name, combination_type=way)
     model.set_adapter(name)
