@@ -164,8 +164,9 @@ class AdaLoraAdapter(WeightAdapter):
             self.write_rank_pattern()
 
     def write_rank_pattern(self) -> None:
-        kept, pruned = self.allocator.kept, sum(self.ranks().values()) < self.allocator.initial
-        pattern = {f"{name}.lora_E": mask.tolist() for name, mask in kept.items()}
+        kept = self.allocator.kept.items()
+        pattern = {f"{name}.lora_E": mask.tolist() for name, mask in kept}
+        pruned = not all(all(mask) for mask in pattern.values())
         self.config.rank_pattern = pattern if pruned else None
 
     def check_mergeable(self) -> None:

@@ -53,11 +53,11 @@ class PromptEncoderConfig:
     peft_type: str = field(default="P_TUNING", init=False)
 
     def __post_init__(self):
-        p, w = self.num_virtual_tokens, self.encoder_hidden_size
-        if type(p) is not int or p < 1:
-            raise ValueError(f"num_virtual_tokens must be a positive integer, got {p!r}")
-        if w is not None and w < 1:
-            raise ValueError(f"encoder_hidden_size must be a positive integer, got {w!r}")
+        for name in ("num_virtual_tokens", "encoder_num_layers", "encoder_hidden_size"):
+            n = getattr(self, name)
+            optional = name == "encoder_hidden_size" and n is None
+            if not optional and (type(n) is not int or n < 1):
+                raise ValueError(f"{name} must be a positive integer, got {n!r}")
         kind = self.encoder_reparameterization_type
         if kind not in ("MLP", "LSTM"):
             raise ValueError(f"encoder_reparameterization_type must be MLP or LSTM, got {kind!r}")
