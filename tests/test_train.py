@@ -7,7 +7,7 @@ from torch import nn
 from minipeft import GPT
 from minipeft.gpt import Output
 from minipeft.lab.recipes import RunConfig
-from minipeft.lab.train import pick_device, train
+from minipeft.lab.train import pick_device, train, weights
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(gpt):
@@ -111,3 +111,11 @@ def test_a_device_that_cannot_be_used_is_refused_in_one_line(name):
     with pytest.raises(ValueError, match=f"device '{name}' cannot be used: ") as refused:
         pick_device(name)
     assert "\n" not in str(refused.value)
+
+
+def test_a_micro_batch_without_labelled_tokens_is_refused():
+    labels = torch.tensor([[1, 2, 3]])
+    batches = [{"labels": labels}, {"labels": torch.full_like(labels, -100)}]
+    with pytest.raises(ValueError, match="a micro-batch has no labelled tokens"):
+        weights(batches)
+    assert weights([{"labels": labels}, {"labels": labels}]) == [0.5, 0.5]
