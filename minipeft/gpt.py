@@ -76,7 +76,15 @@ class Output(NamedTuple):
 
     loss: Tensor | None  # None without labels
     logits: Tensor  # (b, t, v)
-    past_key_values: KeyValues | None  # None unless use_cache=True
+    past_key_values = None  # no field: transformers' Trainer expects tensors after the loss
+
+
+class OutputWithCache(NamedTuple):
+    """The result of `GPT.forward` with use_cache=True."""
+
+    loss: Tensor | None
+    logits: Tensor
+    past_key_values: KeyValues
 
 
 class Attention(nn.Module):
@@ -135,11 +143,14 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A GPT. Its language-model head shares the weight of the token embedding."""
 
+    accepts_loss_kwargs = True  # tells transformers' Trainer to pass num_items_in_batch
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.name_or_path = None  # the folder or Hub name, set by from_pretrained
         self.gradient_checkpointing = False
+        self.input_hook = None
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -162,13 +173,15 @@ class GPT(nn.Module):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         labels: Tensor | None = None, inputs_embeds: Tensor | None = None,
         past_key_values: KeyValues | None = None, position_ids: Tensor | None = None,
-        use_cache: bool = False,
-    ) -> Output:  # fmt: skip
+        use_cache: bool = False, num_items_in_batch: Tensor | int | None = None,
+    ) -> Output | OutputWithCache:  # fmt: skip
         """Compute the logits of every token, and the mean loss if labels are given.
 
         Pass input_ids (b, t) or inputs_embeds (b, t, d). attention_mask (b, p + t) is 1 for real
         tokens, 0 for padding on either side. labels (b, t) are shifted inside; -100 is ignored.
         position_ids (b, t) or (1, t) default to p, …, p + t - 1 and do not depend on the mask.
+        The loss is a mean over this batch's labels; with num_items_in_batch, the sum of their
+        losses is divided by that number: the labels of a step that accumulates several batches.
         Raises ValueError for both inputs or neither, a mask of the wrong shape, or too many tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -193,8 +206,11 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (b, t, v)   (4)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return Output(loss, logits, tuple(presents) if use_cache else None)
+            how = "mean" if num_items_in_batch is None else "sum"
+            predicted, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            loss = F.cross_entropy(predicted, targets, reduction=how)
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+        return OutputWithCache(loss, logits, tuple(presents)) if use_cache else Output(loss, logits)
 
     @staticmethod
     def _mask(attention_mask: Tensor | None, b: int, t: int, p: int, device) -> Tensor | None:
@@ -217,46 +233,44 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-        max_new_tokens: int = 20, do_sample: bool = False, temperature: float = 1.0,
-        top_k: int | None = None, eos_token_id: int | None = None,
-        generator: torch.Generator | None = None, inputs_embeds: Tensor | None = None,
-        past_key_values: KeyValues | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20,
+        do_sample: bool = False, temperature: float = 1.0, top_k: int | None = None,
+        eos_token_id: int | None = None, generator: torch.Generator | None = None,
     ) -> Tensor:  # fmt: skip
         """Continue prompts (b, t) greedily or by sampling: (b, t + up to max_new_tokens).
 
-        Pad prompts of unequal length on the LEFT, with 0 in attention_mask (b, p + t). A row that
+        Pad prompts of unequal length on the LEFT, with 0 in attention_mask (b, t). A row that
         reaches `eos_token_id` (default: the config's) is filled with it until all rows are done.
-        With inputs_embeds (b, t, d), only the new tokens are returned. Raises ValueError for an
-        empty or right-padded prompt, more tokens than the context holds, or bad sampling settings.
+        Raises ValueError for an empty or right-padded prompt, more tokens than the context holds,
+        or bad sampling settings.
         """
-        new = input_ids if inputs_embeds is None else inputs_embeds
-        b, t = new.shape[:2]
-        p = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+        b, t = input_ids.shape
         if t == 0:
             raise ValueError("the prompt is empty: pass at least one token")
-        if p + t + max_new_tokens > self.config.n_positions:
+        if t + max_new_tokens > self.config.n_positions:
             raise ValueError(
-                f"a prompt of {p + t} tokens and {max_new_tokens} new tokens exceed the context of "
+                f"a prompt of {t} tokens and {max_new_tokens} new tokens exceed the context of "
                 f"{self.config.n_positions}: shorten the prompt or lower max_new_tokens"
             )
         if do_sample and not (temperature > 0 and (top_k is None or top_k > 0)):
             raise ValueError(f"temperature and top_k must be positive, got {temperature}, {top_k}")
         if attention_mask is None:
-            attention_mask = torch.ones(b, p + t, dtype=torch.long, device=new.device)
+            attention_mask = torch.ones_like(input_ids)
         if not attention_mask[:, -1].all():
             raise ValueError("a prompt ends with padding: pad prompts on the left to generate")
-        tokens = input_ids if inputs_embeds is None else new.new_empty(b, 0, dtype=torch.long)
+        tokens = new = input_ids
         eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
         done = torch.zeros(b, dtype=torch.bool, device=new.device)
-        was_training, past = self.training, past_key_values
+        was_training, past = self.training, None
         self.eval()
         try:
             for _ in range(max_new_tokens):
                 positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (b, p + t)
                 positions = positions[:, -new.shape[1] :]  # (b, t)
-                ids, embeds = (None, new) if new.dim() == 3 else (new, None)
-                out = self(ids, attention_mask, None, embeds, past, positions, use_cache=True)
+                out = self(
+                    input_ids=new, attention_mask=attention_mask, past_key_values=past,
+                    position_ids=positions, use_cache=True,
+                )  # fmt: skip
                 past, logits = out.past_key_values, out.logits[:, -1].float()  # (b, v)
                 if not do_sample:
                     new = logits.argmax(-1, keepdim=True)  # (b, 1)
@@ -278,11 +292,30 @@ class GPT(nn.Module):
         return tokens
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None) -> None:
-        """Recompute each block in the backward pass; `gradient_checkpointing_kwargs` is ignored."""
+        """Recompute each block in the backward pass. `gradient_checkpointing_kwargs` is ignored:
+        they change how PyTorch recomputes, and not the result."""
         self.gradient_checkpointing = True
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs=None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """transformers' new name for the same thing."""
+        if every_n_layers != 1 or offload:
+            raise ValueError(f"not implemented: every_n_layers={every_n_layers}, offload={offload}")
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         self.gradient_checkpointing = False
+
+    def enable_input_require_grads(self) -> None:
+        """Let the embedding's output require a gradient, as reentrant checkpointing needs."""
+        self.disable_input_require_grads()
+        self.input_hook = self.transformer.wte.register_forward_hook(_require_gradient)
+
+    def disable_input_require_grads(self) -> None:
+        if self.input_hook is not None:
+            self.input_hook.remove()
+            self.input_hook = None
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.transformer.wte
@@ -351,6 +384,10 @@ class GPT(nn.Module):
         model.lm_head.weight = model.transformer.wte.weight
         model.name_or_path = str(path)
         return model.eval()
+
+
+def _require_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    output.requires_grad_()
 
 
 def _read_config(file: Path) -> GPTConfig:

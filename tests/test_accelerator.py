@@ -36,14 +36,14 @@ FAULTS = [
     ("methods/adalora", '{"device": w.device, ', "{", "adalora-adapted_there"),
     (
         "methods/adalora",
-        "self.importance.setdefault((name, letter), torch.zeros_like(w))",
-        "self.importance.setdefault((name, letter), torch.zeros(w.shape))",
+        "self.importance.setdefault(key, torch.zeros_like(s))",
+        "self.importance.setdefault(key, torch.zeros(s.shape))",
         "adalora-moved",
     ),
     (
         "methods/prompt_tuning",
         "F.pad(attention_mask, (p, 0), value=1)",
-        "torch.cat((torch.ones(len(x), p, dtype=torch.long), attention_mask), 1)",
+        "torch.cat((torch.ones(len(attention_mask), p, dtype=torch.long), attention_mask), 1)",
         "prompt_tuning-moved",
     ),
     (
@@ -62,8 +62,8 @@ FAULTS = [
     ("methods/p_tuning", "self.to(words.device)", "pass", "p_tuning_lstm-adapted_there"),
     (
         "methods/prefix_tuning",
-        "F.pad(attention_mask, (kv.shape[3], 0), value=1)",
-        "torch.cat((torch.ones(b, kv.shape[3], dtype=torch.long), attention_mask), 1)",
+        "F.pad(attention_mask, (p, 0), value=1)",
+        "torch.cat((torch.ones(len(attention_mask), p, dtype=torch.long), attention_mask), 1)",
         "prefix_tuning-moved",
     ),
     (

@@ -624,7 +624,10 @@ def test_a_prompt_that_leaves_no_room_in_the_context_is_refused(gpt, ids, name):
     model = get_peft_model(gpt, config)
     with pytest.raises(ValueError, match="the context holds 32"):
         model(ids)
-    with pytest.raises(ValueError, match="27 tokens and 6 new tokens exceed the context of 32"):
+    with pytest.raises(
+        ValueError,
+        match="25 virtual tokens, a prompt of 2 and 6 new tokens exceed the context of 32",
+    ):
         model.generate(ids[:, :2], max_new_tokens=6)
 
 

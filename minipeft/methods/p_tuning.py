@@ -90,8 +90,9 @@ class PromptEncoder(nn.Module):
 
         Other inputs are attention_mask, labels and position_ids, each (b, t).
         """
-        out = model(**self.prepend(model, input_ids, **inputs))
-        return Output(out.loss, out.logits[:, self.embedding.num_embeddings :])
+        inputs = self.prepend(model, input_ids, **inputs)
+        out, t = model(**inputs), inputs["inputs_embeds"].shape[1] - self.embedding.num_embeddings
+        return Output(out.loss, out.logits[:, -t:])
 
     def prompt(self) -> Tensor:
         """P, (p, d)."""
@@ -106,25 +107,53 @@ class PromptEncoder(nn.Module):
         attention_mask: Tensor | None = None, labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None, position_ids: Tensor | None = None, **others,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """The model's inputs with P in front: every input becomes p positions longer."""
+        """The model's inputs with P in front: every input becomes p positions longer.
+
+        Raises ValueError for other inputs with values per token, such as token_type_ids.
+        """
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must be (b, t), got {tuple(attention_mask.shape)}")
+        for name, value in others.items():
+            if torch.is_tensor(value) and value.dim() > 1:
+                raise ValueError(f"{name} cannot be used with virtual tokens")
         x = model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         prompt = self.prompt().to(x.dtype).expand(len(x), -1, -1)  # (b, p, d)
         inputs, p = {"inputs_embeds": torch.cat((prompt, x), dim=1)}, prompt.shape[1]  # (2)
-        if attention_mask is not None:
-            inputs["attention_mask"] = F.pad(attention_mask, (p, 0), value=1)  # (b, p + t)
         if labels is not None:
             inputs["labels"] = F.pad(labels, (p, 0), value=-100)  # (b, p + t)
         if position_ids is not None:
             first = torch.arange(p, device=x.device).expand(len(position_ids), p)
             inputs["position_ids"] = torch.cat((first, position_ids + p), dim=1)  # (b, p + t)
-        return inputs | others
+        return inputs | others | self.shifted(attention_mask)
+
+    def shifted(self, attention_mask=None, position_ids=None, **inputs) -> dict:
+        """Inputs (b, t) to be read after p cached positions: the mask is then (b, p + t)."""
+        p = self.embedding.num_embeddings
+        if attention_mask is not None:
+            inputs["attention_mask"] = F.pad(attention_mask, (p, 0), value=1)  # (b, p + t)
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids + p
+        return inputs
 
     @torch.no_grad()
-    def generate(self, model: nn.Module, input_ids: Tensor, attention_mask=None, **options):
-        """Continue prompts (b, t), padded on the left, with the model's own `generate`."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        new = model.generate(**self.prepend(model, input_ids, mask), **options)  # only new tokens
-        return torch.cat((input_ids, new), dim=1)
+    def generate(self, model: nn.Module, *args, **options):
+        """The model's own `generate`, which sees and counts only real tokens.
+
+        P is put in front inside the forward pass: in the first one, or, if `generate` does not use
+        a cache, in each.
+        """
+        started = False
+
+        def before_forward(model, args, inputs):
+            nonlocal started
+            cached, started = started and inputs.get("use_cache") is not False, True
+            return (), self.shifted(**inputs) if cached else self.prepend(model, **inputs)
+
+        hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
+        try:
+            return model.generate(*args, **options)
+        finally:
+            hook.remove()
 
     @torch.no_grad()
     def keep_output(self) -> None:

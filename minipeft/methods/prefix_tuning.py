@@ -26,6 +26,7 @@ still take a share of the attention.
 >>> loss = prefix(model, input_ids, labels=labels).loss  # train prefix.parameters()
 """
 
+import inspect
 from collections import namedtuple
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -91,42 +92,64 @@ class PrefixEncoder(nn.Module):
 
         attention_mask, position_ids and labels are (b, t), without the prefix.
         """
-        x = inputs["inputs_embeds"] if input_ids is None else input_ids
-        if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"] + self.embedding.num_embeddings
-        past = self.past(model, len(x), attention_mask)
-        out = model(input_ids=input_ids, **inputs, **past)
+        out = model(**self.prepend(model, input_ids, attention_mask, **inputs))
         return Output(out.loss, out.logits)
 
     def prompt(self, b: int = 1) -> Tensor:
         """P for a batch, (b, p, 2 l d)."""
         return self.transform(self.embedding.weight.expand(b, -1, -1))  # (2)
 
-    def past(self, model: nn.Module, b: int, attention_mask: Tensor | None) -> dict:
-        """The cache of a model that has already read the prefix, and the mask, p longer.
+    def prepend(
+        self, model: nn.Module, input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None, **inputs,
+    ) -> dict:  # fmt: skip
+        """The model's inputs, and the cache of a model that has already read the prefix."""
+        x = inputs["inputs_embeds"] if input_ids is None else input_ids
+        inputs |= {"input_ids": input_ids, cache_name(model): self.past(model, len(x))}
+        return self.shifted(attention_mask=attention_mask, **inputs)
 
-        The model concatenates the cache's keys and values with its own: equation (1).
-        """
+    def past(self, model: nn.Module, b: int):
+        """The prefix as the model's cache. The model concatenates the cache's keys and values with
+        its own: equation (1)."""
         layers, heads, width = self.shape
         kv = self.prompt(b).to(next(model.parameters()).dtype)  # (b, p, 2 l d)
         kv = kv.view(b, -1, 2 * layers, heads, width).permute(2, 0, 3, 1, 4)  # (2 l, b, h, p, k)
         pairs = tuple(zip(kv[0::2], kv[1::2], strict=True))  # keys and values of each layer
         if self.cache_class is tuple:
-            cache = pairs
-        else:
-            cache = self.cache_class()
-            for i, (keys, values) in enumerate(pairs):
-                cache.update(keys, values, i)
-        past = {"past_key_values": cache}
+            return pairs
+        cache = self.cache_class()
+        for i, (keys, values) in enumerate(pairs):
+            cache.update(keys, values, i)
+        return cache
+
+    def shifted(self, attention_mask=None, position_ids=None, **inputs) -> dict:
+        """Inputs (b, t) to be read after p cached positions: the mask is then (b, p + t)."""
+        p = self.embedding.num_embeddings
         if attention_mask is not None:
-            past["attention_mask"] = F.pad(attention_mask, (kv.shape[3], 0), value=1)  # (b, p + t)
-        return past
+            inputs["attention_mask"] = F.pad(attention_mask, (p, 0), value=1)  # (b, p + t)
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids + p
+        return inputs
 
     @torch.no_grad()
-    def generate(self, model: nn.Module, input_ids: Tensor, attention_mask=None, **options):
-        """Continue prompts (b, t), padded on the left, with the model's own `generate`."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return model.generate(input_ids, **self.past(model, len(mask), mask), **options)
+    def generate(self, model: nn.Module, *args, **options):
+        """The model's own `generate`, which sees and counts only real tokens.
+
+        The prefix is put into the cache inside the forward pass: in the first one, or, if
+        `generate` does not use a cache, in each.
+        """
+        started = False
+
+        def before_forward(model, args, inputs):
+            nonlocal started
+            cached, started = started and inputs.get("use_cache") is not False, True
+            return (), self.shifted(**inputs) if cached else self.prepend(model, **inputs)
+
+        hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
+        try:
+            return model.generate(*args, **options)
+        finally:
+            hook.remove()
 
     @torch.no_grad()
     def keep_output(self) -> None:
@@ -135,21 +158,36 @@ class PrefixEncoder(nn.Module):
         self.transform = nn.Identity()
 
 
+def cache_name(model: nn.Module) -> str:
+    """What the model calls its cache; newer versions of transformers say `cache`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 @torch.no_grad()
 def probe(model: nn.Module) -> tuple[type, tuple[int, int, int]]:
-    """The class of the model's cache and (layers, key heads, head width), from one token."""
+    """The class of the model's cache and (layers, key heads, head width), from one token.
+
+    Raises ValueError if the layers do not all cache keys and values of the same shape.
+    """
     was_training, device = model.training, model.get_input_embeddings().weight.device
     model.eval()
     try:
         ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = getattr(model(input_ids=ids, use_cache=True), cache_name(model), None)
     finally:
         model.train(was_training)
-    if cache is None:
-        raise ValueError(f"{type(model).__name__} returns no past_key_values: it has no cache")
-    if isinstance(cache, tuple):
-        return tuple, (len(cache), *cache[0][0].shape[1::2])
-    return type(cache), (len(cache.layers), *cache.layers[0].keys.shape[1::2])
+    if not isinstance(cache, tuple) and not hasattr(cache, "layers"):
+        raise ValueError(f"{type(model).__name__} has no cache of keys and values for a prefix")
+    pairs = cache
+    if not isinstance(cache, tuple):
+        pairs = [(getattr(c, "keys", None), getattr(c, "values", None)) for c in cache.layers]
+    shapes = {None if t is None else tuple(t.shape[1::2]) for pair in pairs for t in pair[:2]}
+    if len(shapes) != 1 or None in shapes:
+        raise ValueError(
+            f"a prefix needs keys and values of one shape in all layers; in "
+            f"{type(model).__name__}, (heads, width) are {sorted(shapes, key=str)}"
+        )
+    return type(cache), (len(pairs), *shapes.pop())
 
 
 if __name__ == "__main__":  # steer one frozen attention layer towards token 3
