@@ -22,8 +22,8 @@ from minipeft.methods.lora import LoraConfig, LoraLinear
 from minipeft.methods.p_tuning import PromptEncoder, PromptEncoderConfig
 from minipeft.methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from minipeft.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig
-from minipeft.methods.qlora import Linear4bit, QLoraLinear, QuantizedLinear
-from minipeft.targets import find_targets
+from minipeft.methods.qlora import Linear4bit, QLoraLinear, QuantizedLinear, cannot_save
+from minipeft.targets import computes_wx, find_targets
 from minipeft.token_rows import token_rows
 
 
@@ -40,14 +40,24 @@ class Adapter:
         return self.layers if self.encoder is None else {"prompt_encoder": self.encoder}
 
     def attach(self, model: nn.Module) -> None:
-        """Replace the layers of the base that this adapter adapts."""
+        """Replace the layers of the base that this adapter adapts.
+
+        Raises RuntimeError if the base has other layers by now than those it was made for.
+        """
+        for name, layer in self.layers.items():
+            if model.get_submodule(name) is not layer.base_layer:
+                raise RuntimeError(
+                    f"{name} of the base was replaced while its adapter was detached"
+                )
         for name, layer in self.layers.items():
             model.set_submodule(name, layer)
+        guard_saving(model)
 
     def detach(self, model: nn.Module) -> None:
         """Put the original layers back."""
         for name, layer in self.layers.items():
             model.set_submodule(name, layer.base_layer)
+        guard_saving(model)
 
     def run(self, model: nn.Module, *args, **kwargs):
         """The model's forward pass with this adapter, which is attached."""
@@ -122,6 +132,10 @@ class WeightAdapter(Adapter):
     def check_mergeable(self) -> None:
         if self.config.peft_type == "BOTTLENECK":
             raise ValueError("cannot merge BOTTLENECK: a bottleneck is not linear")
+        for name, layer in self.layers.items():
+            if isinstance(layer, LoraLinear | SVDLinear) and not computes_wx(layer.base_layer):
+                kind = type(layer.base_layer).__name__
+                raise ValueError(f"cannot merge: {name} is a {kind} and does not compute W x + b")
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, under peft's keys."""
@@ -161,6 +175,8 @@ class AdaLoraAdapter(WeightAdapter):
     def update_and_allocate(self, step: int) -> None:
         if self.allocator is not None:  # ranks that were read from a file do not move
             self.allocator.update_and_allocate(step)
+            for layer in self.layers.values():
+                layer.unmerge()  # pruning changed E, and W' was made from the old one
             self.write_rank_pattern()
 
     def write_rank_pattern(self) -> None:
@@ -170,8 +186,14 @@ class AdaLoraAdapter(WeightAdapter):
         self.config.rank_pattern = pattern if pruned else None
 
     def check_mergeable(self) -> None:
-        """Raises RuntimeError for trained layers whose ranks are still above the target."""
+        """Raises RuntimeError for trained layers whose ranks are still above the target, or 0."""
+        super().check_mergeable()
         c, allocator, total = self.config, self.allocator, sum(self.ranks().values())
+        if total == 0:
+            raise RuntimeError(
+                "AdaLoRA pruned all ranks to 0, because its scores were all equal: nothing that it "
+                "learned is left"
+            )
         trained = any(layer.lora_E.any() for layer in self.layers.values())  # E starts at 0
         if allocator is None or not trained or total <= allocator.target:
             return
@@ -246,9 +268,11 @@ class PromptAdapter(Adapter):
     def run(self, model: nn.Module, *args, **kwargs):
         positional = inspect.signature(model.forward).bind_partial(*args).arguments  # by name
         inputs = dict(**positional, **kwargs)
-        for name in ("past_key_values", "use_cache"):
+        for name in ("past_key_values", "cache", "use_cache"):
             if inputs.pop(name, None):
                 raise ValueError(f"{name} cannot be used with a prompt method: call generate()")
+        if inputs.get("return_dict", True) is False:
+            raise ValueError("return_dict=False cannot be used with a prompt method")
         # The names in transformers, the older one last:
         names = ("is_activation_checkpointing", "is_gradient_checkpointing")
         checkpointing = next((getattr(model, n) for n in names if hasattr(model, n)), False)
@@ -260,6 +284,20 @@ class PromptAdapter(Adapter):
         return self.encoder(model, **inputs)
 
     def generate(self, model: nn.Module, *args, **kwargs):
+        settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+        counting = ("cache_implementation", "prompt_lookup_num_tokens")  # they count the cache
+        for name in ("past_key_values", "assistant_model", *counting):
+            if kwargs.get(name) is not None or getattr(settings, name, None) is not None:
+                raise ValueError(f"generate: {name} cannot be used with a prompt method")
+        ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        t, new = 0 if ids is None else ids.shape[1], kwargs.get("max_new_tokens") or 0
+        p, model_config = self.config.num_virtual_tokens, getattr(model, "config", None)
+        limit = getattr(model_config, "n_positions", math.inf)
+        if p + t + new > limit:
+            raise ValueError(
+                f"{p} virtual tokens, a prompt of {t} and {new} new tokens exceed the context of "
+                f"{limit}: shorten the prompt or lower max_new_tokens"
+            )
         return self.encoder.generate(model, *args, **kwargs)
 
     def check_mergeable(self) -> None:
@@ -288,6 +326,16 @@ class PromptAdapter(Adapter):
         copy_tensors(saved, target)
 
 
+def guard_saving(model: nn.Module) -> None:
+    """While a base has quantized or adapted layers, its own `save_pretrained` raises."""
+    modules = model.modules()
+    changed = any(isinstance(m, QuantizedLinear) or hasattr(m, "base_layer") for m in modules)
+    if changed and hasattr(model, "save_pretrained"):
+        model.save_pretrained = cannot_save
+    elif not changed:
+        vars(model).pop("save_pretrained", None)  # the class's own method again
+
+
 def check_prompt_model(model: nn.Module, config) -> None:
     """Raises ValueError for a model that cannot take these virtual tokens."""
     settings = getattr(model, "config", None)
@@ -295,6 +343,8 @@ def check_prompt_model(model: nn.Module, config) -> None:
         raise ValueError("prompt methods need a decoder; this is an encoder-decoder model")
     if not hasattr(model, "get_input_embeddings"):
         raise ValueError(f"{type(model).__name__} has no get_input_embeddings()")
+    if not hasattr(model.get_input_embeddings(), "weight"):
+        raise ValueError(f"{type(model).__name__} has no embedding of tokens, as prompts need")
     names = ("n_positions", "max_position_embeddings")
     context = next((getattr(settings, n) for n in names if hasattr(settings, n)), math.inf)
     if config.num_virtual_tokens >= context:
@@ -350,4 +400,9 @@ def make_adapter(model: nn.Module, config) -> Adapter:
     """
     if getattr(config, "peft_type", None) not in METHODS:
         raise TypeError(f"{config!r} is not a config of a method: {', '.join(METHODS)}")
+    if config.task_type not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
+        raise ValueError(
+            f"task_type={config.task_type!r} is not implemented: a new head would be neither "
+            "trained nor saved"
+        )
     return METHODS[config.peft_type].adapter(model, config)

@@ -12,14 +12,16 @@ import copy
 import functools
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from minipeft.adapters import Adapter, make_adapter
+from minipeft.adapters import Adapter, guard_saving, make_adapter
 from minipeft.combine import weighted_adapter
 from minipeft.methods.qlora import quantized_layers
 from minipeft.saving import PeftConfig, read_adapter, write_adapter
@@ -74,13 +76,18 @@ class PeftModel(nn.Module):
         """The base model's `forward`, with the attached adapter.
 
         Prompt methods drop the logits of the virtual tokens and return (loss, logits). In training
-        mode, AdaLoRA's penalty is added to the loss.
+        mode, AdaLoRA's penalty is added to the loss; a warning says so if the output has none.
         """
         if labels is not None:
             kwargs["labels"] = labels
         out = self._attached.run(self.base_model, *args, **kwargs)
         penalty = self.penalty() if self.training else 0.0
-        if not torch.is_tensor(penalty) or getattr(out, "loss", None) is None:
+        if not torch.is_tensor(penalty):
+            return out
+        if type(out) is tuple and labels is not None:  # transformers with return_dict=False
+            return out[0] + penalty, *out[1:]
+        if getattr(out, "loss", None) is None:
+            warnings.warn("AdaLoRA's penalty is in no loss: add model.penalty()", stacklevel=2)
             return out
         if hasattr(out, "_replace"):  # a named tuple
             return out._replace(loss=out.loss + penalty)
@@ -133,12 +140,19 @@ class PeftModel(nn.Module):
             summed = weighted_adapter(self.base_model, loras, weights, combination_type, svd_rank)
             self._add(adapter_name, summed)
 
-    def set_adapter(self, adapter_name: str) -> None:
+    def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Make an adapter active and attach it; inside a `disable_adapter()` block, it is attached
         only after the block.
 
-        The trainable parameters change, so make a new optimizer afterwards.
+        The trainable parameters change, so make a new optimizer afterwards. As in peft, the name
+        may be in a list; raises ValueError for more than one, and for an unknown name.
         """
+        if isinstance(adapter_name, list):
+            if len(adapter_name) != 1:
+                raise ValueError(
+                    f"one adapter can be active, not {adapter_name}: see add_weighted_adapter"
+                )
+            adapter_name = adapter_name[0]
         self._get(adapter_name)  # raises if no adapter has this name
         with self.disable_adapter():  # at its end, the active adapter is attached
             self.active_adapter = adapter_name
@@ -166,7 +180,11 @@ class PeftModel(nn.Module):
         finally:
             self._disable_depth -= 1
             adapter = self._attached  # inside another block, the null adapter
-            adapter.attach(self.base_model)
+            try:
+                adapter.attach(self.base_model)
+            except RuntimeError:  # it does not fit the base any more: it stays disabled
+                self._disable_depth += 1
+                raise
             self.prompt_encoder = adapter.encoder
             for module in adapter.modules().values():
                 module.train(self.training)
@@ -190,10 +208,12 @@ class PeftModel(nn.Module):
 
     # --- merging ---
 
-    def merge_adapter(self) -> None:
+    def merge_adapter(self, safe_merge: bool = False) -> None:
         """Make the active adapter's layers use W' = W + ΔW, the weight plus the update. W itself
-        does not change."""
-        for layer in self._mergeable_layers().values():
+        does not change. safe_merge: raise ValueError, with nothing merged, if W' has NaN or
+        infinite entries."""
+        layers = self._mergeable_layers(safe_merge)
+        for layer in layers.values():
             layer.merge()
 
     def unmerge_adapter(self) -> None:
@@ -201,26 +221,37 @@ class PeftModel(nn.Module):
         for layer in self._mergeable_layers().values():
             layer.unmerge()
 
-    def merge_and_unload(self, inplace: bool = False) -> nn.Module:
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, *, inplace: bool = False
+    ) -> nn.Module:
         """Return a plain model of the base's class whose layers hold W'.
 
         By default it is a copy, and this model keeps its adapters. With `inplace`, it overwrites
-        the base's weights, makes no copy, and deletes the adapters.
+        the base's weights, makes no copy, and deletes the adapters. Layers of a quantized base come
+        back as layers of their original class, in the dtype of the parameters that were not
+        quantized; if those differ, all of them get the widest.
         """
-        names = list(self._mergeable_layers())
+        names = list(self._mergeable_layers(safe_merge))
+        with self.disable_adapter():
+            dtype = surrounding_dtype(self.base_model)
         model = self.base_model if inplace else copy.deepcopy(self.base_model)
-        for name in names:
+        for name in tqdm(names, "merging", disable=not progressbar):
             model.set_submodule(name, model.get_submodule(name).merge_into_base())
         for name, layer in quantized_layers(model).items():  # dequantize the remaining layers
             model.set_submodule(name, layer.plain())
+        for p in model.parameters():
+            if dtype is not None and p.is_floating_point():
+                p.data = p.data.to(dtype)
         if inplace:
             self.adapters, self.active_adapter = {}, None
+        make_plain(model)
         return model
 
     def unload(self) -> nn.Module:
         """Detach and delete all adapters, and return the base model."""
         with self.disable_adapter():
             self.adapters, self.active_adapter = {}, None
+        make_plain(self.base_model)
         return self.base_model
 
     # --- counting and saving ---
@@ -237,12 +268,15 @@ class PeftModel(nn.Module):
             f"trainable%: {100 * trainable / total:.4f}"
         )
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True) -> None:
         """Write every adapter as peft does: "default" into the folder, others into subfolders.
 
         Raises RuntimeError for an AdaLoRA in the middle of its schedule, because peft's format has
-        no place for the schedule's state: save `model.state_dict()` instead.
+        no place for the schedule's state: save `model.state_dict()` instead. Raises ValueError for
+        safe_serialization=False: a pickle is never written.
         """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write a pickle: not supported")
         base_name = getattr(self.base_model, "name_or_path", None)
         tensors = {name: adapter.tensors() for name, adapter in self.adapters.items()}
         for (
@@ -297,6 +331,14 @@ class PeftModel(nn.Module):
                 raise
             return getattr(self.base_model, name)
 
+    def __setattr__(self, name: str, value) -> None:
+        """An attribute that only the base has is set on the base."""
+        own = name in self.__dict__ or hasattr(type(self), name) or name in self._modules
+        if not own and hasattr(self._modules.get("base_model"), name):
+            setattr(self.base_model, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def get_base_model(self) -> nn.Module:
         """The base model. While a LoRA, for example, is attached, some of its layers are replaced;
         `unload` puts them back."""
@@ -310,6 +352,18 @@ class PeftModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.base_model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.base_model.parameters() if p.is_floating_point())
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """The number of parameters of the base and the attached adapter."""
+        trainable, total = self.get_nb_trainable_parameters()
+        if exclude_embeddings and not only_trainable:
+            tables = (m for m in self.base_model.modules() if isinstance(m, nn.Embedding))
+            total -= sum(table.weight.numel() for table in tables)
+        return trainable if only_trainable else total
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -343,14 +397,18 @@ class PeftModel(nn.Module):
     def _add(self, adapter_name: str, adapter: Adapter) -> None:
         """Called while no adapter is attached."""
         self.adapters[adapter_name] = adapter
+        self.base_model.has_adapters = True  # also while they are disabled; quantize_model looks
         if self.active_adapter is None:
             self.base_model.requires_grad_(False)
             self.active_adapter = adapter_name
 
-    def _mergeable_layers(self) -> dict[str, nn.Module]:
+    def _mergeable_layers(self, safe_merge: bool = False) -> dict[str, nn.Module]:
         self._active.check_mergeable()
         if not self.is_attached:
             raise RuntimeError("the adapter is disabled: call this outside disable_adapter()")
+        for name, layer in self._active.layers.items() if safe_merge else ():
+            if not all(p.isfinite().all() for p in layer.parameters()):
+                raise ValueError(f"{name} has NaN or infinite entries")
         return self._active.layers
 
     def _apply(self, fn: Callable, recurse: bool = True):
@@ -374,20 +432,37 @@ def get_peft_model(
     return PeftModel(model, peft_config, adapter_name)
 
 
+def make_plain(model: nn.Module) -> None:
+    """Remove what adapters and training left on a base."""
+    vars(model).pop("has_adapters", None)
+    guard_saving(model)
+    if hasattr(model, "disable_input_require_grads"):
+        model.disable_input_require_grads()
+
+
+def surrounding_dtype(model: nn.Module) -> torch.dtype | None:
+    """The widest dtype of the parameters that were not quantized; None for a model without
+    quantized layers."""
+    quantized = quantized_layers(model).values()
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    dtypes = dtypes or [layer.dtype for layer in quantized]
+    return functools.reduce(torch.promote_types, dtypes) if quantized else None
+
+
 def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing: bool = True):
     """Prepare a quantized model for training, in place, as peft's function of this name does.
 
     Freezes it, casts what is not quantized to float32 (half precision is too coarse for norms and
-    the loss) and turns on gradient checkpointing. Checkpointing needs an input that requires a
-    gradient, so a hook marks the output of the embedding.
+    the loss) and turns on gradient checkpointing, without reentrant autograd: that would need an
+    input that requires a gradient.
     """
     for p in model.requires_grad_(False).parameters():
         if p.is_floating_point():
             p.data = p.data.float()
+    for layer in quantized_layers(model).values():
+        layer.dtype = torch.float32
     if use_gradient_checkpointing:
-        embedding = model.get_input_embeddings()
-        embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 

@@ -40,6 +40,7 @@ class TaskType(str, enum.Enum):
 
     CAUSAL_LM = "CAUSAL_LM"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 class PeftConfig(abc.ABC):

@@ -7,9 +7,11 @@ is a regular expression for the whole name, or "all-linear": every linear layer 
 import re
 from collections import Counter
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from minipeft.methods.qlora import QuantizedLinear
+from minipeft.methods.qlora import QuantizedLinear, warn_of_unreached
 
 FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they read weights directly
 
@@ -22,17 +24,22 @@ def find_targets(
     part: "weight" accepts linear layers, "bias" any layer with a bias of its own; None for
     target_modules then means all of them. Raises ValueError for an entry that matches nothing, a
     match of another kind, a parameter that two modules share, a layer that PyTorch's fast path
-    would read past the adapter, and a model that already has an adapter.
+    would read past the adapter, and a model that is compiled or already has an adapter. Warns if
+    "all-linear" leaves out 1 % or more of the weights.
     """
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
     if any(hasattr(m, "base_layer") for m in modules.values()):
         raise ValueError("the model already has an adapter: remove it before adding another")
+    if any(hasattr(m, "_orig_mod") for m in model.modules()):
+        raise ValueError("the model is compiled: add the adapter first, then call torch.compile")
     fits = is_linear if part == "weight" else has_bias
     fitting = [n for n, m in modules.items() if fits(m)]
     if target_modules == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         linear = [n for n in fitting if is_linear(modules[n]) and modules[n] is not head]
         hits = {"all-linear": linear}
+        if part == "weight":
+            warn_of_unreached(model, set(linear), "all-linear")
     elif target_modules is None and part == "bias":
         hits = {"None": fitting}
     elif isinstance(target_modules, str):
@@ -45,7 +52,7 @@ def find_targets(
     for entry, names in hits.items():
         if not names:
             raise ValueError(f"target_modules: {entry!r} matches no module; {what}: {known}")
-    users = Counter(id(p) for m in modules.values() for p in m.parameters(recurse=False))
+    users = Counter(memory(p) for m in modules.values() for p in m.parameters(recurse=False))
     fast = {inner for m in model.modules() if isinstance(m, FAST_PATH) for inner in m.modules()}
     found = {n: m for n, m in modules.items() if any(n in names for names in hits.values())}
     for name, layer in found.items():
@@ -54,14 +61,39 @@ def find_targets(
             raise ValueError(f"target {name} is a {kind}; this method adapts {what}: {known}")
         if layer in fast:
             raise ValueError(f"target {name}: PyTorch reads its {part} itself and skips an adapter")
-        if users[id(layer._parameters.get(part))] > 1:
+        parameter = layer._parameters.get(part)
+        if parameter is None:  # a quantized layer
+            continue
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"target {name} is a {type(layer).__name__} with weights of {parameter.dtype}: "
+                "quantize a floating-point model with minipeft's quantize_model instead"
+            )
+        if users[memory(parameter)] > 1:
             raise ValueError(f"target {name} shares its {part} with another module: untie it first")
     return found
+
+
+def memory(p: Tensor) -> int:
+    """The same for tensors that share their memory, even if they are different Parameters."""
+    return p.data_ptr() or id(p)  # 0 on the meta device
 
 
 def is_linear(layer: nn.Module) -> bool:
     linear = isinstance(layer, nn.Linear | QuantizedLinear)
     return linear or type(layer).__name__ == "Conv1D"  # transformers' GPT-2
+
+
+@torch.no_grad()
+def computes_wx(layer: nn.Module) -> bool:
+    """Whether a linear layer computes W x + b, so that an update of W can be merged. A subclass of
+    nn.Linear with a `forward` of its own may compute something else: try it."""
+    plain = type(layer).forward is nn.Linear.forward or type(layer).__name__ == "Conv1D"
+    if plain or isinstance(layer, QuantizedLinear):
+        return True
+    w = layer.weight
+    x = torch.linspace(-1, 1, 2 * w.shape[1], device=w.device, dtype=w.dtype).view(2, -1)
+    return torch.allclose(layer(x), F.linear(x, w, layer.bias), rtol=1e-2, atol=1e-2)
 
 
 def has_bias(layer: nn.Module) -> bool:

@@ -11,8 +11,10 @@ In peft, and in its files, this is `trainable_token_indices` of a LoraConfig.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
+
+from minipeft.targets import memory
 
 
 class TokenRows(nn.Module):
@@ -36,9 +38,7 @@ class TokenRows(nn.Module):
         return w.index_copy(0, self.ids, rows.to(w.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.base_layer, nn.Embedding):
-            return F.embedding(x, self.weight, self.base_layer.padding_idx)
-        return F.linear(x, self.weight, self.base_layer.bias)
+        return functional_call(self.base_layer, {"weight": self.weight}, (x,))
 
     def merge(self) -> None:
         """Nothing to do: every forward pass computes with W'."""
@@ -54,22 +54,26 @@ class TokenRows(nn.Module):
 def token_rows(model: nn.Module, ids: list[int]) -> dict[str, TokenRows]:
     """By name, the layers to put in place of a model's embedding, and of a head tied to it.
 
-    Raises ValueError for tokens that do not exist or are given twice, and for models whose
-    embedding does more than look rows up, where the result would be wrong.
+    Raises ValueError for tokens that do not exist or are given twice, and for models in which
+    other modules use the embedding's weight too, where the result would be wrong.
     """
     kind = type(model).__name__
     if not hasattr(model, "get_output_embeddings"):
         raise ValueError(f"trainable_token_indices: {kind} has no get_output_embeddings()")
-    embedding, names = model.get_input_embeddings(), {m: n for n, m in model.named_modules()}
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if type(embedding) is not nn.Embedding or embedding.max_norm or encoder_decoder:
-        raise ValueError(f"trainable_token_indices: not supported for the embedding of {kind}")
-    v = embedding.num_embeddings
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shared = memory(embedding.weight)
+    modules = list(model.named_modules(remove_duplicate=False))
+    users = {n: m for n, m in modules for p in m.parameters(recurse=False) if memory(p) == shared}
+    if len(users) > len({m for m in users.values() if m in (embedding, head)}):
+        raise ValueError(f"trainable_token_indices: in {kind}, {', '.join(users)} share one weight")
+    if getattr(embedding, "max_norm", None):
+        raise ValueError("trainable_token_indices: not supported for an embedding with max_norm")
+    v = len(embedding.weight)
     if len(set(ids)) < len(ids) or not all(0 <= i < v for i in ids):
         raise ValueError(f"trainable_token_indices must be distinct and below {v}, got {ids}")
+    names = {module: name for name, module in users.items()}
     chosen = torch.tensor(ids, device=embedding.weight.device)
     layers = {names[embedding]: TokenRows(embedding, chosen)}
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is embedding.weight:
+    if head in names:
         layers[names[head]] = TokenRows(head, chosen, layers[names[embedding]])
     return layers

@@ -153,7 +153,8 @@ def test_the_state_dict_holds_the_4bit_form_and_casting_keeps_the_scales():
     other.load_state_dict(coarse.state_dict())
     assert torch.equal(other.weight, w)
     assert coarse.half().scale_scales.dtype == torch.float32
-    assert torch.equal(coarse.weight, w)
+    assert torch.equal(coarse.dequantize(torch.float32), w)
+    assert torch.equal(coarse.weight, w.half())
     x = torch.randn(3, 70).half()
     assert coarse(x).dtype == torch.float16
     wide = Linear4bit(nn.Linear(70, 30), compute_dtype=torch.bfloat16)
@@ -291,7 +292,6 @@ def test_preparing_for_training_casts_and_checkpoints_without_changing_gradients
         base = prepare_model_for_kbit_training(copy.deepcopy(gpt), checkpointing)
         assert {p.dtype for p in base.parameters()} == {torch.float32}
         assert base.gradient_checkpointing == checkpointing
-        assert base.transformer.wte(ids).requires_grad == checkpointing
         torch.manual_seed(0)
         model = get_peft_model(base, config).train()
         model(ids, labels=ids).loss.backward()

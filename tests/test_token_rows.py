@@ -128,23 +128,58 @@ def test_rows_of_a_float64_base_are_float64(gpt):
 
 
 class ScaledEmbedding(nn.Embedding):
-    """As in Gemma, the embedding does more than look up rows."""
+    """As in Gemma 3, the embedding does more than look up rows."""
 
     def forward(self, ids):
         return 2 * super().forward(ids)
 
 
-def test_an_embedding_that_does_more_than_look_up_rows_is_refused(gpt):
+def test_rows_of_an_embedding_with_its_own_forward_are_used_as_it_uses_its_own(gpt, ids):
     scaled = ScaledEmbedding(61, 24)
     scaled.weight = gpt.transformer.wte.weight
+    gpt.transformer.wte = scaled
+    plain = gpt(ids).logits
+    model = get_peft_model(gpt, config()).eval()
+    assert torch.equal(model(ids).logits, plain)
+    rows = scaled.weight[TOKENS] + 1
+    model.base_model.transformer.wte.token_adapter["trainable_tokens_delta"].data = rows
+    adapted = model(ids).logits
+    assert not torch.allclose(adapted, plain)
+    merged = model.merge_and_unload()
+    assert isinstance(merged.transformer.wte, ScaledEmbedding)
+    assert torch.equal(merged.transformer.wte.weight[TOKENS], rows)
+    assert torch.allclose(merged(ids).logits, adapted, atol=1e-5)
+
+
+def refused(gpt, message: str) -> None:
+    """Adding token rows raises, and the model is as it was."""
+    embedding = gpt.transformer.wte
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(gpt, config())
+    assert gpt.transformer.wte is embedding
+    assert all(p.requires_grad for p in gpt.parameters())
+
+
+def test_an_embedding_that_changes_its_own_rows_is_refused(gpt):
     limited = nn.Embedding(61, 24, max_norm=1.0)
     limited.weight = gpt.transformer.wte.weight
-    for embedding in (scaled, limited):
-        gpt.transformer.wte = embedding
-        with pytest.raises(ValueError, match="not supported for the embedding of GPT"):
-            get_peft_model(gpt, config())
-        assert gpt.transformer.wte is embedding
-        assert all(p.requires_grad for p in gpt.parameters())
+    gpt.transformer.wte = limited
+    refused(gpt, "not supported for an embedding with max_norm")
+
+
+@pytest.mark.parametrize("by", ["object", "memory"])
+def test_an_embedding_whose_weight_has_a_third_user_is_refused(gpt, by):
+    """As in encoder-decoder models: that user would go on with the old rows."""
+    weight = gpt.transformer.wte.weight
+    gpt.second = nn.Embedding(61, 24)
+    gpt.second.weight = weight if by == "object" else nn.Parameter(weight.data)
+    refused(gpt, "in GPT, transformer.wte, lm_head, second share one weight")
+
+
+def test_a_head_tied_by_memory_uses_the_rows(gpt, ids):
+    gpt.lm_head.weight = nn.Parameter(gpt.transformer.wte.weight.data)
+    model = get_peft_model(gpt, config()).eval()
+    assert isinstance(model.base_model.lm_head, TokenRows)
 
 
 def test_rows_are_trained_merged_and_saved_on_a_4bit_base(gpt, ids, tmp_path):

@@ -195,8 +195,9 @@ class RankAllocator:
 
     @torch.no_grad()
     def update_importance(self) -> None:
-        """Equation (3), for every A, E and B."""
+        """Equation (3), for every A, E and B. A step with a non-finite gradient does not count."""
         beta1, beta2 = self.config.beta1, self.config.beta2
+        sensitivity = {}  # I
         for name, layer in self.layers.items():
             for letter in "AEB":
                 w = getattr(layer, f"lora_{letter}")
@@ -205,12 +206,15 @@ class RankAllocator:
                         f"{name} has no gradient: call update_and_allocate after backward and the "
                         "optimizer's step, and before zero_grad"
                     )
-                sensitivity = (w * w.grad).abs()  # I
-                importance = self.importance.setdefault((name, letter), torch.zeros_like(w))
-                uncertainty = self.uncertainty.setdefault((name, letter), torch.zeros_like(w))
-                importance.mul_(beta1).add_((1 - beta1) * sensitivity)  # Ī, in place
-                deviation = (sensitivity - importance).abs()
-                uncertainty.mul_(beta2).add_((1 - beta2) * deviation)  # Ū, in place
+                sensitivity[name, letter] = (w * w.grad).abs()
+        finite = torch.stack([s.sum() for s in sensitivity.values()]).isfinite().all()
+        for key, s in sensitivity.items():
+            importance = self.importance.setdefault(key, torch.zeros_like(s))
+            uncertainty = self.uncertainty.setdefault(key, torch.zeros_like(s))
+            new = beta1 * importance + (1 - beta1) * s  # Ī
+            importance.copy_(torch.where(finite, new, importance))
+            new = beta2 * uncertainty + (1 - beta2) * (s - new).abs()  # Ū
+            uncertainty.copy_(torch.where(finite, new, uncertainty))
 
     def scores(self) -> dict[str, Tensor]:
         """The score of every triplet, (r,) by layer."""
@@ -224,13 +228,14 @@ class RankAllocator:
     def prune(self, budget: int) -> None:
         """Choose the triplets to keep: over all layers, the `budget` with the highest scores.
 
-        Ties at the threshold are pruned too.
+        Ties at the threshold are pruned too. Nothing is pruned by scores that are NaN or all 0.
         """
         scores, n_pruned = self.scores(), self.initial - budget
         if n_pruned > 0:
             everything = torch.cat(list(scores.values()))
             threshold = everything.kthvalue(n_pruned).values  # the highest score that is pruned
-            self.kept = {name: score > threshold for name, score in scores.items()}
+            unknown = everything.max() == 0  # as long as no gradient was finite
+            self.kept = {name: ~(s <= threshold) | unknown for name, s in scores.items()}
 
     @torch.no_grad()
     def reapply_mask(self) -> None:

@@ -29,8 +29,10 @@ one exception: its CPU kernel misses the nearest 8-bit code for a few scales per
 >>> layers = add_qlora(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
 """
 
+import copy
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -180,7 +182,12 @@ class QuantizedLinear(nn.Module):
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.out_features, self.in_features = matrix(base_layer).shape
-        self.bias = base_layer.bias
+        self.bias, self.dtype = base_layer.bias, base_layer.weight.dtype
+        shell = copy.copy(base_layer)  # the original layer without its weight, for `plain`
+        shell._parameters = {}
+        self.shell = [shell]  # in a list, so that it is no submodule
+
+    weight = property(lambda self: self.dequantize(self.dtype))
 
     def _apply(self, fn, recurse: bool = True):
         """`.to()`, `.half()` and so on move the scales to another device, but do not cast them."""
@@ -188,14 +195,19 @@ class QuantizedLinear(nn.Module):
         super()._apply(fn, recurse)
         for name, tensor in scales.items():
             self._buffers[name] = tensor.to(self.codes.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
-    def plain(self, weight: Tensor | None = None) -> nn.Linear:
-        """A frozen `nn.Linear` with this weight (out, in), by default the dequantized one."""
-        layer = nn.Linear(self.in_features, self.out_features, device="meta")
-        w = self.weight if weight is None else weight
-        layer.weight = nn.Parameter(w)
-        layer.bias = None if self.bias is None else nn.Parameter(self.bias.to(w.dtype, copy=True))
+    def plain(self, weight: Tensor | None = None) -> nn.Module:
+        """A frozen layer of the original class with this weight (out, in), by default the
+        dequantized one, in at least float32."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        w = self.dequantize(wide) if weight is None else weight
+        layer = copy.copy(self.shell[0])
+        transposed = type(layer).__name__ == "Conv1D"
+        bias = None if self.bias is None else nn.Parameter(self.bias.to(w.dtype, copy=True))
+        w = nn.Parameter(w.t().contiguous() if transposed else w)
+        layer._parameters = {"weight": w, "bias": bias}
         return layer.requires_grad_(False)
 
 
@@ -210,11 +222,14 @@ class Linear4bit(QuantizedLinear):
         q = quantize_nf4(matrix(base_layer).detach().contiguous(), blocksize, double_quant)
         for name in ("codes", "scales", "scale_scales", "offset"):
             self.register_buffer(name, getattr(q, name))
-        self.form = {"shape": q.shape, "dtype": q.dtype, "blocksize": blocksize}
-        self.compute_dtype = compute_dtype
+        self.shape, self.blocksize, self.compute_dtype = q.shape, blocksize, compute_dtype
 
-    quantized = property(lambda self: NF4(**self._buffers, **self.form))  # named like its fields
-    weight = property(lambda self: dequantize_nf4(self.quantized))
+    @property
+    def quantized(self) -> NF4:
+        return NF4(**self._buffers, shape=self.shape, dtype=self.dtype, blocksize=self.blocksize)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return dequantize_nf4(self.quantized, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = x.to(self.compute_dtype or x.dtype)
@@ -233,9 +248,9 @@ class Linear8bit(QuantizedLinear):
         self.register_buffer(
             "codes", (w / self.scales.clamp(min=1e-38)[:, None]).round().to(torch.int8)
         )
-        self.dtype = base_layer.weight.dtype
 
-    weight = property(lambda self: (self.codes * self.scales[:, None]).to(self.dtype))
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return (self.codes * self.scales[:, None]).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.codes.to(x.dtype)) * self.scales.to(x.dtype)  # (…, out)
@@ -282,7 +297,7 @@ class QLoraLinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The merged weight W' = W₄ + s B A, (out, in), in float32: not quantized again."""
-        return dequantize_nf4(self.base_layer.quantized, torch.float32) + self.delta()
+        return self.base_layer.dequantize(torch.float32) + self.delta()
 
     def merge(self) -> None:
         """Store W' in float32; from now on `forward` uses it. The codes do not change."""
@@ -292,8 +307,9 @@ class QLoraLinear(nn.Module):
         """Discard W'. Outputs are again exactly those of the 4-bit layer plus the adapter."""
         self.merged_weight = None
 
-    def merge_into_base(self) -> nn.Linear:
-        """Return a new float32 `nn.Linear` with W', to be used in place of this layer."""
+    def merge_into_base(self) -> nn.Module:
+        """Return a layer of the original class with W' in float32, to be used in place of this
+        one."""
         return self.base_layer.plain(self.merged())
 
     @torch.no_grad()
@@ -312,23 +328,54 @@ def quantize_model(model: nn.Module, bits: int = 4, **options) -> nn.Module:
 
     In place and not reversible. Embeddings and norms keep their dtype. A model declares its head
     with `get_output_embeddings`; without it, all linear layers are quantized. bits is 4 or 8; for
-    4, the options are those of `Linear4bit`. Raises ValueError, before anything changes, for other
-    bits, a bad blocksize, weights that are not finite, and a model with an adapter.
+    4, the options are those of `Linear4bit`. Warns if other weights, such as a mixture's experts in
+    one tensor, are not quantized. Raises ValueError, before anything changes, for other bits, a bad
+    blocksize, weights that are not finite, and a model with an adapter.
     """
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits!r}")
-    if any(hasattr(m, "base_layer") for m in model.modules()):
+    if hasattr(model, "has_adapters") or any(hasattr(m, "base_layer") for m in model.modules()):
         raise ValueError("the model has an adapter: quantize it before adding one")
     layer_class = {4: Linear4bit, 8: Linear8bit}[bits]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers = {
         name: layer_class(m, **options)
         for name, m in model.named_modules()
-        if (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D") and m is not head
+        if (type(m).forward is nn.Linear.forward or type(m).__name__ == "Conv1D") and m is not head
     }
+    warn_of_unreached(model, set(layers), "quantize_model")
     for name, layer in layers.items():
         model.set_submodule(name, layer.requires_grad_(False).train(model.training))
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = cannot_save
     return model
+
+
+def cannot_save(*args, **kwargs):
+    """The `save_pretrained` of a model whose own would write a folder that nobody can read."""
+    raise ValueError(
+        "this model has quantized or adapted layers: save the adapter with "
+        "PeftModel.save_pretrained, or call merge_and_unload() and save the model it returns"
+    )
+
+
+def warn_of_unreached(model: nn.Module, names: set[str], what: str) -> None:
+    """Warn if 1 % or more of a model's weights are in none of the layers in `names`, in no
+    embedding, and not in the output head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    total = sum(p.numel() for p in model.parameters())
+    total += sum(q.in_features * q.out_features for q in quantized_layers(model).values())
+    missed = {}
+    for name, module in model.named_modules():
+        if name in names or module is head or isinstance(module, nn.Embedding):
+            continue
+        for key, p in module.named_parameters(recurse=False):
+            if p.dim() > 1:
+                kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{name}.{key}")  # all layers as one
+                missed[kind] = missed.get(kind, 0) + p.numel()
+    if sum(missed.values()) >= 0.01 * max(total, 1):
+        shares = ", ".join(f"{kind} ({n / total:.1%})" for kind, n in missed.items())
+        warnings.warn(f"{what} does not reach these weights of the model: {shares}", stacklevel=3)
 
 
 def add_qlora(model: nn.Module, config) -> dict[str, QLoraLinear]:
