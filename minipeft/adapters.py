@@ -273,6 +273,10 @@ class PromptAdapter(Adapter):
                 raise ValueError(f"{name} cannot be used with a prompt method: call generate()")
         if inputs.get("return_dict", True) is False:
             raise ValueError("return_dict=False cannot be used with a prompt method")
+        positions = inputs.get("position_ids")
+        packed = positions is not None and (positions[..., 1:] <= positions[..., :-1]).any()
+        if packed and inputs.get("attention_mask") is None:
+            raise ValueError("position_ids that restart (packing) cannot follow one prompt")
         # The names in transformers, the older one last:
         names = ("is_activation_checkpointing", "is_gradient_checkpointing")
         checkpointing = next((getattr(model, n) for n in names if hasattr(model, n)), False)
@@ -345,6 +349,11 @@ def check_prompt_model(model: nn.Module, config) -> None:
         raise ValueError(f"{type(model).__name__} has no get_input_embeddings()")
     if not hasattr(model.get_input_embeddings(), "weight"):
         raise ValueError(f"{type(model).__name__} has no embedding of tokens, as prompts need")
+    if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} has no logits per token, as prompts need")
+    text = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
+    if getattr(text, "hidden_size_per_layer_input", None):
+        raise ValueError(f"{type(model).__name__} embeds tokens in every layer: prompts cannot")
     names = ("n_positions", "max_position_embeddings")
     context = next((getattr(settings, n) for n in names if hasattr(settings, n)), math.inf)
     if config.num_virtual_tokens >= context:

@@ -25,7 +25,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,20 +70,25 @@ class GPTConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
 
 
-class Output(NamedTuple):
-    """The result of `GPT.forward`."""
+class Output(dict):
+    """The result of `GPT.forward`: loss if labels were given, logits (b, t, v), and past_key_values
+    with use_cache=True.
 
-    loss: Tensor | None  # None without labels
-    logits: Tensor  # (b, t, v)
-    past_key_values = None  # no field: transformers' Trainer expects tensors after the loss
+    As in transformers, entries are attributes too (None if absent), and out[0] is the first one.
+    """
 
+    def __getattr__(self, name: str):
+        if name not in ("loss", "logits", "past_key_values"):
+            raise AttributeError(name)
+        return self.get(name)
 
-class OutputWithCache(NamedTuple):
-    """The result of `GPT.forward` with use_cache=True."""
+    def __setattr__(self, name: str, value) -> None:
+        self[name] = value
 
-    loss: Tensor | None
-    logits: Tensor
-    past_key_values: KeyValues
+    def __getitem__(self, key):
+        if isinstance(key, int | slice):
+            return tuple(self.values())[key]
+        return super().__getitem__(key)
 
 
 class Attention(nn.Module):
@@ -174,7 +178,7 @@ class GPT(nn.Module):
         labels: Tensor | None = None, inputs_embeds: Tensor | None = None,
         past_key_values: KeyValues | None = None, position_ids: Tensor | None = None,
         use_cache: bool = False, num_items_in_batch: Tensor | int | None = None,
-    ) -> Output | OutputWithCache:  # fmt: skip
+    ) -> Output:  # fmt: skip
         """Compute the logits of every token, and the mean loss if labels are given.
 
         Pass input_ids (b, t) or inputs_embeds (b, t, d). attention_mask (b, p + t) is 1 for real
@@ -204,13 +208,16 @@ class GPT(nn.Module):
                 x, present = block(x, mask, past)  # (b, t, d)   (3)
             presents.append(present)
         logits = self.lm_head(self.transformer.ln_f(x))  # (b, t, v)   (4)
-        loss = None
+        out = Output()
         if labels is not None:
             how = "mean" if num_items_in_batch is None else "sum"
             predicted, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
             loss = F.cross_entropy(predicted, targets, reduction=how)
-            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
-        return OutputWithCache(loss, logits, tuple(presents)) if use_cache else Output(loss, logits)
+            out.loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+        out.logits = logits
+        if use_cache:
+            out.past_key_values = tuple(presents)
+        return out
 
     @staticmethod
     def _mask(attention_mask: Tensor | None, b: int, t: int, p: int, device) -> Tensor | None:

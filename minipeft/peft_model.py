@@ -65,6 +65,7 @@ class PeftModel(nn.Module):
         self.active_adapter: str | None = None
         self.prompt_encoder: nn.Module | None = None  # the encoder of an attached prompt method
         self._disable_depth = 0  # how many `with disable_adapter()` blocks are open
+        self.register_load_state_dict_post_hook(forget_missing_base)
         self.train(model.training)
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
@@ -321,6 +322,11 @@ class PeftModel(nn.Module):
             adapter.load_state(states[name])
         return nn.modules.module._IncompatibleKeys([], [])  # as nn.Module does
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
+        """Called instead of `load_state_dict` for a PeftModel that is part of another module."""
+        own = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+        self.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in own.items()})
+
     # --- what peft's users and transformers' Trainer also ask for ---
 
     def __getattr__(self, name: str):
@@ -338,6 +344,18 @@ class PeftModel(nn.Module):
             setattr(self.base_model, name, value)
         else:
             super().__setattr__(name, value)
+
+    def _get_name(self) -> str:
+        """The base's, since the Trainer shifts smoothed labels for the names of causal models."""
+        return self.base_model._get_name()
+
+    def train(self, mode: bool = True) -> "PeftModel":
+        """As nn.Module's, but running statistics, as of BatchNorm, are frozen like the weights."""
+        super().train(mode)
+        for module in self.base_model.modules():
+            if getattr(module, "running_mean", None) is not None:
+                module.eval()
+        return self
 
     def get_base_model(self) -> nn.Module:
         """The base model. While a LoRA, for example, is attached, some of its layers are replaced;
@@ -430,6 +448,16 @@ def get_peft_model(
     >>> model = get_peft_model(GPT.from_pretrained("data/base/1m"), config)
     """
     return PeftModel(model, peft_config, adapter_name)
+
+
+def forget_missing_base(model: PeftModel, incompatible) -> None:
+    """After loading into a module around a PeftModel: the base's tensors, which `state_dict` leaves
+    out, are not missing."""
+    base = tuple(f"base_model.{key}" for key in model.base_model.state_dict())
+    encoder = () if model.prompt_encoder is None else model.prompt_encoder.state_dict()
+    absent = (*base, *(f"prompt_encoder.{key}" for key in encoder))
+    missing = incompatible.missing_keys
+    missing[:] = [key for key in missing if not key.endswith(absent)]
 
 
 def make_plain(model: nn.Module) -> None:

@@ -62,8 +62,11 @@ def find_targets(
         if layer in fast:
             raise ValueError(f"target {name}: PyTorch reads its {part} itself and skips an adapter")
         parameter = layer._parameters.get(part)
-        if parameter is None:  # a quantized layer
+        if isinstance(layer, QuantizedLinear) and part == "weight":
             continue
+        if parameter is None or parameter.is_meta:
+            why = "computed, not stored" if parameter is None else "on the meta device (offloaded?)"
+            raise ValueError(f"target {name} cannot be adapted: its {part} is {why}")
         if not parameter.is_floating_point():
             raise ValueError(
                 f"target {name} is a {type(layer).__name__} with weights of {parameter.dtype}: "

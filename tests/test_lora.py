@@ -68,7 +68,7 @@ def test_the_output_is_equation_1():
     layer = LoraLinear(nn.Linear(7, 5).double(), LoraConfig(r=3, lora_alpha=2.5))
     filled({"": layer})
     x = torch.randn(2, 4, 7).double()
-    w = layer.weight + 2.5 / 3 * layer.lora_B.weight @ layer.lora_A.weight
+    w = layer.base_layer.weight + 2.5 / 3 * layer.lora_B.weight @ layer.lora_A.weight
     assert torch.allclose(layer(x), x @ w.T + layer.bias, rtol=0, atol=1e-14)
 
 

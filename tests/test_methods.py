@@ -383,7 +383,7 @@ def test_the_output_of_adalora_is_equation_1():
     nn.init.normal_(layer.lora_E)
     x = torch.randn(2, 4, 7).double()
     update = layer.lora_B @ torch.diag(layer.lora_E[:, 0]) @ layer.lora_A * 3 / (4 + 1e-5)
-    y = x @ (layer.weight + update).T + layer.bias
+    y = x @ (layer.base_layer.weight + update).T + layer.bias
     assert torch.allclose(layer(x), y, rtol=0, atol=1e-14)
     assert SVDLinear(nn.Linear(7, 5), config, r=1).lora_A.shape == (1, 7)
 
@@ -451,7 +451,7 @@ def test_an_encoder_alone_gives_the_loss_and_logits_of_a_peft_model(gpt, ids, na
     out = encoder(gpt, ids, labels=ids)
     torch.manual_seed(0)
     model = get_peft_model(gpt, config)
-    loss, logits = model(ids, labels=ids)
+    loss, logits = model(ids, labels=ids).values()
     assert torch.equal(out.loss, loss)
     assert torch.equal(out.logits, logits)
     text = encoder.generate(gpt, ids, max_new_tokens=3)
@@ -508,7 +508,7 @@ def test_prompts_start_from_the_vocabulary_or_from_a_text(trained_base):
 def test_the_loss_is_that_of_the_real_tokens_at_their_positions(gpt, ids, name):
     """By hand: the last virtual token predicts the first real one; a prefix predicts nothing."""
     model = get_peft_model(gpt, CONFIGS[name]()).eval()
-    loss, logits, *_ = model(ids, labels=ids)
+    loss, logits = model(ids, labels=ids).values()
     predicted = logits[:, :-1]
     targets = ids[:, 1:]
     if not name.startswith("prefix"):

@@ -331,7 +331,8 @@ def test_bitfit_trains_every_bias_and_has_the_layers_attributes(gpt):
     layers = add_bitfit(gpt, BitFitConfig())
     assert layers.keys() == biases.keys()
     for name, layer in layers.items():
-        assert layer.bias is biases[name]
+        assert layer.base_layer.bias is biases[name]
+        assert torch.equal(layer.bias, biases[name] + layer.delta)
         assert layer.weight is layer.base_layer.weight
         assert hasattr(layer, "in_features") == isinstance(layer.base_layer, nn.Linear)
     assert layers["transformer.h.0.mlp.c_fc"].in_features == 24

@@ -658,7 +658,7 @@ def test_arguments_reach_the_base_as_they_were_passed():
 def test_positional_and_keyword_arguments_give_the_same_with_a_prompt(gpt, ids, name):
     model = get_peft_model(gpt, CONFIGS[name]()).eval()
     mask = torch.ones_like(ids)
-    loss, logits = model(ids, mask, ids)
+    loss, logits = model(ids, mask, ids).values()
     named = model(input_ids=ids, attention_mask=mask, labels=ids)
     assert torch.equal(loss, named.loss)
     assert torch.equal(logits, named.logits)

@@ -352,7 +352,7 @@ def test_rslora_on_a_4bit_base_scales_by_the_root_of_the_rank(gpt, ids):
         update = 6 / 3 * layer.lora_B.weight @ layer.lora_A.weight
         assert torch.allclose(layer.delta(), update, atol=1e-6)
         x = torch.randn(3, 24)
-        y = x @ (layer.weight + update).T + layer.bias
+        y = x @ (layer.base_layer.weight + update).T + layer.bias
         assert torch.allclose(layer(x), y, atol=1e-4)
     logits = model(ids).logits
     assert torch.allclose(model.merge_and_unload()(ids).logits, logits, atol=1e-4)

@@ -50,7 +50,7 @@ class Flat(nn.Module):
         self.frozen = nn.Parameter(torch.tensor([[7.0]]), requires_grad=False)
 
     def forward(self, labels):
-        return Output(0.0 * (self.matrix.sum() + self.bias.sum() + self.frozen.sum()), None)
+        return Output(loss=0.0 * (self.matrix.sum() + self.bias.sum() + self.frozen.sum()))
 
 
 BATCH = {"labels": torch.ones(1, 2, dtype=torch.long)}

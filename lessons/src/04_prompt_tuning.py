@@ -100,8 +100,8 @@ labels[:, 5:] = ids[:, 5:]
 P = torch.randn(5, 128, requires_grad=True)
 x = torch.cat([P.expand(2, 5, 128), model.transformer.wte(ids)], dim=1)  # (b, p + t, d)
 silent = torch.full((2, 5), -100)  # no label for a soft token
-loss, logits, _ = model(inputs_embeds=x, labels=torch.cat([silent, labels], dim=1))
-logits = logits[:, 5:]  # (b, t, v)
+by_hand = model(inputs_embeds=x, labels=torch.cat([silent, labels], dim=1))
+loss, logits = by_hand.loss, by_hand.logits[:, 5:]  # (b, t, v)
 loss.backward()
 stepped = (P - 0.1 * P.grad).detach()
 

@@ -116,8 +116,12 @@ class SVDLinear(nn.Module):
         update = x @ (self.lora_A * self.lora_E).T @ self.lora_B.T  # (…, in) -> (…, r) -> (…, out)
         return y + (update * self.lora_alpha / self.divisor).to(y.dtype)  # (1)
 
-    weight = property(lambda self: self.base_layer.weight)  # for code that reads the layer's weight
     bias = property(lambda self: self.base_layer.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """W', stored as W is, for code that reads a layer's weight instead of calling the layer."""
+        return self.merged().t() if type(self.base_layer).__name__ == "Conv1D" else self.merged()
 
     def delta(self) -> Tensor:
         """The update, (out, in)."""

@@ -59,14 +59,19 @@ class BitFitLayer(nn.Module):
         layer._parameters = layer._parameters | {"bias": bias}
         return layer(x)  # (1)
 
-    weight = property(lambda self: self.base_layer.weight)
-    bias = property(lambda self: self.base_layer.bias)
-    in_features = property(lambda self: self.base_layer.in_features)  # of linear layers
-    out_features = property(lambda self: self.base_layer.out_features)
+    bias = property(lambda self: self.new_bias())  # b', for code that reads it
+
+    def __getattr__(self, name: str):
+        """Everything else that the layer has: its weight, its sizes, and so on."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
 
     def new_bias(self) -> Tensor:
         """b' = b + Δb, (out,), in the dtype of b."""
-        return (self.bias + self.delta).to(self.bias.dtype)
+        b = self.base_layer.bias
+        return (b + self.delta).to(b.dtype)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -80,7 +85,7 @@ class BitFitLayer(nn.Module):
     @torch.no_grad()
     def merge_into_base(self) -> nn.Module:
         """Overwrite b with b' and return the base layer, which then replaces this one."""
-        self.bias.copy_(self.new_bias())
+        self.base_layer.bias.copy_(self.new_bias())
         return self.base_layer
 
 

@@ -90,8 +90,12 @@ class LoraLinear(nn.Module):
         x = self.lora_dropout(x.to(self.lora_A.weight.dtype))  # (…, in)
         return (y + self.lora_B(self.scaling * self.lora_A(x))).to(y.dtype)  # (1)
 
-    weight = property(lambda self: self.base_layer.weight)  # W, for code outside that reads it
     bias = property(lambda self: self.base_layer.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """W', stored as W is, for code that reads a layer's weight instead of calling the layer."""
+        return self.merged().t() if type(self.base_layer).__name__ == "Conv1D" else self.merged()
 
     def delta(self) -> Tensor:
         """The update s B A, (out, in)."""
@@ -193,6 +197,6 @@ if __name__ == "__main__":  # recover a rank-2 change of a weight
         optimizer.zero_grad()
     error = (layer.delta() - change).norm() / change.norm()
     assert error < 1e-4, "the update must equal the change"
-    assert torch.equal(layer.weight, w), "the base weight must not move"
+    assert torch.equal(layer.base_layer.weight, w), "the base weight must not move"
     n = sum(p.numel() for p in trainable)
     print(f"lora.py: {n} parameters recovered a 30 x 20 change of rank 2, error {error:.1e}")

@@ -28,14 +28,12 @@ another method: keys and values in every layer, no network; see prefix_tuning.py
 >>> loss = encoder(model, input_ids, labels=labels).loss  # train encoder.parameters()
 """
 
-from collections import namedtuple
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-Output = namedtuple("Output", ["loss", "logits"])  # loss: None without labels; logits: (b, t, v)
 
 
 @dataclass
@@ -85,14 +83,16 @@ class PromptEncoder(nn.Module):
             )
         self.to(words.device)
 
-    def forward(self, model: nn.Module, input_ids: Tensor | None = None, **inputs) -> Output:
+    def forward(self, model: nn.Module, input_ids: Tensor | None = None, **inputs):
         """Run a causal model on P and then on input_ids (b, t) or inputs_embeds (b, t, d).
 
-        Other inputs are attention_mask, labels and position_ids, each (b, t).
+        Other inputs are attention_mask, labels and position_ids, each (b, t). Returns the model's
+        own output, with the logits of the real tokens.
         """
         inputs = self.prepend(model, input_ids, **inputs)
         out, t = model(**inputs), inputs["inputs_embeds"].shape[1] - self.embedding.num_embeddings
-        return Output(out.loss, out.logits[:, -t:])
+        out.logits = out.logits[:, -t:]  # (b, t, v)
+        return out
 
     def prompt(self) -> Tensor:
         """P, (p, d)."""
@@ -111,8 +111,6 @@ class PromptEncoder(nn.Module):
 
         Raises ValueError for other inputs with values per token, such as token_type_ids.
         """
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask must be (b, t), got {tuple(attention_mask.shape)}")
         for name, value in others.items():
             if torch.is_tensor(value) and value.dim() > 1:
                 raise ValueError(f"{name} cannot be used with virtual tokens")
@@ -130,6 +128,8 @@ class PromptEncoder(nn.Module):
         """Inputs (b, t) to be read after p cached positions: the mask is then (b, p + t)."""
         p = self.embedding.num_embeddings
         if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(f"attention_mask must be (b, t), got {attention_mask.shape}")
             inputs["attention_mask"] = F.pad(attention_mask, (p, 0), value=1)  # (b, p + t)
         if position_ids is not None:
             inputs["position_ids"] = position_ids + p
@@ -171,8 +171,8 @@ if __name__ == "__main__":  # steer a frozen random model towards token 3, then 
     torch.manual_seed(0)
     words, head = nn.Embedding(11, 8), nn.Linear(8, 11).requires_grad_(False)
 
-    def model(inputs_embeds, loss=None):  # causal: each position sums the embeddings up to its own
-        return Output(loss, head(inputs_embeds.cumsum(1)))
+    def model(inputs_embeds):  # causal: each position sums the embeddings up to its own
+        return SimpleNamespace(logits=head(inputs_embeds.cumsum(1)))
 
     model.get_input_embeddings = lambda: words.requires_grad_(False)
     encoder = PromptEncoder(model, PromptEncoderConfig(num_virtual_tokens=3))

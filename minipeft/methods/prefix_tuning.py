@@ -27,15 +27,12 @@ still take a share of the attention.
 """
 
 import inspect
-from collections import namedtuple
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-Output = namedtuple("Output", ["loss", "logits"])  # loss: None without labels; logits: (b, t, v)
 
 
 @dataclass
@@ -87,13 +84,12 @@ class PrefixEncoder(nn.Module):
     def forward(
         self, model: nn.Module, input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None, **inputs,
-    ) -> Output:  # fmt: skip
+    ):  # fmt: skip
         """Run a causal model with the prefix on input_ids (b, t) or inputs_embeds (b, t, d).
 
         attention_mask, position_ids and labels are (b, t), without the prefix.
         """
-        out = model(**self.prepend(model, input_ids, attention_mask, **inputs))
-        return Output(out.loss, out.logits)
+        return model(**self.prepend(model, input_ids, attention_mask, **inputs))
 
     def prompt(self, b: int = 1) -> Tensor:
         """P for a batch, (b, p, 2 l d)."""
@@ -126,6 +122,8 @@ class PrefixEncoder(nn.Module):
         """Inputs (b, t) to be read after p cached positions: the mask is then (b, p + t)."""
         p = self.embedding.num_embeddings
         if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(f"attention_mask must be (b, t), got {attention_mask.shape}")
             inputs["attention_mask"] = F.pad(attention_mask, (p, 0), value=1)  # (b, p + t)
         if position_ids is not None:
             inputs["position_ids"] = position_ids + p
@@ -202,7 +200,7 @@ if __name__ == "__main__":  # steer one frozen attention layer towards token 3
             if past_key_values is not None:
                 k, v = (torch.cat((old, x), dim=2) for old in past_key_values[0])
             y = F.scaled_dot_product_attention(x, k, v)[:, 0] @ self.weight.T  # (b, t, v)
-            return SimpleNamespace(loss=None, logits=y, past_key_values=((k, v),))
+            return SimpleNamespace(logits=y, past_key_values=((k, v),))
 
     model, ids = Layer(11, 8).requires_grad_(False), torch.randint(11, (64, 6))
     prefix = PrefixEncoder(model, PrefixTuningConfig(num_virtual_tokens=2))

@@ -24,14 +24,12 @@ predicts the first real token where that has a label; positions are 0 … p + t 
 >>> prompt.generate(model, input_ids, max_new_tokens=20)
 """
 
-from collections import namedtuple
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-Output = namedtuple("Output", ["loss", "logits"])  # loss: None without labels; logits: (b, t, v)
 
 
 @dataclass
@@ -63,21 +61,24 @@ class PromptEmbedding(nn.Module):
 
     def __init__(self, model: nn.Module, config: PromptTuningConfig):
         super().__init__()
-        words, p = model.get_input_embeddings().weight, config.num_virtual_tokens  # (v, d)
-        self.embedding = nn.Embedding(p, words.shape[1])  # drawn from N(0, 1)
+        words = model.get_input_embeddings()
+        v, d = words.weight.shape
+        self.embedding = nn.Embedding(config.num_virtual_tokens, d)  # drawn from N(0, 1)
         if config.prompt_tuning_init != "RANDOM" and not config.inference_mode:
-            rows = initial_tokens(config, len(words)).to(words.device)  # (p,)
-            self.embedding.weight = nn.Parameter(words[rows].detach().float().clone())
-        self.to(words.device)
+            ids = initial_tokens(config, v).to(words.weight.device)  # (p,)
+            self.embedding.weight = nn.Parameter(words(ids).detach().float().clone())
+        self.to(words.weight.device)
 
-    def forward(self, model: nn.Module, input_ids: Tensor | None = None, **inputs) -> Output:
+    def forward(self, model: nn.Module, input_ids: Tensor | None = None, **inputs):
         """Run a causal model on P and then on input_ids (b, t) or inputs_embeds (b, t, d).
 
-        Other inputs are attention_mask, labels and position_ids, each (b, t).
+        Other inputs are attention_mask, labels and position_ids, each (b, t). Returns the model's
+        own output, with the logits of the real tokens.
         """
         inputs = self.prepend(model, input_ids, **inputs)
         out, t = model(**inputs), inputs["inputs_embeds"].shape[1] - self.embedding.num_embeddings
-        return Output(out.loss, out.logits[:, -t:])
+        out.logits = out.logits[:, -t:]  # (b, t, v)
+        return out
 
     def prompt(self) -> Tensor:
         """P, (p, d)."""
@@ -92,8 +93,6 @@ class PromptEmbedding(nn.Module):
 
         Raises ValueError for other inputs with values per token, such as token_type_ids.
         """
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask must be (b, t), got {tuple(attention_mask.shape)}")
         for name, value in others.items():
             if torch.is_tensor(value) and value.dim() > 1:
                 raise ValueError(f"{name} cannot be used with virtual tokens")
@@ -111,6 +110,8 @@ class PromptEmbedding(nn.Module):
         """Inputs (b, t) to be read after p cached positions: the mask is then (b, p + t)."""
         p = self.embedding.num_embeddings
         if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(f"attention_mask must be (b, t), got {attention_mask.shape}")
             inputs["attention_mask"] = F.pad(attention_mask, (p, 0), value=1)  # (b, p + t)
         if position_ids is not None:
             inputs["position_ids"] = position_ids + p
@@ -157,7 +158,7 @@ if __name__ == "__main__":  # steer a frozen random model towards token 3
     words, head = nn.Embedding(11, 8), nn.Linear(8, 11).requires_grad_(False)
 
     def model(inputs_embeds):  # causal: each position sums the embeddings up to its own
-        return Output(None, head(inputs_embeds.cumsum(1)))
+        return SimpleNamespace(logits=head(inputs_embeds.cumsum(1)))
 
     model.get_input_embeddings = lambda: words.requires_grad_(False)
     prompt = PromptEmbedding(model, PromptTuningConfig(num_virtual_tokens=3))

@@ -287,18 +287,18 @@ class QLoraLinear(nn.Module):
         x = self.lora_dropout(x.to(self.lora_A.weight.dtype))  # (…, in)
         return y + self.lora_B(self.scaling * self.lora_A(x)).to(y.dtype)  # (4)
 
-    weight = property(lambda self: self.base_layer.weight)
+    weight = property(lambda self: self.merged())  # for code that reads it
     bias = property(lambda self: self.base_layer.bias)
 
     def delta(self) -> Tensor:
         """The update s B A, (out, in)."""
         return self.scaling * (self.lora_B.weight @ self.lora_A.weight)  # (out, r) @ (r, in)
 
-    @torch.no_grad()
     def merged(self) -> Tensor:
         """The merged weight W' = W₄ + s B A, (out, in), in float32: not quantized again."""
         return self.base_layer.dequantize(torch.float32) + self.delta()
 
+    @torch.no_grad()
     def merge(self) -> None:
         """Store W' in float32; from now on `forward` uses it. The codes do not change."""
         self.merged_weight = self.merged()
@@ -307,6 +307,7 @@ class QLoraLinear(nn.Module):
         """Discard W'. Outputs are again exactly those of the 4-bit layer plus the adapter."""
         self.merged_weight = None
 
+    @torch.no_grad()
     def merge_into_base(self) -> nn.Module:
         """Return a layer of the original class with W' in float32, to be used in place of this
         one."""
@@ -435,11 +436,12 @@ if __name__ == "__main__":  # a 4-bit layer, and a LoRA that recovers a change o
     lora = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "use_rslora": False}
     config = SimpleNamespace(target_modules="all-linear", **lora)
     (layer,) = add_qlora(quantize_model(model), config).values()
-    error = (layer.weight - w).norm() / w.norm()
+    w4 = layer.base_layer.weight
+    error = (w4 - w).norm() / w.norm()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for _ in range(300):
         x = torch.randn(64, 64)
-        F.mse_loss(model(x), x @ (layer.weight + change).T).backward()
+        F.mse_loss(model(x), x @ (w4 + change).T).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert (layer.delta() - change).norm() < 0.01 * change.norm()
