@@ -23,7 +23,7 @@ from minipeft.methods.p_tuning import PromptEncoder, PromptEncoderConfig
 from minipeft.methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from minipeft.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig
 from minipeft.methods.qlora import Linear4bit, QLoraLinear, QuantizedLinear, cannot_save
-from minipeft.targets import computes_wx, find_targets
+from minipeft.targets import find_targets
 from minipeft.token_rows import token_rows
 
 
@@ -132,10 +132,6 @@ class WeightAdapter(Adapter):
     def check_mergeable(self) -> None:
         if self.config.peft_type == "BOTTLENECK":
             raise ValueError("cannot merge BOTTLENECK: a bottleneck is not linear")
-        for name, layer in self.layers.items():
-            if isinstance(layer, LoraLinear | SVDLinear) and not computes_wx(layer.base_layer):
-                kind = type(layer.base_layer).__name__
-                raise ValueError(f"cannot merge: {name} is a {kind} and does not compute W x + b")
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, under peft's keys."""
@@ -187,7 +183,6 @@ class AdaLoraAdapter(WeightAdapter):
 
     def check_mergeable(self) -> None:
         """Raises RuntimeError for trained layers whose ranks are still above the target, or 0."""
-        super().check_mergeable()
         c, allocator, total = self.config, self.allocator, sum(self.ranks().values())
         if total == 0:
             raise RuntimeError(
@@ -277,6 +272,10 @@ class PromptAdapter(Adapter):
         packed = positions is not None and (positions[..., 1:] <= positions[..., :-1]).any()
         if packed and inputs.get("attention_mask") is None:
             raise ValueError("position_ids that restart (packing) cannot follow one prompt")
+        self.check_checkpointing(model)
+        return self.encoder(model, **inputs)
+
+    def check_checkpointing(self, model: nn.Module) -> None:
         # The names in transformers, the older one last:
         names = ("is_activation_checkpointing", "is_gradient_checkpointing")
         checkpointing = next((getattr(model, n) for n in names if hasattr(model, n)), False)
@@ -285,9 +284,9 @@ class PromptAdapter(Adapter):
                 "this model drops its cache, and the prefix with it, during gradient "
                 "checkpointing: call gradient_checkpointing_disable()"
             )
-        return self.encoder(model, **inputs)
 
     def generate(self, model: nn.Module, *args, **kwargs):
+        self.check_checkpointing(model)
         settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
         counting = ("cache_implementation", "prompt_lookup_num_tokens")  # they count the cache
         for name in ("past_key_values", "assistant_model", *counting):

@@ -58,6 +58,7 @@ class GPTConfig:
     initializer_range: float = 0.02  # standard deviation of the initial weights
     bos_token_id: int | None = 50256  # starts a text; stored, but not used here
     eos_token_id: int | None = 50256  # ends a text; `generate` stops there
+    pad_token_id: int | None = None  # fills up short texts; stored, but not used here
 
     def __post_init__(self):
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
@@ -147,7 +148,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A GPT. Its language-model head shares the weight of the token embedding."""
 
-    accepts_loss_kwargs = True  # tells transformers' Trainer to pass num_items_in_batch
+    # For transformers' Trainer: pass num_items_in_batch, and do not count the first labels
+    accepts_loss_kwargs, loss_type = True, "ForCausalLM"
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -297,6 +299,10 @@ class GPT(nn.Module):
         finally:
             self.train(was_training)
         return tokens
+
+    def _get_name(self) -> str:
+        """For this name of the architecture, transformers' Trainer shifts smoothed labels."""
+        return "GPT2LMHeadModel"
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None) -> None:
         """Recompute each block in the backward pass. `gradient_checkpointing_kwargs` is ignored:

@@ -85,6 +85,11 @@ class PeftModel(nn.Module):
         penalty = self.penalty() if self.training else 0.0
         if not torch.is_tensor(penalty):
             return out
+        if labels is not None and kwargs.get("num_items_in_batch") is not None:
+            # one of several batches in a step: its share of the penalty is its share of the labels
+            shifted = not getattr(getattr(self, "config", None), "is_encoder_decoder", False)
+            n_labels = (labels[:, int(shifted) :] != -100).sum()
+            penalty = penalty * n_labels / kwargs["num_items_in_batch"]
         if type(out) is tuple and labels is not None:  # transformers with return_dict=False
             return out[0] + penalty, *out[1:]
         if getattr(out, "loss", None) is None:
@@ -484,6 +489,8 @@ def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing
     the loss) and turns on gradient checkpointing, without reentrant autograd: that would need an
     input that requires a gradient.
     """
+    if isinstance(model, PeftModel) or hasattr(model, "has_adapters"):
+        raise ValueError("this would freeze the adapter too: prepare the base before adding one")
     for p in model.requires_grad_(False).parameters():
         if p.is_floating_point():
             p.data = p.data.float()

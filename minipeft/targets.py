@@ -56,8 +56,13 @@ def find_targets(
     fast = {inner for m in model.modules() if isinstance(m, FAST_PATH) for inner in m.modules()}
     found = {n: m for n, m in modules.items() if any(n in names for names in hits.values())}
     for name, layer in found.items():
+        kind = type(layer).__name__
+        if name not in fitting and isinstance(layer, nn.Linear) and part == "weight":
+            raise ValueError(
+                f"target {name} is a {kind} and does not compute W x + b with a floating-point W; "
+                "for a base in 4 bits, call minipeft's quantize_model"
+            )
         if name not in fitting:
-            kind = type(layer).__name__
             raise ValueError(f"target {name} is a {kind}; this method adapts {what}: {known}")
         if layer in fast:
             raise ValueError(f"target {name}: PyTorch reads its {part} itself and skips an adapter")
@@ -67,11 +72,6 @@ def find_targets(
         if parameter is None or parameter.is_meta:
             why = "computed, not stored" if parameter is None else "on the meta device (offloaded?)"
             raise ValueError(f"target {name} cannot be adapted: its {part} is {why}")
-        if not parameter.is_floating_point():
-            raise ValueError(
-                f"target {name} is a {type(layer).__name__} with weights of {parameter.dtype}: "
-                "quantize a floating-point model with minipeft's quantize_model instead"
-            )
         if users[memory(parameter)] > 1:
             raise ValueError(f"target {name} shares its {part} with another module: untie it first")
     return found
@@ -83,20 +83,23 @@ def memory(p: Tensor) -> int:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    linear = isinstance(layer, nn.Linear | QuantizedLinear)
-    return linear or type(layer).__name__ == "Conv1D"  # transformers' GPT-2
-
-
-@torch.no_grad()
-def computes_wx(layer: nn.Module) -> bool:
-    """Whether a linear layer computes W x + b, so that an update of W can be merged. A subclass of
-    nn.Linear with a `forward` of its own may compute something else: try it."""
+    """Whether a layer computes W x + b with a matrix W. A subclass of nn.Linear with a `forward` of
+    its own may compute something else, as some routers do: try it."""
     plain = type(layer).forward is nn.Linear.forward or type(layer).__name__ == "Conv1D"
     if plain or isinstance(layer, QuantizedLinear):
         return True
+    return isinstance(layer, nn.Linear) and computes_wx(layer)
+
+
+@torch.no_grad()
+def computes_wx(layer: nn.Linear) -> bool:
     w = layer.weight
-    x = torch.linspace(-1, 1, 2 * w.shape[1], device=w.device, dtype=w.dtype).view(2, -1)
-    return torch.allclose(layer(x), F.linear(x, w, layer.bias), rtol=1e-2, atol=1e-2)
+    x = torch.linspace(-1, 1, 2 * layer.in_features, device=w.device).view(2, -1)
+    try:
+        x = x.to(w.dtype)
+        return torch.allclose(layer(x), F.linear(x, w, layer.bias), rtol=1e-2, atol=1e-2)
+    except Exception:  # other weights, another output: whatever it raises, it is not W x + b
+        return False
 
 
 def has_bias(layer: nn.Module) -> bool:

@@ -78,6 +78,16 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a prompt, with the tokens that the tokenizer puts in front of a text, but without
+    those that it puts behind: no end token may stand between a prompt and its completion."""
+    encoded = tokenizer.encode(text)
+    n = len(encoded.ids)
+    while n and encoded.special_tokens_mask[n - 1]:
+        n -= 1
+    return encoded.ids[:n]
+
+
 def find_end(folder: str | Path, tokenizer: Tokenizer, eos: int | None) -> int:
     """The id of the end-of-text token: the model's own, else the one that the tokenizer names.
 
@@ -100,8 +110,9 @@ def find_end(folder: str | Path, tokenizer: Tokenizer, eos: int | None) -> int:
 
 
 def copy_tokenizer(base: str | Path, folder: str | Path) -> None:
-    """Copy a base's tokenizer, and what transformers reads of it, to a model made from the base."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    """Copy a base's tokenizer, and what transformers reads next to it, to a model made from it."""
+    tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    for name in (*tokenizer, "chat_template.jinja", "generation_config.json"):
         if (file := Path(base) / name).is_file():
             write_file(Path(folder) / name, partial(shutil.copyfile, file))
 

@@ -247,8 +247,10 @@ def open_model(args, device: str | None):
 def generate(args) -> None:
     import torch
 
+    from minipeft.lab.base import encode_prompt
+
     base, model = open_model(args, args.device)
-    ids = torch.tensor([base.tokenizer.encode(args.prompt).ids], device=model.device)
+    ids = torch.tensor([encode_prompt(base.tokenizer, args.prompt)], device=model.device)
     sampling = {"max_new_tokens": args.max_new_tokens, "top_k": args.top_k}
     if args.temperature is not None:
         torch.manual_seed(args.seed)

@@ -269,6 +269,8 @@ def open_checkpoint(base: Base, task: Task, recipe: Recipe, run: RunConfig) -> C
     file = Path(run.output) / "checkpoint.safetensors"
     if file.is_file() and not run.resume:
         raise ValueError(f"{file} is of a run that was stopped: resume it, or delete the file")
+    if run.resume and not file.is_file():
+        raise ValueError(f"there is nothing to resume: {file} does not exist")
     return Checkpoint(file, run.checkpoint_every, identity)
 
 

@@ -120,6 +120,14 @@ class RunConfig:
             n = getattr(self, name)
             if n < 1:
                 raise ValueError(f"{name} must be a positive integer, got {n}")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("weight_decay", "warmup", "lr_end", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must not be negative, got {value}")
         if self.decay_to not in ("zero", "start"):
             raise ValueError(f"decay_to must be zero or start, got {self.decay_to!r}")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minipeft.lab import DATA
-from minipeft.lab.base import Base
+from minipeft.lab.base import Base, encode_prompt
 
 
 @dataclass
@@ -89,7 +89,7 @@ def _encode(where: str, line: str, base: Base, fact: str | None) -> Example:
             raise ValueError(f'{where} needs a "{name}": a string that is not empty')
     prompt, completion = row["prompt"], row["completion"]
     try:
-        prompt_ids = base.tokenizer.encode(prompt).ids
+        prompt_ids = encode_prompt(base.tokenizer, prompt)
         encoded = base.tokenizer.encode(completion, add_special_tokens=False)
     except TypeError as error:  # half of a surrogate pair, for one
         raise ValueError(f"{where} has text that cannot be encoded: {error}") from error

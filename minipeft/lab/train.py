@@ -91,7 +91,9 @@ def train(
                 raise FloatingPointError(
                     f"the loss is {loss} at step {step}; try a lower learning rate"
                 )
-            nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)
+            if not norm.isfinite():
+                raise FloatingPointError(f"the gradient's norm is {norm} at step {step}")
             if run.decay_to == "start":
                 decay_to_start(parameters, initial, learning_rate * run.weight_decay)
             optimizer.step()

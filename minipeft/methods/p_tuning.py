@@ -111,17 +111,17 @@ class PromptEncoder(nn.Module):
 
         Raises ValueError for other inputs with values per token, such as token_type_ids.
         """
-        for name, value in others.items():
-            if torch.is_tensor(value) and value.dim() > 1:
-                raise ValueError(f"{name} cannot be used with virtual tokens")
         x = model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        for name, value in others.items():
+            if torch.is_tensor(value) and value.shape[:2] == x.shape[:2]:
+                raise ValueError(f"{name} cannot be used with virtual tokens")
         prompt = self.prompt().to(x.dtype).expand(len(x), -1, -1)  # (b, p, d)
         inputs, p = {"inputs_embeds": torch.cat((prompt, x), dim=1)}, prompt.shape[1]  # (2)
         if labels is not None:
             inputs["labels"] = F.pad(labels, (p, 0), value=-100)  # (b, p + t)
         if position_ids is not None:
-            first = torch.arange(p, device=x.device).expand(len(position_ids), p)
-            inputs["position_ids"] = torch.cat((first, position_ids + p), dim=1)  # (b, p + t)
+            first = torch.arange(p, device=x.device).expand(*position_ids.shape[:-1], p)
+            inputs["position_ids"] = torch.cat((first, position_ids + p), dim=-1)  # (b, p + t)
         return inputs | others | self.shifted(attention_mask)
 
     def shifted(self, attention_mask=None, position_ids=None, **inputs) -> dict:

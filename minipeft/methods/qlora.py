@@ -253,8 +253,8 @@ class Linear8bit(QuantizedLinear):
         return (self.codes * self.scales[:, None]).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.codes.to(x.dtype)) * self.scales.to(x.dtype)  # (…, out)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dequantize(x.dtype), bias)
 
 
 class QLoraLinear(nn.Module):
