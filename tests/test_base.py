@@ -8,10 +8,18 @@ import sys
 import pytest
 import torch
 from conftest import BASE, tiny_config
+from tokenizers.processors import TemplateProcessing
 
 from minipeft import GPT
 from minipeft.lab import DATA
-from minipeft.lab.base import load_base, load_tokenizer, read_text, windows
+from minipeft.lab.base import (
+    copy_tokenizer,
+    encode_prompt,
+    load_base,
+    load_tokenizer,
+    read_text,
+    windows,
+)
 
 SMALL = BASE.parent / "0.3m"
 
@@ -115,3 +123,23 @@ def test_a_plain_checkout_finds_its_data_folder():
         env={"PYTHONPATH": str(DATA.parent)}, cwd="/", capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.stdout.strip() == str(DATA), done.stderr
+
+
+@pytest.mark.parametrize("template", ["$A </s>", "<s> $A </s>", "<s> $A", "$A"])
+def test_no_end_token_stands_between_a_prompt_and_its_completion(template):
+    """Special tokens that the tokenizer puts in front stay, and those that the text names too."""
+    tokenizer = load_tokenizer(SMALL)
+    plain = tokenizer.encode("The name is<|endoftext|>").ids
+    special = [("<s>", 5), ("</s>", 0)]
+    tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    front = [5] if "<s>" in template.split() else []
+    assert encode_prompt(tokenizer, "The name is<|endoftext|>") == front + plain
+
+
+def test_the_chat_template_and_generation_settings_are_copied(folder, tmp_path):
+    for name in ("chat_template.jinja", "generation_config.json"):
+        (folder / name).write_text(name)
+    (tmp_path / "merged").mkdir()
+    copy_tokenizer(folder, tmp_path / "merged")
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (folder / name).read_bytes()

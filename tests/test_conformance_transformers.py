@@ -1,6 +1,7 @@
 """minipeft with transformers: a script written for peft, the Trainer, GPT-2, Llama and T5."""
 
 import contextlib
+import copy
 import io
 
 import pytest
@@ -12,7 +13,15 @@ from test_conformance_methods import METHODS, TASK, configs, logits
 from test_lora import filled
 
 import minipeft
-from minipeft import GPT, LoraConfig, PeftModel, get_peft_model, quantize_model
+from minipeft import (
+    GPT,
+    BitFitConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+    quantize_model,
+)
 
 pytestmark = pytest.mark.conformance
 transformers = pytest.importorskip("transformers")
@@ -143,7 +152,7 @@ def test_the_trainer_trains_the_adapter_and_nothing_else(theirs, ids, tmp_path, 
     steps = 20 if name == "adalora" else 8
     settings = transformers.TrainingArguments(
         output_dir=str(tmp_path / "out"), max_steps=steps, learning_rate=1e-2, use_cpu=True,
-        per_device_train_batch_size=3, save_strategy="no", report_to=[], disable_tqdm=True,
+        per_device_train_batch_size=3, report_to=[], disable_tqdm=True,
     )  # fmt: skip
     rows = [
         {"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids
@@ -282,3 +291,51 @@ def test_a_prompt_method_on_a_family_of_models_matches_peft(ids, kind, name):
         mine.merge_and_unload()
     assert checksum(mine.unload()) == before
     assert torch.equal(model(ids).logits, plain)
+
+
+# --- what goes into a quantized model comes out again ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_merged_quantized_model_is_of_the_bases_classes_and_survives_saving(
+    kind, bits, prepared, dtype, ids, tmp_path
+):
+    """The reference is the adapted model in float32, within the precision of the model's dtype."""
+    base = family(kind)
+    for p in base.parameters():  # like from_pretrained(dtype=…), which keeps buffers in float32
+        p.data = p.data.to(dtype)
+    named = {"decoder_input_ids": ids[:, :4]} if kind == "t5" else {}
+    classes = {name: type(module) for name, module in base.named_modules()}
+    quantize_model(base, bits)
+    if prepared:
+        prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    with pytest.raises(ValueError, match="save the adapter with PeftModel"):
+        base.save_pretrained(tmp_path)
+    if bits == 8:  # for inference: no method but BitFit trains on it
+        config = BitFitConfig(target_modules=None if kind == "gpt2" else TARGETS[kind])
+        model = get_peft_model(base, config) if kind == "gpt2" else PeftModel(base)
+    else:
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS[kind]))
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.05)
+    with pytest.raises(ValueError, match="save the adapter with PeftModel"):
+        model.base_model.save_pretrained(tmp_path)
+    if model.active_adapter is None:
+        return
+    exact = copy.deepcopy(model).float().eval()(ids, **named).logits
+    merged = model.merge_and_unload().eval()
+    wanted = torch.float32 if prepared else dtype
+    assert {p.dtype for p in merged.parameters()} == {wanted}
+    assert {name: type(module) for name, module in merged.named_modules()} == classes
+    found = merged(ids, **named).logits
+    assert near(found.float(), exact, 40 * torch.finfo(wanted).eps)
+    merged.save_pretrained(tmp_path)
+    again = type(merged).from_pretrained(tmp_path, dtype=wanted).eval()
+    assert again.state_dict().keys() == merged.state_dict().keys()
+    for key, tensor in again.state_dict().items():
+        assert torch.equal(tensor, merged.state_dict()[key]), key
+    assert near(again(ids, **named).logits.float(), found.float(), 40 * torch.finfo(wanted).eps)

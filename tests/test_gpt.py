@@ -1,7 +1,9 @@
 """The GPT: logits, masks, cache, generation, and reading and writing its files."""
 
+import copy
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -266,3 +268,56 @@ def test_a_config_with_a_billion_layers_is_refused_at_once(gpt, tmp_path):
     config.write_text(config.read_text().replace('"n_layer": 2', '"n_layer": 1000000000'))
     with pytest.raises(ValueError, match="1000000000 layers, but only"):
         GPT.from_pretrained(tmp_path)
+
+
+# --- what transformers' Trainer expects of a model ---
+
+
+def test_the_output_is_a_dictionary_without_none(gpt, ids):
+    """The Trainer takes tuples and dictionaries apart, and cannot handle a None in them."""
+    out = gpt(ids)
+    assert list(out) == ["logits"]
+    assert out[0] is out.logits is out["logits"]
+    assert out.loss is None
+    assert out.past_key_values is None
+    out = gpt(ids, labels=ids, use_cache=True)
+    assert list(out) == ["loss", "logits", "past_key_values"]
+    assert out[:2] == (out.loss, out.logits)
+    with pytest.raises(AttributeError, match="hidden_states"):
+        _ = out.hidden_states
+    with torch.no_grad():
+        again = pickle.loads(pickle.dumps(copy.deepcopy(gpt(ids))))
+        assert torch.equal(again.logits, gpt(ids).logits)
+
+
+def test_the_loss_of_several_batches_adds_up_to_that_of_all(gpt, ids):
+    labels = ids.clone()
+    labels[0, 3:] = -100
+    n = int((labels[:, 1:] != -100).sum())
+    parts = [
+        gpt(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=n).loss for i in range(3)
+    ]
+    assert torch.allclose(sum(parts), gpt(ids, labels=labels).loss)
+
+
+def test_checkpointing_takes_the_arguments_of_transformers(gpt):
+    for enable in (
+        lambda: gpt.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"a": 1}),
+        lambda: gpt.activation_checkpointing_enable(None, every_n_layers=1, offload=False),
+    ):
+        enable()
+        assert gpt.gradient_checkpointing
+        gpt.gradient_checkpointing_disable()
+    with pytest.raises(ValueError, match="not implemented: every_n_layers=2, offload=False"):
+        gpt.activation_checkpointing_enable(every_n_layers=2)
+    assert not gpt.gradient_checkpointing
+
+
+def test_the_input_can_require_a_gradient(gpt, ids):
+    gpt.requires_grad_(False)
+    for _ in range(2):  # hooks do not pile up
+        gpt.enable_input_require_grads()
+    assert len(gpt.transformer.wte._forward_hooks) == 1
+    assert gpt(ids).logits.requires_grad
+    gpt.disable_input_require_grads()
+    assert not gpt(ids).logits.requires_grad

@@ -653,3 +653,118 @@ def test_a_prompt_loaded_without_its_network_can_be_trained(gpt, ids, tmp_path):
     save_file({"prompt_embeddings": tensors["prompt_embeddings"][:3].contiguous()}, file)
     with pytest.raises(ValueError, match=r"prompt_embeddings is \(3, 24\)"):
         PeftModel.from_pretrained(GPT(tiny_config()), tmp_path)
+
+
+# --- non-finite gradients ---
+
+
+@pytest.mark.parametrize("when", ["first", "middle", "always"])
+def test_a_step_with_a_gradient_that_is_not_finite_prunes_nothing(gpt, ids, when):
+    """As a GradScaler makes them at the start: such a step does not count in the importance."""
+    settings = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "total_step": 8}
+    config = AdaLoraConfig(**settings, target_modules=["c_attn", "c_fc"])
+    model = get_peft_model(gpt, config).train()
+    free = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(free, 0.1)
+    bad = {"first": [1, 2, 3], "middle": [4], "always": range(1, 9)}[when]
+    for step in range(1, 9):
+        model(ids, labels=ids).loss.backward()
+        if step in bad:
+            free[0].grad[0, 0] = torch.inf if step % 2 else torch.nan
+        else:
+            optimizer.step()
+        model.update_and_allocate(step)
+        optimizer.zero_grad()
+        allocator = model.adapters["default"].allocator
+        assert all(t.isfinite().all() for t in allocator.importance.values())
+        assert all(t.isfinite().all() for t in allocator.uncertainty.values())
+    assert sum(model.ranks().values()) == (4 if when == "always" else 2) * 4
+
+
+def test_a_left_out_step_leaves_importance_and_uncertainty_as_they_were():
+    layers = {"0": SVDLinear(nn.Linear(3, 3), AdaLoraConfig(init_r=2, target_r=1, total_step=9))}
+    allocator = RankAllocator(layers, AdaLoraConfig(init_r=2, target_r=1, total_step=9))
+    for p in (layers["0"].lora_A, layers["0"].lora_E, layers["0"].lora_B):
+        p.grad = torch.ones_like(p)
+    allocator.update_importance()
+    before = copy.deepcopy((allocator.importance, allocator.uncertainty))
+    layers["0"].lora_A.grad[0, 0] = torch.inf
+    allocator.update_importance()
+    for old, new in zip(before, (allocator.importance, allocator.uncertainty), strict=True):
+        assert all(torch.equal(old[key], new[key]) for key in old)
+
+
+def test_ranks_that_are_all_0_are_not_saved(gpt, ids, tmp_path):
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=5, target_modules=["c_attn"])
+    model = get_peft_model(gpt, config)
+    adapter = model.adapters["default"]
+    adapter.allocator.kept = {n: torch.zeros(2, dtype=torch.bool) for n in adapter.layers}
+    for do in (lambda: model.save_pretrained(tmp_path), model.merge_and_unload):
+        with pytest.raises(RuntimeError, match="pruned all ranks to 0"):
+            do()
+
+
+def test_the_penalty_of_accumulated_batches_counts_once(gpt, ids):
+    """Each batch has its share of the penalty: that of its labels in the step's labels."""
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=5, target_modules=["c_attn"])
+    model = get_peft_model(gpt, config).train()
+    labels = ids.clone()
+    labels[0, 4:] = -100
+    n = (labels[:, 1:] != -100).sum()
+    whole = model(ids, labels=labels).loss
+    parts = [
+        model(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=n).loss for i in range(3)
+    ]
+    assert torch.allclose(sum(parts), whole, atol=1e-5)
+
+
+def test_a_penalty_that_is_in_no_loss_is_announced(gpt, ids):
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=5, target_modules=["c_attn"])
+    model = get_peft_model(gpt, config).train()
+    with pytest.warns(UserWarning, match=r"penalty is in no loss: add model.penalty\(\)"):
+        model(ids)
+
+
+# --- inputs that virtual tokens do not support ---
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_packed_rows_and_masks_of_other_shapes_are_refused(gpt, ids, name):
+    model = get_peft_model(gpt, CONFIGS[name]()).eval()
+    packed = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 5]).expand(3, 10)
+    with pytest.raises(ValueError, match=r"position_ids that restart \(packing\)"):
+        model(ids, position_ids=packed)
+    with pytest.raises(ValueError, match=r"attention_mask must be \(b, t\)"):
+        model(ids, attention_mask=torch.ones(3, 1, 10, 10))
+    with pytest.raises(ValueError, match="return_dict=False cannot be used with a prompt"):
+        model(ids, return_dict=False)
+
+
+@pytest.mark.parametrize("name", ["prompt", "p_tuning"])
+def test_other_inputs_per_token_are_refused(gpt, ids, name):
+    model = get_peft_model(gpt, CONFIGS[name]()).eval()
+    with pytest.raises(ValueError, match="token_type_ids cannot be used with virtual tokens"):
+        model.adapters["default"].encoder.prepend(gpt, ids, token_type_ids=torch.zeros_like(ids))
+
+
+@pytest.mark.parametrize("name", ["prompt", "p_tuning"])
+def test_a_model_without_logits_per_token_is_refused(gpt, name):
+    gpt.get_output_embeddings = lambda: None  # as transformers' classifiers
+    with pytest.raises(ValueError, match="no logits per token, as prompts need"):
+        get_peft_model(gpt, CONFIGS[name]())
+
+
+def test_a_prompt_starts_from_what_the_embedding_returns(gpt, ids):
+    """In Gemma 3 that is not a row of its weight, but a multiple of it."""
+
+    class Doubled(nn.Embedding):
+        def forward(self, ids):
+            return 2 * super().forward(ids)
+
+    doubled = Doubled(61, 24)
+    doubled.weight = gpt.transformer.wte.weight
+    gpt.transformer.wte = doubled
+    config = PromptTuningConfig(num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB")
+    prompt = get_peft_model(gpt, config).prompt_encoder.prompt()
+    rows = 2 * doubled.weight
+    assert all((row == rows).all(dim=1).any() for row in prompt)

@@ -170,7 +170,6 @@ def test_a_config_of_peft_is_loaded_or_refused_by_the_setting(gpt, tmp_path):
     assert written == json.loads(file.read_text())
     for key, value in [
         ("use_dora", True),
-        ("bias", "all"),
         ("init_lora_weights", False),
         ("rank_pattern", {"c_fc": 2}),
         ("alpha_pattern", {"c_fc": 32}),
@@ -759,3 +758,166 @@ def test_the_callers_config_is_never_changed(gpt, ids, tmp_path, name):
     assert dataclasses.asdict(config) == dataclasses.asdict(CONFIGS[name]())
     configs = [config, *model.peft_config.values()]
     assert len({id(one) for one in configs}) == 3, "each adapter has a config of its own"
+
+
+# --- what training code, and scripts written for peft, expect of the wrapper ---
+
+
+class ReadsWeight(nn.Module):
+    """Reads its layer's weight instead of calling the layer, as Mamba does."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x @ self.fc.weight.T + self.fc.bias
+
+
+WEIGHT_CONFIGS = {
+    "lora": LoraConfig(r=2, target_modules=["fc"]),
+    "adalora": AdaLoraConfig(init_r=2, target_r=1, total_step=5, target_modules=["fc"]),
+    "bitfit": BitFitConfig(["fc"]),
+}
+
+
+@pytest.mark.parametrize("name", [*WEIGHT_CONFIGS, "qlora"])
+def test_code_that_reads_a_layers_weight_gets_the_adapted_one(name):
+    base, x = ReadsWeight(), torch.randn(3, 6)
+    if name == "qlora":
+        quantize_model(base)
+    plain = base(x)
+    model = get_peft_model(base, WEIGHT_CONFIGS.get(name, WEIGHT_CONFIGS["lora"]))
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p)
+    adapted = model(x)
+    assert not torch.allclose(adapted, plain)
+    adapted.sum().backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+    assert torch.allclose(model.base_model.fc(x), adapted, atol=1e-5)
+    model.base_model.fc.merge()
+    assert torch.allclose(model(x), adapted, atol=1e-5)
+
+
+def test_attributes_of_the_base_can_be_set_through_the_wrapper(gpt):
+    model = adapted(gpt)
+    model.gradient_checkpointing = True
+    assert gpt.gradient_checkpointing
+    model.note = 1  # the base has none
+    assert model.note == 1
+    assert not hasattr(gpt, "note")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counts_and_dtype_are_available_for_any_base(gpt, dtype):
+    model = adapted(gpt.to(dtype))
+    trainable, total = model.get_nb_trainable_parameters()
+    assert model.num_parameters() == total
+    assert model.num_parameters(only_trainable=True) == trainable
+    assert model.num_parameters(exclude_embeddings=True) == total - (61 + 32) * 24
+    assert model.dtype == dtype
+
+
+def test_arguments_of_pefts_methods_work_or_are_refused(gpt, tmp_path):
+    model = adapted(gpt)
+    model.add_adapter("b", LoraConfig(r=2, target_modules=ALL))
+    model.set_adapter(["b"])
+    assert model.active_adapter == "b"
+    with pytest.raises(ValueError, match=r"one adapter can be active, not \['default', 'b'\]"):
+        model.set_adapter(["default", "b"])
+    model.save_pretrained(tmp_path, safe_serialization=True)
+    with pytest.raises(ValueError, match="would write a pickle"):
+        model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
+    assert not (tmp_path / "pickle").exists()
+    LoraConfig(target_modules=ALL, bias="none")
+    with pytest.raises(ValueError, match="bias must be 'none', got 'all'"):
+        LoraConfig(target_modules=ALL, bias="all")
+
+
+def test_safe_merge_refuses_weights_that_are_not_finite(gpt, ids):
+    model = adapted(gpt)
+    merged = model.merge_and_unload(progressbar=False, safe_merge=True)
+    assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-5)
+    layer = model.base_model.transformer.h[1].mlp.c_fc
+    layer.lora_B.weight.data[0, 0] = torch.nan
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"transformer\.h\.1\.mlp\.c_fc has NaN or infinite"):
+            merge(safe_merge=True)
+    assert all(layer.merged_weight is None for layer in model.adapters["default"].layers.values())
+
+
+@pytest.mark.parametrize("kind", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_a_task_whose_head_would_not_be_trained_is_refused(gpt, kind):
+    with pytest.raises(ValueError, match=f"task_type='{kind}' is not implemented: a new head"):
+        get_peft_model(gpt, LoraConfig(target_modules=ALL, task_type=kind))
+    assert all(p.requires_grad for p in gpt.parameters())
+
+
+@pytest.mark.parametrize("name", ["lora", "adalora", "prefix", "two"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_peft_model_inside_another_module_is_saved_and_loaded(gpt, ids, name, strict):
+    """As LightningModule, DataParallel and torch.compile wrap it."""
+    configs = {
+        "adalora": AdaLoraConfig(init_r=2, target_r=1, total_step=5, target_modules=ALL),
+        "prefix": PrefixTuningConfig(num_virtual_tokens=2),
+    }
+    models = []
+    for _ in range(2):
+        base = copy.deepcopy(gpt)
+        model = get_peft_model(base, configs.get(name, LoraConfig(r=2, target_modules=ALL)))
+        if name == "two":
+            model.add_adapter("b", LoraConfig(r=3, target_modules=["c_fc"]))
+        models.append(model.eval())
+    for parameter in models[0].state_dict().values():
+        parameter.normal_(std=0.1)
+    outer = [nn.Sequential(nn.ModuleDict({"model": model}), nn.Linear(2, 2)) for model in models]
+    state = outer[0].state_dict()
+    assert not any("wte" in key for key in state)
+    assert not torch.equal(models[1](ids).logits, models[0](ids).logits)
+    outer[1].load_state_dict(state, strict=strict)
+    for adapter in models[0].adapters:
+        for model in models:
+            model.set_adapter(adapter)
+        assert torch.equal(models[1](ids).logits, models[0](ids).logits)
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "1.weight"'):
+        outer[1].load_state_dict({k: t for k, t in state.items() if k != "1.weight"})
+
+
+def test_training_does_not_change_the_running_statistics_of_the_base():
+    """With a frozen base, BatchNorm's statistics are frozen too; no adapter could store them."""
+    base, x = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)), torch.randn(8, 6)
+    plain = base.eval()(x)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"])).train()
+    model(x + 3)
+    assert base[1].num_batches_tracked == 0
+    with model.disable_adapter():
+        assert torch.equal(model.train()(x), plain)
+
+
+def test_a_layer_that_was_replaced_while_its_adapter_was_detached_is_noticed(gpt):
+    model = adapted(gpt)
+    with (
+        pytest.raises(RuntimeError, match=r"transformer\.h\.0\.mlp\.c_fc of the base was replaced"),
+        model.disable_adapter(),
+    ):
+        gpt.transformer.h[0].mlp.c_fc = nn.Linear(24, 96)
+    assert not model.is_attached
+    assert model.unload() is gpt
+
+
+def test_pruning_discards_a_merged_weight(gpt, ids):
+    config = AdaLoraConfig(init_r=3, target_r=1, total_step=5, target_modules=ALL)
+    model = get_peft_model(gpt, config)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p) if p.requires_grad else 0
+    model.train()(ids, labels=ids).loss.backward()
+    model.eval()
+    before = model(ids).logits
+    for layer in model.adapters["default"].layers.values():
+        layer.merge()
+    model.update_and_allocate(1)
+    pruned = model(ids).logits
+    assert not torch.allclose(pruned, before)
+    for layer in model.adapters["default"].layers.values():
+        assert layer.merged_weight is None

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -190,6 +191,37 @@ def test_a_weight_with_nan_is_refused_before_anything_changes(gpt):
     with pytest.raises(ValueError, match="NaN"):
         quantize_model(gpt)
     assert not any(isinstance(m, Linear4bit) for m in gpt.modules())
+
+
+def test_8_bit_layers_do_not_overflow_in_half_precision():
+    """Unscaled, the sum of 4,096 codes of 127 would exceed float16's largest number, 65,504."""
+    layer = nn.Linear(4096, 2, bias=False)
+    nn.init.ones_(layer.weight)
+    x = torch.full((1, 4096), 0.5)
+    assert torch.allclose(Linear8bit(layer)(x.half()).float(), layer(x), rtol=1e-3)
+
+
+class Conv1D(nn.Module):
+    """As in transformers' GPT-2: W is stored as (in, out)."""
+
+    def __init__(self, n_out: int, n_in: int):
+        super().__init__()
+        self.nf, self.weight = n_out, nn.Parameter(torch.randn(n_in, n_out))
+        self.bias = nn.Parameter(torch.randn(n_out))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_layer_comes_back_in_its_class_and_orientation(bits):
+    model, x = nn.Sequential(Conv1D(6, 6), nn.Linear(6, 4)), torch.randn(3, 6)
+    quantize_model(model, bits)
+    expected, plain = model(x), [layer.plain() for layer in model]
+    assert [type(layer) for layer in plain] == [Conv1D, nn.Linear]
+    assert plain[0].nf == 6
+    assert torch.allclose(nn.Sequential(*plain)(x), expected, atol=1e-5)
+    assert list(plain[0].state_dict()) == ["weight", "bias"]
 
 
 # --- LoRA on 4-bit layers ---
@@ -395,3 +427,101 @@ def test_add_qlora_finds_targets_by_ending_by_regex_and_by_all_linear(gpt):
     assert len(found("all-linear")) == 8
     with pytest.raises(ValueError, match="matches no 4-bit layer"):
         found("c_attn")  # a string is a regex for the whole name
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("then", [None, "prepare", "half", "norms"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_merged_4bit_model_has_the_dtype_of_what_was_not_quantized(
+    gpt, ids, dtype, then, inplace
+):
+    """The references are the adapted model in float32, and the base's own classes."""
+    classes = {name: type(module) for name, module in gpt.named_modules()}
+    quantize_model(gpt.to(dtype))
+    if then == "prepare":
+        prepare_model_for_kbit_training(gpt, use_gradient_checkpointing=False)
+    if then == "half":
+        gpt.half()
+    if then == "norms":  # as scripts do that cast norms by hand; float32 then wins
+        for name, p in gpt.named_parameters():
+            p.data = p.data.float() if "ln_" in name else p.data
+    changed = {"prepare": torch.float32, "norms": torch.float32, "half": torch.float16}
+    wide = changed.get(then, dtype)
+    torch.manual_seed(0)
+    model = get_peft_model(gpt, LoraConfig(r=4, target_modules=["c_attn", "c_fc"])).eval()
+    for layer in model.adapters["default"].layers.values():
+        nn.init.normal_(layer.lora_B.weight, std=0.2)
+    exact = copy.deepcopy(model).float()(ids).logits
+    merged = model.merge_and_unload(inplace=inplace).eval()
+    assert {p.dtype for p in merged.parameters()} == {wide}
+    assert {name: type(module) for name, module in merged.named_modules()} == classes
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    error = (merged(ids).logits.float() - exact).abs().max() / exact.abs().max()
+    assert error < 20 * torch.finfo(wide).eps
+
+
+def test_a_quantized_layer_follows_the_dtype_of_the_model(gpt):
+    quantize_model(gpt)
+    layer = gpt.transformer.h[0].attn.c_attn
+    assert layer.weight.dtype == torch.float32
+    assert gpt.half() is gpt
+    assert layer.weight.dtype == torch.float16
+    prepare_model_for_kbit_training(gpt)
+    assert layer.weight.dtype == torch.float32
+
+
+def test_preparing_leaves_no_hook_and_the_model_can_be_copied_and_pickled(gpt, ids):
+    prepare_model_for_kbit_training(quantize_model(gpt))
+    assert not any(module._forward_hooks for module in gpt.modules())
+    again = pickle.loads(pickle.dumps(copy.deepcopy(gpt)))
+    assert torch.equal(again(ids).logits, gpt(ids).logits)
+
+
+def test_preparing_a_model_with_an_adapter_is_refused(gpt):
+    """It would freeze the adapter, and nothing would be trained."""
+    model = get_peft_model(quantize_model(gpt), LoraConfig(r=2, target_modules=["c_attn"]))
+    for what in (model, model.base_model):
+        with pytest.raises(ValueError, match="prepare the base before adding one"):
+            prepare_model_for_kbit_training(what)
+    assert any(p.requires_grad for p in model.parameters())
+
+
+def test_a_base_whose_adapter_is_disabled_cannot_be_quantized(gpt):
+    model = get_peft_model(gpt, LoraConfig(r=2, target_modules=["c_attn"]))
+    with (
+        model.disable_adapter(),
+        pytest.raises(ValueError, match="the model has an adapter: quantize it before"),
+    ):
+        quantize_model(gpt)
+    assert quantized_layers(quantize_model(model.unload()))
+
+
+def test_a_quantized_or_adapted_base_is_not_saved(gpt, tmp_path):
+    """transformers' `save_pretrained` would write codes, or the adapter's layers, as weights."""
+
+    class Saved(GPT):
+        def save_pretrained(self, path):  # as transformers', without a check
+            (tmp_path / "written").touch()
+
+    base = Saved(gpt.config)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"]))
+    refused = pytest.raises(ValueError, match="save the adapter with PeftModel")
+    with refused:
+        base.save_pretrained(tmp_path)
+    with model.disable_adapter():
+        base.save_pretrained(tmp_path)
+    (tmp_path / "written").unlink()
+    model.merge_and_unload().save_pretrained(tmp_path)
+    (tmp_path / "written").unlink()
+    quantize_model(model.unload())
+    with refused:
+        base.save_pretrained(tmp_path)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"]))
+    with model.disable_adapter(), refused:
+        base.save_pretrained(tmp_path)
+    assert not (tmp_path / "written").exists()
+    model.merge_and_unload(inplace=True).save_pretrained(tmp_path)
+    assert (tmp_path / "written").exists()

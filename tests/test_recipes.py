@@ -1,6 +1,7 @@
 """How a run is set up: the learning rate by step, swept learning rates, and bad settings."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -100,3 +101,17 @@ def test_changing_a_recipe_leaves_the_shared_one_unchanged():
     changed = RECIPES["lora"].with_size(2).placed("mlp")
     assert (changed.size, changed.targets) == (2, "mlp")
     assert RECIPES["lora"] == before
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "max_grad_norm"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_rates_and_norms_must_be_positive(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be positive, got {value}"):
+        RunConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "warmup", "lr_end", "checkpoint_every"])
+def test_settings_that_may_be_zero_must_not_be_negative(name):
+    RunConfig(**{name: 0})
+    with pytest.raises(ValueError, match=f"{name} must not be negative, got -1"):
+        RunConfig(**{name: -1})

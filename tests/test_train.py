@@ -119,3 +119,17 @@ def test_a_micro_batch_without_labelled_tokens_is_refused():
     with pytest.raises(ValueError, match="a micro-batch has no labelled tokens"):
         weights(batches)
     assert weights([{"labels": labels}, {"labels": labels}]) == [0.5, 0.5]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step():
+    """A finite loss can have an infinite gradient: that of a square root at 0."""
+
+    class Root(Flat):
+        def forward(self, labels):
+            return Output(loss=(0 * self.matrix).square().sum().sqrt())
+
+    model = Root()
+    run = RunConfig(steps=1, learning_rate=0.1, **DECAY)
+    with pytest.raises(FloatingPointError, match="the gradient's norm is nan at step 1"):
+        train(model, [[BATCH]], run)
+    assert model.matrix.tolist() == [[1.0, -2.0], [3.0, 4.0]]

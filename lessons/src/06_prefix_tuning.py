@@ -187,7 +187,7 @@ def prefix_attention(model, examples):
         block.attn.c_attn.register_forward_hook(lambda layer, x, out: kept.append(out[0]))
         for block in model.base_model.transformer.h
     ]
-    past = model.prompt_encoder.past(model.base_model, 1, None)["past_key_values"]
+    past = model.prompt_encoder.past(model.base_model, 1)
     prefix = [keys[0] for keys, values in past]
     for example in examples:
         model(torch.tensor([example.prompt_ids + example.completion_ids]))

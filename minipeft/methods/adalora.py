@@ -57,6 +57,7 @@ class AdaLoraConfig:
     # regex for the full name, or "all-linear"
     # Not used in this file, but by get_peft_model and in adapter_config.json:
     rank_pattern: dict[str, list[bool]] | None = None  # by layer: which triplets were kept
+    bias: str = "none"  # biases stay frozen; bitfit.py trains them
     task_type: str | None = None  # for example "CAUSAL_LM"
     inference_mode: bool = False  # load the adapter frozen
     peft_type: str = field(default="ADALORA", init=False)
@@ -76,6 +77,8 @@ class AdaLoraConfig:
             )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        if self.bias != "none":
+            raise ValueError(f"bias must be 'none', got {self.bias!r}; BitFit trains biases")
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
             betas = f"{self.beta1!r} and {self.beta2!r}"
             raise ValueError(f"beta1 and beta2 must be between 0 and 1, got {betas}")

@@ -45,6 +45,7 @@ class LoraConfig:
     use_rslora: bool = False  # scale by α / √r instead
     # Only for get_peft_model and adapter_config.json; add_lora refuses the first one:
     trainable_token_indices: list[int] | None = None  # tokens whose embeddings are trained too
+    bias: str = "none"  # biases stay frozen; bitfit.py trains them
     task_type: str | None = None  # for example "CAUSAL_LM"
     inference_mode: bool = False  # load the adapter frozen
     peft_type: str = field(default="LORA", init=False)
@@ -56,6 +57,8 @@ class LoraConfig:
             raise ValueError(f"lora_alpha must be a positive number, got {self.lora_alpha!r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        if self.bias != "none":
+            raise ValueError(f"bias must be 'none', got {self.bias!r}; BitFit trains biases")
 
 
 class LoraLinear(nn.Module):
