@@ -1,9 +1,14 @@
 """transformers' Trainer with its default settings: it trains, saves and resumes adapters."""
 
+import contextlib
+import io
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import BASE
 from safetensors.torch import load_file
-from test_conformance_transformers import Allocate, family
+from test_conformance_transformers import EXAMPLE, Allocate, family
 from torch import nn
 
 import minipeft
@@ -243,3 +248,50 @@ def test_a_vision_model_is_trained_and_saved(tmp_path):
     assert run.evaluate()["eval_loss"] < first
     saved = load_file(tmp_path / "out" / "checkpoint-6" / "model.safetensors")
     assert saved.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_the_documents_example_trains_with_default_arguments_saves_loads_in_peft_and_merges(
+    ours, tmp_path, monkeypatch
+):
+    base = family("gpt2")
+    base.resize_token_embeddings(2048)
+    base.save_pretrained(tmp_path / "gpt2")
+    tokenizer = transformers.GPT2TokenizerFast(tokenizer_file=str(BASE / "tokenizer.json"))
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    example = EXAMPLE.replace("from peft import", "from minipeft import")
+    if ours:
+        example = example.replace("AutoModelForCausalLM.from", "GPT.from")
+    names = {"GPT": GPT}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(example, names)
+    model = names["peft_model"]
+    start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    transformers.Trainer(
+        model, transformers.TrainingArguments("out"), train_dataset=rows([10] * 16)
+    ).train()
+    model.eval().save_pretrained("my_lora_adapters")
+    ids = rows([10])[0]["input_ids"][None]
+    assert all(not torch.equal(tensor, start[key]) for key, tensor in model.state_dict().items())
+    logits = model(ids).logits
+    base = transformers.GPT2LMHeadModel.from_pretrained("gpt2")
+    theirs = peft.PeftModel.from_pretrained(base, "my_lora_adapters").eval()
+    assert torch.allclose(theirs(ids).logits, logits, rtol=1e-5, atol=1e-5)
+    model.merge_and_unload().save_pretrained("merged")
+    merged = transformers.GPT2LMHeadModel.from_pretrained("merged").eval()
+    assert torch.allclose(merged(ids).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_readmes_example_runs_and_peft_reads_its_checkpoint(tmp_path, monkeypatch):
+    family("gpt2").save_pretrained(tmp_path / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    readme = Path(__file__).parents[1] / "README.md"
+    blocks = [block.split("```")[0] for block in readme.read_text().split("```python\n")[1:]]
+    (block,) = [block for block in blocks if "TrainerCallback" in block]
+    names = {"dataset": rows([10] * 8)}
+    exec(block, names)
+    (folder,) = (tmp_path / "out").iterdir()
+    base = transformers.GPT2LMHeadModel.from_pretrained("gpt2")
+    theirs, ids = peft.PeftModel.from_pretrained(base, folder).eval(), torch.tensor([[1, 2, 3]])
+    assert torch.allclose(theirs(ids).logits, names["model"].eval()(ids).logits, atol=1e-5)
