@@ -26,6 +26,12 @@ from minipeft.methods.qlora import Linear4bit, QLoraLinear, QuantizedLinear, can
 from minipeft.targets import find_targets
 from minipeft.token_rows import token_rows
 
+# Options of transformers' `generate` that count cached positions, or run a part of the model.
+NOT_WITH_PROMPTS = (
+    "past_key_values", "cache_implementation", "prompt_lookup_num_tokens", "assistant_model",
+    "assistant_early_exit",
+)  # fmt: skip
+
 
 class Adapter:
     """Interface of an adapter. This base class is the null adapter: it changes nothing."""
@@ -269,8 +275,8 @@ class PromptAdapter(Adapter):
         if inputs.get("return_dict", True) is False:
             raise ValueError("return_dict=False cannot be used with a prompt method")
         positions = inputs.get("position_ids")
-        packed = positions is not None and (positions[..., 1:] <= positions[..., :-1]).any()
-        if packed and inputs.get("attention_mask") is None:
+        unmasked = positions is not None and inputs.get("attention_mask") is None
+        if unmasked and (positions[..., 1:] <= positions[..., :-1]).any():
             raise ValueError("position_ids that restart (packing) cannot follow one prompt")
         self.check_checkpointing(model)
         return self.encoder(model, **inputs)
@@ -287,10 +293,11 @@ class PromptAdapter(Adapter):
 
     def generate(self, model: nn.Module, *args, **kwargs):
         self.check_checkpointing(model)
-        settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-        counting = ("cache_implementation", "prompt_lookup_num_tokens")  # they count the cache
-        for name in ("past_key_values", "assistant_model", *counting):
-            if kwargs.get(name) is not None or getattr(settings, name, None) is not None:
+        named = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
+        configs = [config for config in (*args[1:2], *named) if config is not None]
+        settings = [kwargs, *map(vars, configs)]
+        for name in NOT_WITH_PROMPTS:
+            if any(found.get(name) is not None for found in settings):
                 raise ValueError(f"generate: {name} cannot be used with a prompt method")
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         t, new = 0 if ids is None else ids.shape[1], kwargs.get("max_new_tokens") or 0
@@ -355,7 +362,7 @@ def check_prompt_model(model: nn.Module, config) -> None:
         raise ValueError(f"{type(model).__name__} embeds tokens in every layer: prompts cannot")
     names = ("n_positions", "max_position_embeddings")
     context = next((getattr(settings, n) for n in names if hasattr(settings, n)), math.inf)
-    if config.num_virtual_tokens >= context:
+    if 0 < context <= config.num_virtual_tokens:
         p = config.num_virtual_tokens
         raise ValueError(f"{p} virtual tokens leave no room in a context of {context}")
 

@@ -58,7 +58,6 @@ class PeftModel(nn.Module):
         super().__init__()
         if isinstance(model, PeftModel):
             raise ValueError("this model is already a PeftModel: use its add_adapter")
-        self.base_model = model
         self.adapters: dict[
             str, Adapter
         ] = {}  # not a ModuleDict: only what is attached is a submodule
@@ -66,7 +65,9 @@ class PeftModel(nn.Module):
         self.prompt_encoder: nn.Module | None = None  # the encoder of an attached prompt method
         self._disable_depth = 0  # how many `with disable_adapter()` blocks are open
         self.register_load_state_dict_post_hook(forget_missing_base)
-        self.train(model.training)
+        self.base_model = model  # last: from now on, `__setattr__` also knows the base's attributes
+        self.training = model.training
+        freeze_statistics(model)
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
 
@@ -87,22 +88,28 @@ class PeftModel(nn.Module):
             return out
         if labels is not None and kwargs.get("num_items_in_batch") is not None:
             # one of several batches in a step: its share of the penalty is its share of the labels
-            shifted = not getattr(getattr(self, "config", None), "is_encoder_decoder", False)
-            n_labels = (labels[:, int(shifted) :] != -100).sum()
-            penalty = penalty * n_labels / kwargs["num_items_in_batch"]
+            predicted = labels[..., 1:] if self._shifts_labels() else labels
+            penalty = penalty * (predicted != -100).sum() / kwargs["num_items_in_batch"]
         if type(out) is tuple and labels is not None:  # transformers with return_dict=False
             return out[0] + penalty, *out[1:]
-        if getattr(out, "loss", None) is None:
+        loss = out.get("loss") if isinstance(out, dict) else getattr(out, "loss", None)
+        if loss is None:
             warnings.warn("AdaLoRA's penalty is in no loss: add model.penalty()", stacklevel=2)
             return out
         if hasattr(out, "_replace"):  # a named tuple
-            return out._replace(loss=out.loss + penalty)
-        out["loss"] = out.loss + penalty  # transformers' ModelOutput
+            return out._replace(loss=loss + penalty)
+        out["loss"] = loss + penalty
         return out
 
     def generate(self, *args, **kwargs) -> Tensor:
         """The base's own `generate`, with the attached adapter."""
         return self._attached.generate(self.base_model, *args, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        """transformers' continuous batching; ValueError with a prompt method."""
+        if self.prompt_encoder is not None:
+            raise ValueError("generate_batch cannot be used with a prompt method: call generate()")
+        return self.base_model.generate_batch(*args, **kwargs)
 
     # --- adding and switching ---
 
@@ -194,6 +201,7 @@ class PeftModel(nn.Module):
             self.prompt_encoder = adapter.encoder
             for module in adapter.modules().values():
                 module.train(self.training)
+                freeze_statistics(module)
 
     # --- AdaLoRA ---
 
@@ -239,15 +247,15 @@ class PeftModel(nn.Module):
         """
         names = list(self._mergeable_layers(safe_merge))
         with self.disable_adapter():
-            dtype = surrounding_dtype(self.base_model)
+            dtypes = restored_dtypes(self.base_model)
         model = self.base_model if inplace else copy.deepcopy(self.base_model)
         for name in tqdm(names, "merging", disable=not progressbar):
             model.set_submodule(name, model.get_submodule(name).merge_into_base())
         for name, layer in quantized_layers(model).items():  # dequantize the remaining layers
             model.set_submodule(name, layer.plain())
-        for p in model.parameters():
-            if dtype is not None and p.is_floating_point():
-                p.data = p.data.to(dtype)
+        for name, p in model.named_parameters() if dtypes else ():
+            if p.is_floating_point():
+                p.data = p.data.to(dtypes.get(name.rpartition(".")[0], dtypes[""]))
         if inplace:
             self.adapters, self.active_adapter = {}, None
         make_plain(model)
@@ -327,10 +335,13 @@ class PeftModel(nn.Module):
             adapter.load_state(states[name])
         return nn.modules.module._IncompatibleKeys([], [])  # as nn.Module does
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *rest):
         """Called instead of `load_state_dict` for a PeftModel that is part of another module."""
-        own = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-        self.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in own.items()})
+        own = [key for key in state_dict if key.startswith(prefix)]
+        if own:
+            self.load_state_dict({key.removeprefix(prefix): state_dict[key] for key in own})
+        else:
+            missing_keys += [f"{prefix}{key}" for key in self.state_dict()]
 
     # --- what peft's users and transformers' Trainer also ask for ---
 
@@ -357,9 +368,7 @@ class PeftModel(nn.Module):
     def train(self, mode: bool = True) -> "PeftModel":
         """As nn.Module's, but running statistics, as of BatchNorm, are frozen like the weights."""
         super().train(mode)
-        for module in self.base_model.modules():
-            if getattr(module, "running_mean", None) is not None:
-                module.eval()
+        freeze_statistics(self.base_model)
         return self
 
     def get_base_model(self) -> nn.Module:
@@ -393,6 +402,11 @@ class PeftModel(nn.Module):
         return {name: adapter.config for name, adapter in self.adapters.items()}
 
     # --- internals ---
+
+    def _shifts_labels(self) -> bool:
+        """Whether the base's loss leaves out each text's first label, as the Trainer sees it."""
+        seq2seq = getattr(getattr(self, "config", None), "is_encoder_decoder", False)
+        return getattr(self, "loss_type", None) == "ForCausalLM" and not seq2seq
 
     @property
     def _active(self) -> Adapter:
@@ -465,21 +479,40 @@ def forget_missing_base(model: PeftModel, incompatible) -> None:
     missing[:] = [key for key in missing if not key.endswith(absent)]
 
 
+def freeze_statistics(model: nn.Module) -> None:
+    """Keep layers with running statistics, such as BatchNorm, from updating them."""
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.eval()
+
+
 def make_plain(model: nn.Module) -> None:
     """Remove what adapters and training left on a base."""
     vars(model).pop("has_adapters", None)
     guard_saving(model)
     if hasattr(model, "disable_input_require_grads"):
         model.disable_input_require_grads()
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.training = model.training
 
 
-def surrounding_dtype(model: nn.Module) -> torch.dtype | None:
-    """The widest dtype of the parameters that were not quantized; None for a model without
-    quantized layers."""
-    quantized = quantized_layers(model).values()
-    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    dtypes = dtypes or [layer.dtype for layer in quantized]
-    return functools.reduce(torch.promote_types, dtypes) if quantized else None
+def restored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """For a model with quantized layers: the dtype that each of them gets when it is dequantized,
+    by name, and under "" that of all other parameters; empty for a model without any.
+
+    They get the widest dtype of the parameters that were not quantized, or their own if it is
+    wider, as transformers keeps some layers of a half-precision model in float32.
+    """
+    quantized = quantized_layers(model)
+    if not quantized:
+        return {}
+    others = [p for n, p in model.named_parameters() if n.rpartition(".")[0] not in quantized]
+    found = [p.dtype for p in others if p.is_floating_point()]
+    found = found or [layer.dtype for layer in quantized.values()]
+    dtype = functools.reduce(torch.promote_types, found)
+    own = {name: torch.promote_types(dtype, layer.dtype) for name, layer in quantized.items()}
+    return {"": dtype} | own
 
 
 def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing: bool = True):

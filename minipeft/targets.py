@@ -69,8 +69,8 @@ def find_targets(
         parameter = layer._parameters.get(part)
         if isinstance(layer, QuantizedLinear) and part == "weight":
             continue
-        if parameter is None or parameter.is_meta:
-            why = "computed, not stored" if parameter is None else "on the meta device (offloaded?)"
+        if parameter is None or (parameter.is_meta and hasattr(layer, "_hf_hook")):
+            why = "computed, not stored" if parameter is None else "offloaded by accelerate"
             raise ValueError(f"target {name} cannot be adapted: its {part} is {why}")
         if users[memory(parameter)] > 1:
             raise ValueError(f"target {name} shares its {part} with another module: untie it first")

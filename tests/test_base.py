@@ -136,10 +136,17 @@ def test_no_end_token_stands_between_a_prompt_and_its_completion(template):
     assert encode_prompt(tokenizer, "The name is<|endoftext|>") == front + plain
 
 
-def test_the_chat_template_and_generation_settings_are_copied(folder, tmp_path):
-    for name in ("chat_template.jinja", "generation_config.json"):
-        (folder / name).write_text(name)
-    (tmp_path / "merged").mkdir()
-    copy_tokenizer(folder, tmp_path / "merged")
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
-        assert (tmp_path / "merged" / name).read_bytes() == (folder / name).read_bytes()
+@pytest.mark.parametrize(("ends", "written"), [(50256, 0), (0, 0), ([7, 0], [7, 0]), (None, 0)])
+def test_chat_template_and_generation_settings_are_copied_with_a_valid_end(
+    folder, tmp_path, ends, written
+):
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    settings = {"temperature": 0.7, "eos_token_id": ends}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    copy_tokenizer(load_base(folder), merged)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (merged / name).read_bytes() == (folder / name).read_bytes()
+    found = json.loads((merged / "generation_config.json").read_text())
+    assert found == {"temperature": 0.7, "eos_token_id": written}

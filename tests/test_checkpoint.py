@@ -178,12 +178,12 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
         assert not [file for file in killed.iterdir() if "checkpoint" in file.name]
 
 
-def test_resuming_without_a_checkpoint_is_refused(job, tmp_path):
-    """A finished run has none: starting again would overwrite its adapter."""
+def test_resuming_a_run_that_has_ended_is_refused(job, tmp_path):
+    """It has no checkpoint any more: starting again would overwrite its adapter."""
     finetune(*job, RECIPES["lora"], replace(RUN, steps=1, output=tmp_path))
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
     log = (tmp_path / "log.csv").read_bytes()
-    with pytest.raises(ValueError, match=r"there is nothing to resume: .* does not exist"):
+    with pytest.raises(ValueError, match=r"there is nothing to resume in .*: this run has ended"):
         finetune(*job, RECIPES["lora"], replace(RUN, steps=1, output=tmp_path, resume=True))
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
     assert (tmp_path / "log.csv").read_bytes() == log

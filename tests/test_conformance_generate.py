@@ -146,23 +146,51 @@ def test_options_that_count_cached_positions_are_refused(batch, name):
     model, _ = two_models("llama", name)
     cache = transformers.DynamicCache()
     refused = {
-        "past_key_values": cache, "cache_implementation": "static",
+        "past_key_values": cache, "cache_implementation": "static", "assistant_early_exit": 1,
         "prompt_lookup_num_tokens": 2, "assistant_model": family("llama"),
     }  # fmt: skip
     for option, value in refused.items():
         with pytest.raises(ValueError, match=f"generate: {option} cannot be used with a prompt"):
             model.generate(**batch, max_new_tokens=3, **{option: value})
+    static = transformers.GenerationConfig(cache_implementation="static")
+    with pytest.raises(ValueError, match="cache_implementation cannot be used with a prompt"):
+        model.generate(batch["input_ids"], static)
     model.generation_config.cache_implementation = "static"
     with pytest.raises(ValueError, match="cache_implementation cannot be used with a prompt"):
-        model.generate(**batch, max_new_tokens=3)
+        model.generate(**batch, generation_config=transformers.GenerationConfig(max_new_tokens=3))
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_no_hook_is_left_after_an_error(batch, name):
+def test_a_processor_may_call_the_model_with_padding(batch, name):
+    """Its own call gets the prompt once, not twice, and so does `guidance_scale`."""
     model, _ = two_models("llama", name)
-    with pytest.raises(ValueError, match="no_such_option"):
-        model.generate(**batch, no_such_option=True)
-    assert not model.base_model._forward_pre_hooks
+    batch["attention_mask"][0, :4] = 0
+    seen = []
+
+    def processor(ids, scores):
+        mask = torch.cat((batch["attention_mask"], torch.ones_like(ids[:, 9:])), dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        full = model(ids, attention_mask=mask, position_ids=positions).logits[:, -1]
+        seen.append((full - scores).abs().max().item())
+        return scores
+
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    processors = transformers.LogitsProcessorList([processor])
+    model.generate(**batch, logits_processor=processors, **options)
+    assert len(seen) >= 1
+    assert max(seen) < 1e-4
+
+
+def test_a_model_without_a_cache_gets_the_prompt_in_every_pass(batch):
+    torch.manual_seed(0)
+    config = transformers.OpenAIGPTConfig(
+        vocab_size=61, n_positions=64, n_embd=24, n_layer=2, n_head=3
+    )
+    base = transformers.OpenAIGPTLMHeadModel(config).eval()
+    nn.init.normal_(base.transformer.tokens_embed.weight)
+    model = get_peft_model(base, minipeft.PromptTuningConfig(num_virtual_tokens=3)).eval()
+    found = model.generate(**batch, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.equal(found, continued(model, batch["input_ids"], 5))
 
 
 SMALL = {

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -718,6 +719,31 @@ def test_the_penalty_of_accumulated_batches_counts_once(gpt, ids):
     assert torch.allclose(sum(parts), whole, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "n"), [("ForCausalLM", 4), (None, 5)])
+def test_the_share_of_the_penalty_counts_labels_as_the_loss_does(kind, n):
+    """The Trainer leaves out each row's first label for causal models only; other models may have
+    one label per row."""
+
+    class Classifier(nn.Module):
+        loss_type = kind
+
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x, labels, num_items_in_batch=None):
+            return {"loss": self.fc(x).sum() * 0}
+
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=5, target_modules=["fc"])
+    model = get_peft_model(Classifier(), config).train()
+    labels = torch.tensor([[1, 2, 0, 1, 2]])
+    out = model(torch.randn(1, 6), labels=labels, num_items_in_batch=10)
+    assert torch.allclose(out["loss"], model.penalty() * n / 10)
+    if kind is None:
+        out = model(torch.randn(2, 6), labels=torch.tensor([1, 2]), num_items_in_batch=4)
+        assert torch.allclose(out["loss"], model.penalty() * 2 / 4)
+
+
 def test_a_penalty_that_is_in_no_loss_is_announced(gpt, ids):
     config = AdaLoraConfig(init_r=2, target_r=1, total_step=5, target_modules=["c_attn"])
     model = get_peft_model(gpt, config).train()
@@ -768,3 +794,52 @@ def test_a_prompt_starts_from_what_the_embedding_returns(gpt, ids):
     prompt = get_peft_model(gpt, config).prompt_encoder.prompt()
     rows = 2 * doubled.weight
     assert all((row == rows).all(dim=1).any() for row in prompt)
+
+
+class WritesItself(GPT):
+    """A model with a `generate` of its own, as nanoGPT has: no cache, arguments by position."""
+
+    def generate(self, input_ids, n=6):
+        for _ in range(n):
+            new = self(input_ids).logits[:, -1:].argmax(-1)
+            input_ids = torch.cat((input_ids, new), dim=1)
+        return input_ids
+
+
+def continued(model, ids, n=6) -> torch.Tensor:
+    """Greedy continuation by full forward passes without a cache."""
+    for _ in range(n):
+        ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_generate_without_a_cache_gets_the_prompt_in_every_pass(ids, name):
+    torch.manual_seed(0)
+    model = get_peft_model(WritesItself(tiny_config()), CONFIGS[name]()).eval()
+    assert torch.equal(model.generate(ids), continued(model, ids))
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_threads_and_calls_during_generation_do_not_disturb_each_other(gpt, ids, name):
+    gpt.config.eos_token_id = None
+    model = get_peft_model(gpt, CONFIGS[name]()).eval()
+    with torch.no_grad():
+        expected, plain = continued(model, ids), model(ids).logits
+        with ThreadPoolExecutor(4) as pool:
+            generated = [pool.submit(model.generate, ids, max_new_tokens=6) for _ in range(8)]
+            called = [pool.submit(lambda: model(ids).logits) for _ in range(8)]
+        assert all(torch.equal(one.result(), expected) for one in generated)
+        assert all(torch.allclose(one.result(), plain, atol=1e-5) for one in called)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_generate_that_never_calls_forward_is_refused(gpt, ids, name):
+    """Its tokens would be those of the base."""
+    gpt.generate = lambda input_ids: input_ids
+    model = get_peft_model(gpt, CONFIGS[name]())
+    with pytest.raises(RuntimeError, match="generate does not call its forward pass"):
+        model.generate(ids)
+    gpt.generate_batch = lambda input_ids: input_ids
+    with pytest.raises(ValueError, match=r"generate_batch cannot be used with a prompt method"):
+        model.generate_batch(ids)

@@ -921,3 +921,60 @@ def test_pruning_discards_a_merged_weight(gpt, ids):
     assert not torch.allclose(pruned, before)
     for layer in model.adapters["default"].layers.values():
         assert layer.merged_weight is None
+
+
+class HasNames(nn.Module):
+    """A base with attributes that a PeftModel has too, as SAM's `prompt_encoder`."""
+
+    def __init__(self):
+        super().__init__()
+        self.prompt_encoder = nn.Linear(6, 6)
+        self.adapters = nn.ModuleList([nn.Linear(6, 6)])
+        self.active_adapter = "mine"
+
+    def forward(self, x):
+        return self.adapters[0](self.prompt_encoder(x))
+
+
+def test_a_base_keeps_attributes_that_the_wrapper_has_too():
+    base, x = HasNames(), torch.randn(2, 6)
+    plain, names = base(x), list(dict(base.named_parameters()))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["prompt_encoder"]))
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["prompt_encoder"]))
+    model.set_adapter("b")
+    with model.disable_adapter():
+        assert torch.equal(model(x), plain)
+    assert model.unload() is base
+    assert base.active_adapter == "mine"
+    assert list(dict(base.named_parameters())) == names
+    assert torch.equal(base(x), plain)
+
+
+@pytest.mark.parametrize("config", [BitFitConfig(), LoraConfig(r=2, target_modules=["0"])])
+def test_running_statistics_stay_frozen_when_adapters_are_switched(config):
+    base, x = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)), torch.randn(8, 6)
+    model = get_peft_model(base.train(), config)
+    model(x)
+    model.add_adapter("b", config)
+    with model.disable_adapter():
+        model(x)
+    model.set_adapter("b")
+    model(x)
+    assert model.unload()[1].num_batches_tracked == 0
+    assert base[1].training
+
+
+def test_wrapping_a_model_leaves_the_mode_of_its_parts(gpt):
+    gpt.train().transformer.drop.eval()
+    model = get_peft_model(gpt, LoraConfig(r=2, target_modules=ALL))
+    assert model.training
+    assert not gpt.transformer.drop.training
+
+
+def test_loading_a_part_that_has_no_adapter_is_not_strict_if_told_so(gpt):
+    outer = nn.Sequential(adapted(gpt), nn.Linear(2, 2))
+    part = {key: tensor for key, tensor in outer.state_dict().items() if key.startswith("1.")}
+    missing = outer.load_state_dict(part, strict=False).missing_keys
+    assert set(missing) == outer.state_dict().keys() - part.keys()
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"0.default"):
+        outer.load_state_dict(part)

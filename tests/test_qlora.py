@@ -525,3 +525,16 @@ def test_a_quantized_or_adapted_base_is_not_saved(gpt, tmp_path):
     assert not (tmp_path / "written").exists()
     model.merge_and_unload(inplace=True).save_pretrained(tmp_path)
     assert (tmp_path / "written").exists()
+
+
+def test_a_wider_layer_keeps_its_dtype_through_quantizing_and_merging(gpt, ids):
+    """As transformers keeps some layers of T5 in float32."""
+    gpt.bfloat16().transformer.h[0].mlp.c_proj.float()
+    quantize_model(gpt)
+    model = get_peft_model(gpt, LoraConfig(r=2, target_modules="all-linear")).eval()
+    assert {layer.weight.dtype for layer in model.adapters["default"].layers.values()} == {
+        torch.bfloat16, torch.float32,
+    }  # fmt: skip
+    merged = model.merge_and_unload()
+    wide = {name for name, p in merged.named_parameters() if p.dtype == torch.float32}
+    assert wide == {f"transformer.h.0.mlp.c_proj.{part}" for part in ("weight", "bias")}

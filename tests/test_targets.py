@@ -112,12 +112,21 @@ def test_a_weight_that_is_computed_is_refused():
         lora(model, ["0"])
 
 
-def test_a_weight_on_the_meta_device_is_refused():
-    """As accelerate offloads it: an adapter made next to it would hold no numbers."""
-    with pytest.raises(ValueError, match=r"its weight is on the meta device \(offloaded"):
-        lora(nn.Sequential(nn.Linear(6, 6, device="meta")), ["0"])
-    with pytest.raises(ValueError, match=r"its bias is on the meta device \(offloaded"):
-        get_peft_model(nn.Sequential(nn.Linear(6, 6, device="meta")), BitFitConfig())
+@pytest.mark.parametrize("config", [LoraConfig(r=2, target_modules=["0"]), BitFitConfig()])
+def test_a_weight_that_accelerate_offloaded_is_refused(config):
+    """An adapter made next to it would be on the meta device too, and hold no numbers."""
+    model = nn.Sequential(nn.Linear(6, 6, device="meta"))
+    get_peft_model(model, config).unload()  # a model without numbers can still be counted
+    model[0]._hf_hook = object()
+    with pytest.raises(ValueError, match=r"its (weight|bias) is offloaded by accelerate"):
+        get_peft_model(model, config)
+
+
+def test_a_layer_with_two_names_is_quantized_under_both():
+    layer = nn.Linear(6, 6)
+    model = quantize_model(nn.Sequential(layer, layer))
+    assert model[0] is model[1]
+    assert isinstance(model[1], Linear4bit)
 
 
 def test_a_compiled_base_is_refused(gpt):

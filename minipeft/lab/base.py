@@ -109,12 +109,19 @@ def find_end(folder: str | Path, tokenizer: Tokenizer, eos: int | None) -> int:
     return end
 
 
-def copy_tokenizer(base: str | Path, folder: str | Path) -> None:
+def copy_tokenizer(base: Base, folder: str | Path) -> None:
     """Copy a base's tokenizer, and what transformers reads next to it, to a model made from it."""
     tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    for name in (*tokenizer, "chat_template.jinja", "generation_config.json"):
-        if (file := Path(base) / name).is_file():
+    for name in (*tokenizer, "chat_template.jinja"):
+        if (file := Path(base.folder) / name).is_file():
             write_file(Path(folder) / name, partial(shutil.copyfile, file))
+    if (file := Path(base.folder) / "generation_config.json").is_file():
+        settings = json.loads(file.read_text())
+        ends = settings.get("eos_token_id")
+        if base.end not in (ends if isinstance(ends, list) else [ends]):
+            settings["eos_token_id"] = base.end
+        text = json.dumps(settings, indent=2) + "\n"
+        write_file(Path(folder) / file.name, lambda to: Path(to).write_text(text))
 
 
 def read_text(file: str | Path) -> list[str]:

@@ -263,9 +263,9 @@ def generate(args) -> None:
 def merge(args) -> None:
     from minipeft.lab.base import copy_tokenizer
 
-    _, model = open_model(args, "cpu")
+    opened, model = open_model(args, "cpu")
     model.merge_and_unload(inplace=True).save_pretrained(args.output)
-    copy_tokenizer(args.base, args.output)
+    copy_tokenizer(opened, args.output)
     print(f"wrote {args.output}")
 
 

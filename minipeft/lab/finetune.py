@@ -222,7 +222,7 @@ def train_and_save(
         if run.output is not None and parallel.rank() == 0:  # before anything else can fail
             model.save_pretrained(run.output)
             if not has_adapter:
-                copy_tokenizer(base.folder, run.output)
+                copy_tokenizer(base, run.output)
         record.disk_bytes = evaluate.disk_bytes(model)
     if checkpoint is not None:
         checkpoint.file.unlink(missing_ok=True)
@@ -269,8 +269,9 @@ def open_checkpoint(base: Base, task: Task, recipe: Recipe, run: RunConfig) -> C
     file = Path(run.output) / "checkpoint.safetensors"
     if file.is_file() and not run.resume:
         raise ValueError(f"{file} is of a run that was stopped: resume it, or delete the file")
-    if run.resume and not file.is_file():
-        raise ValueError(f"there is nothing to resume: {file} does not exist")
+    finished = [n for n in ("adapter_config.json", "config.json") if (file.parent / n).is_file()]
+    if run.resume and finished and not file.is_file():
+        raise ValueError(f"there is nothing to resume in {file.parent}: this run has ended")
     return Checkpoint(file, run.checkpoint_every, identity)
 
 

@@ -112,7 +112,7 @@ class RunConfig:
     device: str | None = option(None, "cpu, cuda or mps; without it, the best available")
     output: str | None = option(None, "folder for the adapter or model, its log and checkpoints")
     checkpoint_every: int = option(100, "steps between two checkpoints in the output folder")
-    resume: bool = option(False, "continue the stopped run in the output folder")
+    resume: bool = option(False, "continue the run in the output folder, if it saved anything")
     quiet: bool = option(False, "no progress bars and no announcements")
 
     def __post_init__(self):

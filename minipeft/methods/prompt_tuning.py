@@ -24,12 +24,18 @@ predicts the first real token where that has a label; positions are 0 … p + t 
 >>> prompt.generate(model, input_ids, max_new_tokens=20)
 """
 
+import copy
+import functools
+import inspect
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Names under which models in transformers take a cache
+CACHES = ("past_key_values", "cache", "cache_params", "state")
 
 
 @dataclass
@@ -121,21 +127,29 @@ class PromptEmbedding(nn.Module):
     def generate(self, model: nn.Module, *args, **options):
         """The model's own `generate`, which sees and counts only real tokens.
 
-        P is put in front inside the forward pass: in the first one, or, if `generate` does not use
-        a cache, in each.
+        It runs on a copy of the model that shares its weights. The copy's forward pass puts P
+        in front: in the first pass, or, without a cache, in each. Padding on the left then stands
+        between P and the text, which a model with a sliding window notices.
+        Raises RuntimeError for a `generate` that does not call the model's own forward pass.
         """
-        started = False
+        shell, signature, started = copy.copy(model), inspect.signature(model.forward), False
 
-        def before_forward(model, args, inputs):
+        @functools.wraps(model.forward)
+        def forward(*args, **inputs):
             nonlocal started
-            cached, started = started and inputs.get("use_cache") is not False, True
-            return (), self.shifted(**inputs) if cached else self.prepend(model, **inputs)
+            inputs |= signature.bind_partial(*args).arguments
+            cached = any(inputs.get(name) is not None for name in CACHES)
+            continues = started and cached and inputs.get("use_cache") is not False
+            started = True
+            return model.forward(
+                **(self.shifted(**inputs) if continues else self.prepend(model, **inputs))
+            )
 
-        hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
-        try:
-            return model.generate(*args, **options)
-        finally:
-            hook.remove()
+        shell.forward = forward
+        out = shell.generate(*args, **options)
+        if not started:
+            raise RuntimeError(f"{type(model).__name__}.generate does not call its forward pass")
+        return out
 
 
 def initial_tokens(config: PromptTuningConfig, vocab_size: int) -> Tensor:

@@ -287,7 +287,7 @@ class QLoraLinear(nn.Module):
         x = self.lora_dropout(x.to(self.lora_A.weight.dtype))  # (…, in)
         return y + self.lora_B(self.scaling * self.lora_A(x)).to(y.dtype)  # (4)
 
-    weight = property(lambda self: self.merged())  # for code that reads it
+    weight = property(lambda self: self.merged().to(self.base_layer.dtype))  # for other code
     bias = property(lambda self: self.base_layer.bias)
 
     def delta(self) -> Tensor:
@@ -339,11 +339,13 @@ def quantize_model(model: nn.Module, bits: int = 4, **options) -> nn.Module:
         raise ValueError("the model has an adapter: quantize it before adding one")
     layer_class = {4: Linear4bit, 8: Linear8bit}[bits]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    layers = {
-        name: layer_class(m, **options)
-        for name, m in model.named_modules()
+    new = {
+        m: layer_class(m, **options)
+        for m in model.modules()
         if (type(m).forward is nn.Linear.forward or type(m).__name__ == "Conv1D") and m is not head
     }
+    modules = list(model.named_modules(remove_duplicate=False))  # a layer may have two names
+    layers = {name: new[module] for name, module in modules if module in new}
     warn_of_unreached(model, set(layers), "quantize_model")
     for name, layer in layers.items():
         model.set_submodule(name, layer.requires_grad_(False).train(model.training))
