@@ -13,7 +13,8 @@ _METHOD_FILES = (
 )  # fmt: skip
 _NAMES = {
     "gpt": ("GPT", "GPTConfig"),
-    "peft_model": ("PeftModel", "get_peft_model", "prepare_model_for_kbit_training"),
+    "peft_model": ("PeftModel", "get_peft_model"),
+    "base_model": ("prepare_model_for_kbit_training",),
     "saving": ("PeftConfig", "TaskType"),
     "methods.lora": ("LoraConfig", "LoraLinear", "add_lora"),
     "methods.adalora": ("AdaLoraConfig", "RankAllocator", "SVDLinear", "add_adalora"),

@@ -6,8 +6,11 @@ extra inputs. QLoRA has no entry of its own: it is LoRA on 4-bit layers. The bas
 `PeftModel`, not here. A new method is one file in methods/ and one line in METHODS.
 """
 
+import copy
+import functools
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -15,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minipeft.base_model import guard_saving
 from minipeft.methods.adalora import AdaLoraConfig, RankAllocator, SVDLinear, orthogonality
 from minipeft.methods.bitfit import BitFitConfig, BitFitLayer
 from minipeft.methods.bottleneck import BottleneckConfig, BottleneckLayer
@@ -22,10 +26,12 @@ from minipeft.methods.lora import LoraConfig, LoraLinear
 from minipeft.methods.p_tuning import PromptEncoder, PromptEncoderConfig
 from minipeft.methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from minipeft.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig
-from minipeft.methods.qlora import Linear4bit, QLoraLinear, QuantizedLinear, cannot_save
+from minipeft.methods.qlora import Linear4bit, QLoraLinear, QuantizedLinear
 from minipeft.targets import find_targets
 from minipeft.token_rows import token_rows
 
+# Names under which models take a cache
+CACHES = ("past_key_values", "cache", "cache_params", "state")
 # Options of transformers' `generate` that count cached positions, or run a part of the model.
 NOT_WITH_PROMPTS = (
     "past_key_values", "cache_implementation", "prompt_lookup_num_tokens", "assistant_model",
@@ -70,7 +76,12 @@ class Adapter:
         return model(*args, **kwargs)
 
     def generate(self, model: nn.Module, *args, **kwargs):
+        """The model's own `generate` with this adapter."""
         return model.generate(*args, **kwargs)
+
+    def generate_batch(self, model: nn.Module, *args, **kwargs):
+        """transformers' continuous batching."""
+        return model.generate_batch(*args, **kwargs)
 
     def penalty(self) -> Tensor | float:
         """What the method adds to the training loss."""
@@ -168,6 +179,29 @@ class AdaLoraAdapter(WeightAdapter):
 
     def penalty(self) -> Tensor:
         return self.config.orth_reg_weight * orthogonality(self.layers)
+
+    def run(self, model: nn.Module, *args, **kwargs):
+        """In training mode, the penalty is added to the loss; a warning says so if there is none.
+
+        With num_items_in_batch, the batch is one of several in a step. Its share of the penalty is
+        then the share of its labels in those of the step.
+        """
+        out = model(*args, **kwargs)
+        if not model.training:
+            return out
+        penalty, labels, n = self.penalty(), kwargs.get("labels"), kwargs.get("num_items_in_batch")
+        if labels is not None and n is not None:
+            penalty = penalty * (predicted_labels(model, labels) != -100).sum() / n
+        if type(out) is tuple and labels is not None:  # transformers with return_dict=False
+            return out[0] + penalty, *out[1:]
+        loss = out.get("loss") if isinstance(out, dict) else getattr(out, "loss", None)
+        if loss is None:
+            warnings.warn("AdaLoRA's penalty is in no loss: add model.penalty()", stacklevel=2)
+            return out
+        if hasattr(out, "_replace"):  # a named tuple
+            return out._replace(loss=loss + penalty)
+        out["loss"] = loss + penalty
+        return out
 
     def ranks(self) -> dict[str, int]:
         if self.allocator is not None:
@@ -282,6 +316,7 @@ class PromptAdapter(Adapter):
         return self.encoder(model, **inputs)
 
     def check_checkpointing(self, model: nn.Module) -> None:
+        """Raises RuntimeError if gradient checkpointing would drop a prefix."""
         # The names in transformers, the older one last:
         names = ("is_activation_checkpointing", "is_gradient_checkpointing")
         checkpointing = next((getattr(model, n) for n in names if hasattr(model, n)), False)
@@ -291,7 +326,39 @@ class PromptAdapter(Adapter):
                 "checkpointing: call gradient_checkpointing_disable()"
             )
 
+    @torch.no_grad()
     def generate(self, model: nn.Module, *args, **kwargs):
+        """The model's own `generate`, which sees and counts only real tokens.
+
+        It runs on a copy of the model that shares its weights. The copy's forward pass puts the
+        prompt in front: in the first pass, or, without a cache, in each. Padding on the left stands
+        between the prompt and the text, which a model with a sliding window notices.
+        """
+        self.check_generate(model, args, kwargs)
+        shell, signature, started = copy.copy(model), inspect.signature(model.forward), False
+
+        @functools.wraps(model.forward)
+        def forward(*args, **inputs):
+            nonlocal started
+            inputs |= signature.bind_partial(*args).arguments
+            cached = any(inputs.get(name) is not None for name in CACHES)
+            in_cache = started and cached and inputs.get("use_cache") is not False
+            started = True
+            if in_cache:
+                return model.forward(**self.encoder.shifted(**inputs))
+            return model.forward(**self.encoder.prepend(model, **inputs))
+
+        shell.forward = forward
+        out = shell.generate(*args, **kwargs)
+        if not started:
+            raise RuntimeError(f"{type(model).__name__}.generate does not call its forward pass")
+        return out
+
+    def generate_batch(self, model: nn.Module, *args, **kwargs):
+        raise ValueError("generate_batch cannot be used with a prompt method: call generate()")
+
+    def check_generate(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Raises ValueError for options that are wrong with a prompt, and too many tokens."""
         self.check_checkpointing(model)
         named = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
         configs = [config for config in (*args[1:2], *named) if config is not None]
@@ -301,14 +368,13 @@ class PromptAdapter(Adapter):
                 raise ValueError(f"generate: {name} cannot be used with a prompt method")
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         t, new = 0 if ids is None else ids.shape[1], kwargs.get("max_new_tokens") or 0
-        p, model_config = self.config.num_virtual_tokens, getattr(model, "config", None)
-        limit = getattr(model_config, "n_positions", math.inf)
+        p, config = self.config.num_virtual_tokens, getattr(model, "config", None)
+        limit = getattr(config, "n_positions", math.inf)
         if p + t + new > limit:
             raise ValueError(
                 f"{p} virtual tokens, a prompt of {t} and {new} new tokens exceed the context of "
                 f"{limit}: shorten the prompt or lower max_new_tokens"
             )
-        return self.encoder.generate(model, *args, **kwargs)
 
     def check_mergeable(self) -> None:
         kind = self.config.peft_type
@@ -336,14 +402,12 @@ class PromptAdapter(Adapter):
         copy_tensors(saved, target)
 
 
-def guard_saving(model: nn.Module) -> None:
-    """While a base has quantized or adapted layers, its own `save_pretrained` raises."""
-    modules = model.modules()
-    changed = any(isinstance(m, QuantizedLinear) or hasattr(m, "base_layer") for m in modules)
-    if changed and hasattr(model, "save_pretrained"):
-        model.save_pretrained = cannot_save
-    elif not changed:
-        vars(model).pop("save_pretrained", None)  # the class's own method again
+def predicted_labels(model: nn.Module, labels: Tensor) -> Tensor:
+    """The labels that count in num_items_in_batch: for causal language models, as transformers'
+    Trainer sees them, not the first of each text."""
+    seq2seq = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    causal = getattr(model, "loss_type", None) == "ForCausalLM" and not seq2seq
+    return labels[..., 1:] if causal else labels
 
 
 def check_prompt_model(model: nn.Module, config) -> None:

@@ -12,7 +12,6 @@ import copy
 import functools
 import inspect
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minipeft.adapters import Adapter, guard_saving, make_adapter
+from minipeft.adapters import Adapter, make_adapter
+from minipeft.base_model import (
+    count_parameters,
+    freeze_statistics,
+    make_plain,
+    restored_dtypes,
+)
 from minipeft.combine import weighted_adapter
 from minipeft.methods.qlora import quantized_layers
 from minipeft.saving import PeftConfig, read_adapter, write_adapter
@@ -58,9 +63,8 @@ class PeftModel(nn.Module):
         super().__init__()
         if isinstance(model, PeftModel):
             raise ValueError("this model is already a PeftModel: use its add_adapter")
-        self.adapters: dict[
-            str, Adapter
-        ] = {}  # not a ModuleDict: only what is attached is a submodule
+        # Not a ModuleDict: only what is attached is a submodule.
+        self.adapters: dict[str, Adapter] = {}
         self.active_adapter: str | None = None
         self.prompt_encoder: nn.Module | None = None  # the encoder of an attached prompt method
         self._disable_depth = 0  # how many `with disable_adapter()` blocks are open
@@ -77,39 +81,20 @@ class PeftModel(nn.Module):
     def forward(self, *args, labels: Tensor | None = None, **kwargs):
         """The base model's `forward`, with the attached adapter.
 
-        Prompt methods drop the logits of the virtual tokens and return (loss, logits). In training
-        mode, AdaLoRA's penalty is added to the loss; a warning says so if the output has none.
+        It returns the base's output. Prompt methods drop the logits of the virtual tokens. In
+        training mode, AdaLoRA's penalty is added to the loss.
         """
         if labels is not None:
             kwargs["labels"] = labels
-        out = self._attached.run(self.base_model, *args, **kwargs)
-        penalty = self.penalty() if self.training else 0.0
-        if not torch.is_tensor(penalty):
-            return out
-        if labels is not None and kwargs.get("num_items_in_batch") is not None:
-            # one of several batches in a step: its share of the penalty is its share of the labels
-            predicted = labels[..., 1:] if self._shifts_labels() else labels
-            penalty = penalty * (predicted != -100).sum() / kwargs["num_items_in_batch"]
-        if type(out) is tuple and labels is not None:  # transformers with return_dict=False
-            return out[0] + penalty, *out[1:]
-        loss = out.get("loss") if isinstance(out, dict) else getattr(out, "loss", None)
-        if loss is None:
-            warnings.warn("AdaLoRA's penalty is in no loss: add model.penalty()", stacklevel=2)
-            return out
-        if hasattr(out, "_replace"):  # a named tuple
-            return out._replace(loss=loss + penalty)
-        out["loss"] = loss + penalty
-        return out
+        return self._attached.run(self.base_model, *args, **kwargs)
 
     def generate(self, *args, **kwargs) -> Tensor:
         """The base's own `generate`, with the attached adapter."""
         return self._attached.generate(self.base_model, *args, **kwargs)
 
     def generate_batch(self, *args, **kwargs):
-        """transformers' continuous batching; ValueError with a prompt method."""
-        if self.prompt_encoder is not None:
-            raise ValueError("generate_batch cannot be used with a prompt method: call generate()")
-        return self.base_model.generate_batch(*args, **kwargs)
+        """The base's own `generate_batch`; ValueError with a prompt method."""
+        return self._attached.generate_batch(self.base_model, *args, **kwargs)
 
     # --- adding and switching ---
 
@@ -293,10 +278,7 @@ class PeftModel(nn.Module):
             raise ValueError("safe_serialization=False would write a pickle: not supported")
         base_name = getattr(self.base_model, "name_or_path", None)
         tensors = {name: adapter.tensors() for name, adapter in self.adapters.items()}
-        for (
-            name,
-            adapter,
-        ) in self.adapters.items():  # only now, so that an error above leaves no files
+        for name, adapter in self.adapters.items():  # an error above has left no files
             folder = Path(save_directory) / ("" if name == "default" else name)
             write_adapter(folder, adapter, tensors[name], base_name)
 
@@ -403,11 +385,6 @@ class PeftModel(nn.Module):
 
     # --- internals ---
 
-    def _shifts_labels(self) -> bool:
-        """Whether the base's loss leaves out each text's first label, as the Trainer sees it."""
-        seq2seq = getattr(getattr(self, "config", None), "is_encoder_decoder", False)
-        return getattr(self, "loss_type", None) == "ForCausalLM" and not seq2seq
-
     @property
     def _active(self) -> Adapter:
         if self.active_adapter is None:
@@ -477,66 +454,3 @@ def forget_missing_base(model: PeftModel, incompatible) -> None:
     absent = (*base, *(f"prompt_encoder.{key}" for key in encoder))
     missing = incompatible.missing_keys
     missing[:] = [key for key in missing if not key.endswith(absent)]
-
-
-def freeze_statistics(model: nn.Module) -> None:
-    """Keep layers with running statistics, such as BatchNorm, from updating them."""
-    for module in model.modules():
-        if getattr(module, "running_mean", None) is not None:
-            module.eval()
-
-
-def make_plain(model: nn.Module) -> None:
-    """Remove what adapters and training left on a base."""
-    vars(model).pop("has_adapters", None)
-    guard_saving(model)
-    if hasattr(model, "disable_input_require_grads"):
-        model.disable_input_require_grads()
-    for module in model.modules():
-        if getattr(module, "running_mean", None) is not None:
-            module.training = model.training
-
-
-def restored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """For a model with quantized layers: the dtype that each of them gets when it is dequantized,
-    by name, and under "" that of all other parameters; empty for a model without any.
-
-    They get the widest dtype of the parameters that were not quantized, or their own if it is
-    wider, as transformers keeps some layers of a half-precision model in float32.
-    """
-    quantized = quantized_layers(model)
-    if not quantized:
-        return {}
-    others = [p for n, p in model.named_parameters() if n.rpartition(".")[0] not in quantized]
-    found = [p.dtype for p in others if p.is_floating_point()]
-    found = found or [layer.dtype for layer in quantized.values()]
-    dtype = functools.reduce(torch.promote_types, found)
-    own = {name: torch.promote_types(dtype, layer.dtype) for name, layer in quantized.items()}
-    return {"": dtype} | own
-
-
-def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing: bool = True):
-    """Prepare a quantized model for training, in place, as peft's function of this name does.
-
-    Freezes it, casts what is not quantized to float32 (half precision is too coarse for norms and
-    the loss) and turns on gradient checkpointing, without reentrant autograd: that would need an
-    input that requires a gradient.
-    """
-    if isinstance(model, PeftModel) or hasattr(model, "has_adapters"):
-        raise ValueError("this would freeze the adapter too: prepare the base before adding one")
-    for p in model.requires_grad_(False).parameters():
-        if p.is_floating_point():
-            p.data = p.data.float()
-    for layer in quantized_layers(model).values():
-        layer.dtype = torch.float32
-    if use_gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Numbers of (trainable, all) parameters. A shared parameter counts once; a 4-bit weight counts
-    as out · in, its number of weights."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    quantized = sum(q.in_features * q.out_features for q in quantized_layers(model).values())
-    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes) + quantized

@@ -52,7 +52,12 @@ FAULTS = [
         "torch.arange(p)",
         "prompt_tuning-moved",
     ),
-    ("methods/prompt_tuning", "self.to(words.device)", "pass", "prompt_tuning-adapted_there"),
+    (
+        "methods/prompt_tuning",
+        "self.to(words.weight.device)",
+        "pass",
+        "prompt_tuning-adapted_there",
+    ),
     (
         "methods/p_tuning",
         "torch.arange(p, device=x.device)",

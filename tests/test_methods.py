@@ -455,8 +455,6 @@ def test_an_encoder_alone_gives_the_loss_and_logits_of_a_peft_model(gpt, ids, na
     loss, logits = model(ids, labels=ids).values()
     assert torch.equal(out.loss, loss)
     assert torch.equal(out.logits, logits)
-    text = encoder.generate(gpt, ids, max_new_tokens=3)
-    assert torch.equal(text, model.generate(ids, max_new_tokens=3))
     optimizer = torch.optim.Adam(encoder.parameters(), lr=0.02)
     for _ in range(20):
         optimizer.zero_grad()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from minipeft import get_peft_model, quantize_model
+from minipeft.base_model import count_parameters
 from minipeft.gpt import GPT
 from minipeft.lab import evaluate, parallel, tasks
 from minipeft.lab.base import Base, copy_tokenizer
@@ -20,7 +21,7 @@ from minipeft.lab.recipes import TARGETS, Recipe, RunConfig, swept_learning_rate
 from minipeft.lab.tasks import Task
 from minipeft.lab.train import pick_device, train
 from minipeft.methods.qlora import bits_per_weight
-from minipeft.peft_model import PeftModel, count_parameters
+from minipeft.peft_model import PeftModel
 from minipeft.targets import find_targets
 
 # Fields of RunConfig that may differ between a stopped run and the run that resumes it.

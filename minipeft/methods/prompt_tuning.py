@@ -21,21 +21,15 @@ predicts the first real token where that has a label; positions are 0 … p + t 
 >>> model.requires_grad_(False)
 >>> prompt = PromptEmbedding(model, PromptTuningConfig(num_virtual_tokens=20))
 >>> loss = prompt(model, input_ids, labels=labels).loss  # train prompt.parameters()
->>> prompt.generate(model, input_ids, max_new_tokens=20)
+>>> prompt(model, input_ids).logits[:, -1].argmax(-1)  # the next token
 """
 
-import copy
-import functools
-import inspect
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-# Names under which models in transformers take a cache
-CACHES = ("past_key_values", "cache", "cache_params", "state")
 
 
 @dataclass
@@ -122,34 +116,6 @@ class PromptEmbedding(nn.Module):
         if position_ids is not None:
             inputs["position_ids"] = position_ids + p
         return inputs
-
-    @torch.no_grad()
-    def generate(self, model: nn.Module, *args, **options):
-        """The model's own `generate`, which sees and counts only real tokens.
-
-        It runs on a copy of the model that shares its weights. The copy's forward pass puts P
-        in front: in the first pass, or, without a cache, in each. Padding on the left then stands
-        between P and the text, which a model with a sliding window notices.
-        Raises RuntimeError for a `generate` that does not call the model's own forward pass.
-        """
-        shell, signature, started = copy.copy(model), inspect.signature(model.forward), False
-
-        @functools.wraps(model.forward)
-        def forward(*args, **inputs):
-            nonlocal started
-            inputs |= signature.bind_partial(*args).arguments
-            cached = any(inputs.get(name) is not None for name in CACHES)
-            continues = started and cached and inputs.get("use_cache") is not False
-            started = True
-            return model.forward(
-                **(self.shifted(**inputs) if continues else self.prepend(model, **inputs))
-            )
-
-        shell.forward = forward
-        out = shell.generate(*args, **options)
-        if not started:
-            raise RuntimeError(f"{type(model).__name__}.generate does not call its forward pass")
-        return out
 
 
 def initial_tokens(config: PromptTuningConfig, vocab_size: int) -> Tensor:
