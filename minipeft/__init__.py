@@ -14,12 +14,12 @@ _METHOD_FILES = (
 _NAMES = {
     "gpt": ("GPT", "GPTConfig"),
     "peft_model": ("PeftModel", "get_peft_model"),
-    "base_model": ("prepare_model_for_kbit_training",),
+    "base_model": ("quantize_model", "prepare_model_for_kbit_training"),
     "saving": ("PeftConfig", "TaskType"),
     "methods.lora": ("LoraConfig", "LoraLinear", "add_lora"),
     "methods.adalora": ("AdaLoraConfig", "RankAllocator", "SVDLinear", "add_adalora"),
     "methods.qlora": (
-        "Linear4bit", "QLoraLinear", "add_qlora", "quantize_model", "quantize_nf4", "dequantize_nf4"
+        "Linear4bit", "QLoraLinear", "add_qlora", "quantize_nf4", "dequantize_nf4"
     ),
     "methods.paged_adamw": ("PagedAdamW",),
     "methods.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig"),

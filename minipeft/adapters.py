@@ -3,7 +3,8 @@
 An adapter is what a method adds to a model. Weight methods (LoRA, AdaLoRA, BitFit, bottleneck) wrap
 layers of the model. Prompt methods (prompt, P- and prefix tuning) have an encoder that computes
 extra inputs. QLoRA has no entry of its own: it is LoRA on 4-bit layers. The base is frozen by
-`PeftModel`, not here. A new method is one file in methods/ and one line in METHODS.
+`PeftModel`, not here. A new method is one file in methods/ and one line in METHODS, if one of the
+families here fits it.
 """
 
 import copy
@@ -16,6 +17,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.base_model import guard_saving
@@ -30,9 +32,11 @@ from minipeft.methods.qlora import Linear4bit, QLoraLinear, QuantizedLinear
 from minipeft.targets import find_targets
 from minipeft.token_rows import token_rows
 
+# The inputs with one value per token that virtual tokens can be put in front of
+PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids")
 # Names under which models take a cache
 CACHES = ("past_key_values", "cache", "cache_params", "state")
-# Options of transformers' `generate` that count cached positions, or run a part of the model.
+# Options of transformers' `generate` that are wrong if there are more cached positions than tokens
 NOT_WITH_PROMPTS = (
     "past_key_values", "cache_implementation", "prompt_lookup_num_tokens", "assistant_model",
     "assistant_early_exit",
@@ -72,7 +76,7 @@ class Adapter:
         guard_saving(model)
 
     def run(self, model: nn.Module, *args, **kwargs):
-        """The model's forward pass with this adapter, which is attached."""
+        """The model's forward pass with this adapter. It must be attached."""
         return model(*args, **kwargs)
 
     def generate(self, model: nn.Module, *args, **kwargs):
@@ -181,10 +185,10 @@ class AdaLoraAdapter(WeightAdapter):
         return self.config.orth_reg_weight * orthogonality(self.layers)
 
     def run(self, model: nn.Module, *args, **kwargs):
-        """In training mode, the penalty is added to the loss; a warning says so if there is none.
+        """In training mode, add the penalty to the loss. Warn if the output has no loss.
 
-        With num_items_in_batch, the batch is one of several in a step. Its share of the penalty is
-        then the share of its labels in those of the step.
+        With num_items_in_batch, several batches make up a step, and each one adds
+        penalty · (labels in the batch / labels in the step).
         """
         out = model(*args, **kwargs)
         if not model.training:
@@ -222,7 +226,8 @@ class AdaLoraAdapter(WeightAdapter):
         self.config.rank_pattern = pattern if pruned else None
 
     def check_mergeable(self) -> None:
-        """Raises RuntimeError for trained layers whose ranks are still above the target, or 0."""
+        """Raises RuntimeError if the ranks of trained layers are still above the target, or if all
+        ranks are 0. Saving checks this too."""
         c, allocator, total = self.config, self.allocator, sum(self.ranks().values())
         if total == 0:
             raise RuntimeError(
@@ -308,12 +313,25 @@ class PromptAdapter(Adapter):
                 raise ValueError(f"{name} cannot be used with a prompt method: call generate()")
         if inputs.get("return_dict", True) is False:
             raise ValueError("return_dict=False cannot be used with a prompt method")
-        positions = inputs.get("position_ids")
-        unmasked = positions is not None and inputs.get("attention_mask") is None
-        if unmasked and (positions[..., 1:] <= positions[..., :-1]).any():
+        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+        if positions is not None and mask is None and (positions.diff() <= 0).any():
             raise ValueError("position_ids that restart (packing) cannot follow one prompt")
+        self.check_inputs(inputs)
         self.check_checkpointing(model)
         return self.encoder(model, **inputs)
+
+    def check_inputs(self, inputs: dict) -> None:
+        """Raises ValueError for inputs that virtual tokens cannot be put in front of."""
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(f"attention_mask must be (b, t), got {tuple(mask.shape)}")
+        given = [inputs[name] for name in PER_TOKEN[:2] if inputs.get(name) is not None]
+        if self.config.peft_type != "PREFIX_TUNING" and given:
+            text = given[0]
+            for name, value in inputs.items():
+                per_token = torch.is_tensor(value) and value.shape[:2] == text.shape[:2]
+                if per_token and name not in PER_TOKEN:
+                    raise ValueError(f"{name} cannot be used with virtual tokens")
 
     def check_checkpointing(self, model: nn.Module) -> None:
         """Raises RuntimeError if gradient checkpointing would drop a prefix."""
@@ -331,11 +349,14 @@ class PromptAdapter(Adapter):
         """The model's own `generate`, which sees and counts only real tokens.
 
         It runs on a copy of the model that shares its weights. The copy's forward pass puts the
-        prompt in front: in the first pass, or, without a cache, in each. Padding on the left stands
-        between the prompt and the text, which a model with a sliding window notices.
+        prompt in front: in the first pass, or, without a cache, in each. Padding on the left ends
+        up between the prompt and the text. For a model with a sliding window, a padded row can
+        therefore get other tokens than the same row alone.
         """
         self.check_generate(model, args, kwargs)
-        shell, signature, started = copy.copy(model), inspect.signature(model.forward), False
+        shell = copy.copy(model)  # other threads may use the model itself
+        signature, p = inspect.signature(model.forward), self.config.num_virtual_tokens
+        started = False
 
         @functools.wraps(model.forward)
         def forward(*args, **inputs):
@@ -344,8 +365,9 @@ class PromptAdapter(Adapter):
             cached = any(inputs.get(name) is not None for name in CACHES)
             in_cache = started and cached and inputs.get("use_cache") is not False
             started = True
+            self.check_inputs(inputs)
             if in_cache:
-                return model.forward(**self.encoder.shifted(**inputs))
+                return model.forward(**after_prompt(p, **inputs))
             return model.forward(**self.encoder.prepend(model, **inputs))
 
         shell.forward = forward
@@ -372,8 +394,8 @@ class PromptAdapter(Adapter):
         limit = getattr(config, "n_positions", math.inf)
         if p + t + new > limit:
             raise ValueError(
-                f"{p} virtual tokens, a prompt of {t} and {new} new tokens exceed the context of "
-                f"{limit}: shorten the prompt or lower max_new_tokens"
+                f"{p} virtual tokens, {t} tokens of input and {new} new tokens exceed the context "
+                f"of {limit}: shorten the input or lower max_new_tokens"
             )
 
     def check_mergeable(self) -> None:
@@ -381,7 +403,8 @@ class PromptAdapter(Adapter):
         raise ValueError(f"cannot merge {kind}: it changes the input, not the weights")
 
     def network(self) -> dict[str, Tensor]:
-        """The encoder's tensors if a network computes the prompt; empty if it is the prompt."""
+        """The encoder's tensors if a network computes the prompt. Empty if the only tensor is the
+        prompt itself."""
         found = {key: tensor.detach() for key, tensor in self.parameters().items()}
         return found if len(found) > 1 else {}
 
@@ -403,27 +426,36 @@ class PromptAdapter(Adapter):
 
 
 def predicted_labels(model: nn.Module, labels: Tensor) -> Tensor:
-    """The labels that count in num_items_in_batch: for causal language models, as transformers'
-    Trainer sees them, not the first of each text."""
+    """The labels that transformers' Trainer counts in num_items_in_batch. For a causal language
+    model it leaves out the first label of each text, which is never predicted."""
     seq2seq = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     causal = getattr(model, "loss_type", None) == "ForCausalLM" and not seq2seq
     return labels[..., 1:] if causal else labels
 
 
+def after_prompt(p: int, attention_mask=None, position_ids=None, **inputs) -> dict:
+    """Inputs (b, t) that follow p virtual tokens in the cache: the mask becomes (b, p + t)."""
+    if attention_mask is not None:
+        inputs["attention_mask"] = F.pad(attention_mask, (p, 0), value=1)
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids + p
+    return inputs
+
+
 def check_prompt_model(model: nn.Module, config) -> None:
     """Raises ValueError for a model that cannot take these virtual tokens."""
-    settings = getattr(model, "config", None)
+    settings, kind = getattr(model, "config", None), type(model).__name__
     if getattr(settings, "is_encoder_decoder", False):
         raise ValueError("prompt methods need a decoder; this is an encoder-decoder model")
     if not hasattr(model, "get_input_embeddings"):
-        raise ValueError(f"{type(model).__name__} has no get_input_embeddings()")
+        raise ValueError(f"{kind} has no get_input_embeddings()")
     if not hasattr(model.get_input_embeddings(), "weight"):
-        raise ValueError(f"{type(model).__name__} has no embedding of tokens, as prompts need")
+        raise ValueError(f"{kind} has no token embedding, which prompt methods need")
     if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None:
-        raise ValueError(f"{type(model).__name__} has no logits per token, as prompts need")
+        raise ValueError(f"{kind} has no logits per token, which prompt methods need")
     text = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
     if getattr(text, "hidden_size_per_layer_input", None):
-        raise ValueError(f"{type(model).__name__} embeds tokens in every layer: prompts cannot")
+        raise ValueError(f"{kind} embeds tokens in every layer: virtual tokens are not supported")
     names = ("n_positions", "max_position_embeddings")
     context = next((getattr(settings, n) for n in names if hasattr(settings, n)), math.inf)
     if 0 < context <= config.num_virtual_tokens:

@@ -1,27 +1,63 @@
-"""What is done to a base model: counting, preparing, protecting it, and making it plain again."""
+"""Helpers for the base model: quantize it, count and prepare it, and undo what adapters did."""
 
 import functools
+import re
+import warnings
 
 import torch
 from torch import nn
 
-from minipeft.methods.qlora import QuantizedLinear, cannot_save, quantized_layers
+from minipeft.methods import qlora
+from minipeft.methods.qlora import QuantizedLinear, quantized_layers
+
+
+def quantize_model(model: nn.Module, bits: int = 4, **options) -> nn.Module:
+    """Quantize all linear layers except the output head, in place; see `qlora.quantize_model`.
+
+    Warns if 1 % or more of the weights are in no linear layer and keep their dtype, for example
+    those of a mixture of experts. From now on, the model's own `save_pretrained` raises ValueError.
+    """
+    if hasattr(model, "has_adapters"):
+        raise ValueError("the model has an adapter: quantize it before adding one")
+    qlora.quantize_model(model, bits, **options)
+    warn_of_unreached(model, set(quantized_layers(model)), "quantize_model")
+    guard_saving(model)
+    return model
+
+
+def warn_of_unreached(model: nn.Module, names: set[str], caller: str) -> None:
+    """Warn if the layers in `names`, the embeddings and the output head together leave out 1 % or
+    more of a model's weights."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    total, missed = count_parameters(model)[1], {}
+    for name, module in model.named_modules():
+        if name in names or module is head or isinstance(module, nn.Embedding):
+            continue
+        for key, p in module.named_parameters(recurse=False):
+            if p.dim() > 1:
+                kind = re.sub(
+                    r"(?<=\.)\d+(?=\.)", "*", f"{name}.{key}"
+                )  # layers.0, … are one entry
+                missed[kind] = missed.get(kind, 0) + p.numel()
+    if sum(missed.values()) >= 0.01 * max(total, 1):
+        shares = ", ".join(f"{kind} ({n / total:.1%})" for kind, n in missed.items())
+        warnings.warn(f"{caller} does not reach these weights of the model: {shares}", stacklevel=3)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Numbers of (trainable, all) parameters. A shared parameter counts once; a 4-bit weight counts
-    as out · in, its number of weights."""
+    """The numbers of (trainable, all) parameters. A shared parameter counts once; a quantized layer
+    counts with its out · in weights."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     quantized = sum(q.in_features * q.out_features for q in quantized_layers(model).values())
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes) + quantized
 
 
 def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing: bool = True):
-    """Prepare a quantized model for training, in place, as peft's function of this name does.
+    """Prepare a quantized model for training, in place, like peft's function of this name.
 
     Freezes it, casts what is not quantized to float32 (half precision is too coarse for norms and
-    the loss) and turns on gradient checkpointing, without reentrant autograd: that would need an
-    input that requires a gradient.
+    the loss) and turns on gradient checkpointing, without reentrant autograd: reentrant mode would
+    need an input that requires a gradient.
     """
     if hasattr(model, "has_adapters"):
         raise ValueError("this would freeze the adapter too: prepare the base before adding one")
@@ -29,21 +65,27 @@ def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing
         if p.is_floating_point():
             p.data = p.data.float()
     for layer in quantized_layers(model).values():
-        layer.dtype = torch.float32
+        layer.dtype = torch.float32  # of the weight that it dequantizes to
     if use_gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        new_name = getattr(model, "activation_checkpointing_enable", None)  # in transformers
+        (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model
 
 
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a layer, such as BatchNorm, updates running statistics while it trains."""
+    return getattr(module, "running_mean", None) is not None
+
+
 def freeze_statistics(model: nn.Module) -> None:
-    """Keep layers with running statistics, such as BatchNorm, from updating them."""
-    for module in model.modules():
-        if getattr(module, "running_mean", None) is not None:
-            module.eval()
+    """Keep running statistics as they are: they belong to the frozen base."""
+    for module in filter(has_statistics, model.modules()):
+        module.eval()
 
 
 def guard_saving(model: nn.Module) -> None:
-    """While a base has quantized or adapted layers, its own `save_pretrained` raises."""
+    """Block the model's own `save_pretrained` if it has quantized or adapted layers, or else
+    restore it."""
     modules = model.modules()
     changed = any(isinstance(m, QuantizedLinear) or hasattr(m, "base_layer") for m in modules)
     if changed and hasattr(model, "save_pretrained"):
@@ -52,30 +94,41 @@ def guard_saving(model: nn.Module) -> None:
         vars(model).pop("save_pretrained", None)  # the class's own method again
 
 
+def cannot_save(*args, **kwargs):
+    """Replaces a `save_pretrained` whose output could not be loaded."""
+    raise ValueError(
+        "this model has quantized or adapted layers: save the adapter with "
+        "PeftModel.save_pretrained, or call merge_and_unload() and save the model it returns"
+    )
+
+
 def make_plain(model: nn.Module) -> None:
-    """Remove what adapters and training left on a base."""
+    """Undo what adapters did to a base, except for freezing its parameters."""
     vars(model).pop("has_adapters", None)
     guard_saving(model)
     if hasattr(model, "disable_input_require_grads"):
         model.disable_input_require_grads()
-    for module in model.modules():
-        if getattr(module, "running_mean", None) is not None:
-            module.training = model.training
+    for module in filter(has_statistics, model.modules()):
+        module.training = model.training
 
 
 def restored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """For a model with quantized layers: the dtype that each of them gets when it is dequantized,
-    by name, and under "" that of all other parameters; empty for a model without any.
+    """The dtype that each parameter of a quantized model gets when it is dequantized, by name;
+    empty if the model is not quantized.
 
-    They get the widest dtype of the parameters that were not quantized, or their own if it is
-    wider, as transformers keeps some layers of a half-precision model in float32.
+    All get the widest dtype among the parameters outside the quantized layers. A layer that was
+    wider before it was quantized stays so: transformers, for example, keeps some layers of
+    half-precision models in float32.
     """
     quantized = quantized_layers(model)
     if not quantized:
         return {}
-    others = [p for n, p in model.named_parameters() if n.rpartition(".")[0] not in quantized]
-    found = [p.dtype for p in others if p.is_floating_point()]
+    others = {n: p for n, p in model.named_parameters() if n.rpartition(".")[0] not in quantized}
+    found = [p.dtype for p in others.values() if p.is_floating_point()]
     found = found or [layer.dtype for layer in quantized.values()]
-    dtype = functools.reduce(torch.promote_types, found)
-    own = {name: torch.promote_types(dtype, layer.dtype) for name, layer in quantized.items()}
-    return {"": dtype} | own
+    widest = functools.reduce(torch.promote_types, found)
+    dtypes = dict.fromkeys(others, widest)
+    for name, layer in quantized.items():
+        dtype = torch.promote_types(widest, layer.dtype)
+        dtypes |= {f"{name}.weight": dtype, f"{name}.bias": dtype}
+    return dtypes

@@ -35,8 +35,8 @@ from minipeft.saving import PeftConfig, read_adapter, write_adapter
 class signature_of_base:
     """Decorates `PeftModel.forward`, so that a model's `forward` has the base's signature.
 
-    transformers' Trainer reads it: it drops every column of the data that is not named there. It
-    also looks for `labels` in the signature of `PeftModel.forward`, so that one is not changed.
+    transformers' Trainer reads it: it drops every column of the data that is not named there. The
+    signature of the class's own `PeftModel.forward` stays: the Trainer looks for `labels` in it.
     """
 
     def __init__(self, forward: Callable):
@@ -51,7 +51,7 @@ class signature_of_base:
 
 
 class PeftModel(nn.Module):
-    """A frozen base model with adapters. Create one with `get_peft_model`.
+    """A base model, frozen by its first adapter, and its adapters. See `get_peft_model`.
 
     Attributes and methods that are not defined here are the base model's. Training, switching and
     merging never change the base's weights; only `merge_and_unload(inplace=True)` does.
@@ -68,8 +68,8 @@ class PeftModel(nn.Module):
         self.active_adapter: str | None = None
         self.prompt_encoder: nn.Module | None = None  # the encoder of an attached prompt method
         self._disable_depth = 0  # how many `with disable_adapter()` blocks are open
-        self.register_load_state_dict_post_hook(forget_missing_base)
-        self.base_model = model  # last: from now on, `__setattr__` also knows the base's attributes
+        self.register_load_state_dict_post_hook(ignore_missing_base)
+        self.base_model = model  # last, because of `__setattr__`: the base may have these names too
         self.training = model.training
         freeze_statistics(model)
         if peft_config is not None:
@@ -128,9 +128,11 @@ class PeftModel(nn.Module):
         """Combine LoRAs with updates ΔWᵢ into a new, frozen one, whose update is Σ wᵢ ΔWᵢ or near
         it (combine.py).
 
-        combination_type: "cat" is exact, and its rank is the sum of the ranks. "svd" has the rank
-        `svd_rank`, by default the largest rank. "linear" needs equal ranks and keeps them; it is
-        exact for a single adapter, which always uses it.
+        combination_type:
+        - "cat" is exact. Its rank is the sum of the ranks.
+        - "svd" has the rank `svd_rank`, by default the largest rank.
+        - "linear" needs equal ranks, and keeps them. A single adapter always uses it: then it is
+          exact.
         """
         self._check_new(adapter_name)
         loras = [self._get(name) for name in adapters]
@@ -151,13 +153,13 @@ class PeftModel(nn.Module):
                     f"one adapter can be active, not {adapter_name}: see add_weighted_adapter"
                 )
             adapter_name = adapter_name[0]
-        self._get(adapter_name)  # raises if no adapter has this name
-        with self.disable_adapter():  # at its end, the active adapter is attached
+        self._get(adapter_name)  # raises for an unknown name
+        with self.disable_adapter():  # on exit, it attaches the adapter that is active by then
             self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If it was active, the first remaining one becomes active."""
-        self._get(adapter_name)  # raises if no adapter has this name
+        self._get(adapter_name)  # raises for an unknown name
         if len(self.adapters) == 1:
             raise ValueError(f"{adapter_name!r} is the only adapter: use unload() to get the base")
         if adapter_name == self.active_adapter:
@@ -177,7 +179,7 @@ class PeftModel(nn.Module):
             yield
         finally:
             self._disable_depth -= 1
-            adapter = self._attached  # inside another block, the null adapter
+            adapter = self._attached  # inside another block still `Adapter()`, which does nothing
             try:
                 adapter.attach(self.base_model)
             except RuntimeError:  # it does not fit the base any more: it stays disabled
@@ -209,8 +211,8 @@ class PeftModel(nn.Module):
 
     def merge_adapter(self, safe_merge: bool = False) -> None:
         """Make the active adapter's layers use W' = W + ΔW, the weight plus the update. W itself
-        does not change. safe_merge: raise ValueError, with nothing merged, if W' has NaN or
-        infinite entries."""
+        does not change. With safe_merge, raises ValueError, before anything is merged, if a W' has
+        NaN or infinite entries."""
         layers = self._mergeable_layers(safe_merge)
         for layer in layers.values():
             layer.merge()
@@ -226,21 +228,20 @@ class PeftModel(nn.Module):
         """Return a plain model of the base's class whose layers hold W'.
 
         By default it is a copy, and this model keeps its adapters. With `inplace`, it overwrites
-        the base's weights, makes no copy, and deletes the adapters. Layers of a quantized base come
-        back as layers of their original class, in the dtype of the parameters that were not
-        quantized; if those differ, all of them get the widest.
+        the base's weights, makes no copy, and deletes the adapters. Quantized layers become layers
+        of their original class again; for their dtype see `restored_dtypes`.
         """
         names = list(self._mergeable_layers(safe_merge))
-        with self.disable_adapter():
+        with self.disable_adapter():  # the adapter's own parameters do not count
             dtypes = restored_dtypes(self.base_model)
         model = self.base_model if inplace else copy.deepcopy(self.base_model)
         for name in tqdm(names, "merging", disable=not progressbar):
             model.set_submodule(name, model.get_submodule(name).merge_into_base())
         for name, layer in quantized_layers(model).items():  # dequantize the remaining layers
             model.set_submodule(name, layer.plain())
-        for name, p in model.named_parameters() if dtypes else ():
-            if p.is_floating_point():
-                p.data = p.data.to(dtypes.get(name.rpartition(".")[0], dtypes[""]))
+        if dtypes:
+            for name, p in model.named_parameters():
+                p.data = p.data.to(dtypes[name]) if p.is_floating_point() else p.data
         if inplace:
             self.adapters, self.active_adapter = {}, None
         make_plain(model)
@@ -278,7 +279,7 @@ class PeftModel(nn.Module):
             raise ValueError("safe_serialization=False would write a pickle: not supported")
         base_name = getattr(self.base_model, "name_or_path", None)
         tensors = {name: adapter.tensors() for name, adapter in self.adapters.items()}
-        for name, adapter in self.adapters.items():  # an error above has left no files
+        for name, adapter in self.adapters.items():  # only now: an error above leaves no files
             folder = Path(save_directory) / ("" if name == "default" else name)
             write_adapter(folder, adapter, tensors[name], base_name)
 
@@ -325,7 +326,7 @@ class PeftModel(nn.Module):
         else:
             missing_keys += [f"{prefix}{key}" for key in self.state_dict()]
 
-    # --- what peft's users and transformers' Trainer also ask for ---
+    # --- for compatibility with peft and with transformers' Trainer ---
 
     def __getattr__(self, name: str):
         try:
@@ -344,18 +345,19 @@ class PeftModel(nn.Module):
             super().__setattr__(name, value)
 
     def _get_name(self) -> str:
-        """The base's, since the Trainer shifts smoothed labels for the names of causal models."""
+        """The base's class name. For label smoothing, the Trainer shifts the labels if it knows
+        this name as that of a causal language model."""
         return self.base_model._get_name()
 
     def train(self, mode: bool = True) -> "PeftModel":
-        """As nn.Module's, but running statistics, as of BatchNorm, are frozen like the weights."""
+        """nn.Module's method, but running statistics (BatchNorm) stay frozen, like the weights."""
         super().train(mode)
         freeze_statistics(self.base_model)
         return self
 
     def get_base_model(self) -> nn.Module:
-        """The base model. While a LoRA, for example, is attached, some of its layers are replaced;
-        `unload` puts them back."""
+        """The base model. Some of its layers are replaced while an adapter is attached; `unload`
+        puts them back."""
         return self.base_model
 
     @property
@@ -411,7 +413,7 @@ class PeftModel(nn.Module):
     def _add(self, adapter_name: str, adapter: Adapter) -> None:
         """Called while no adapter is attached."""
         self.adapters[adapter_name] = adapter
-        self.base_model.has_adapters = True  # also while they are disabled; quantize_model looks
+        self.base_model.has_adapters = True  # even while they are disabled: see quantize_model
         if self.active_adapter is None:
             self.base_model.requires_grad_(False)
             self.active_adapter = adapter_name
@@ -420,9 +422,11 @@ class PeftModel(nn.Module):
         self._active.check_mergeable()
         if not self.is_attached:
             raise RuntimeError("the adapter is disabled: call this outside disable_adapter()")
-        for name, layer in self._active.layers.items() if safe_merge else ():
-            if not all(p.isfinite().all() for p in layer.parameters()):
-                raise ValueError(f"{name} has NaN or infinite entries")
+        if safe_merge:
+            for name, layer in self._active.layers.items():
+                merged = (layer.weight, getattr(layer, "bias", None))  # W' and b'
+                if not all(t.isfinite().all() for t in merged if t is not None):
+                    raise ValueError(f"{name}: the merged weight has NaN or infinite entries")
         return self._active.layers
 
     def _apply(self, fn: Callable, recurse: bool = True):
@@ -446,9 +450,9 @@ def get_peft_model(
     return PeftModel(model, peft_config, adapter_name)
 
 
-def forget_missing_base(model: PeftModel, incompatible) -> None:
-    """After loading into a module around a PeftModel: the base's tensors, which `state_dict` leaves
-    out, are not missing."""
+def ignore_missing_base(model: PeftModel, incompatible) -> None:
+    """A hook for loading a state dict into a module that contains a PeftModel. Do not report the
+    base's tensors as missing: `PeftModel.state_dict` leaves them out."""
     base = tuple(f"base_model.{key}" for key in model.base_model.state_dict())
     encoder = () if model.prompt_encoder is None else model.prompt_encoder.state_dict()
     absent = (*base, *(f"prompt_encoder.{key}" for key in encoder))

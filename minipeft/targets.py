@@ -1,7 +1,8 @@
-"""Which layers get an adapter: the strict search that `get_peft_model` uses for every method.
+"""Which layers get an adapter: the search that `get_peft_model` uses. Any doubtful target raises.
 
-Targets are given in one language. A list holds names or endings of names ("attn.c_proj"); a string
-is a regular expression for the whole name, or "all-linear": every linear layer but the output head.
+All methods accept targets in the same form. A list holds names or endings of names ("attn.c_proj").
+A string is a regular expression for the whole name, or "all-linear": every linear layer except the
+output head.
 """
 
 import re
@@ -11,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.methods.qlora import QuantizedLinear, warn_of_unreached
+from minipeft.base_model import warn_of_unreached
+from minipeft.methods.qlora import QuantizedLinear, matrix
 
-FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they read weights directly
+# These read the weights of the layers inside them without calling the layers.
+FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def find_targets(
@@ -21,70 +24,87 @@ def find_targets(
 ) -> dict[str, nn.Module]:
     """The layers to adapt, by name, in the model's order.
 
-    part: "weight" accepts linear layers, "bias" any layer with a bias of its own; None for
-    target_modules then means all of them. Raises ValueError for an entry that matches nothing, a
-    match of another kind, a parameter that two modules share, a layer that PyTorch's fast path
-    would read past the adapter, and a model that is compiled or already has an adapter. Warns if
-    "all-linear" leaves out 1 % or more of the weights.
+    part: "weight" accepts linear layers; "bias" accepts any layer with a bias of its own, and then
+    target_modules=None selects all of these. Raises ValueError for
+    - a model that is compiled, or already has an adapter,
+    - an entry that matches nothing, or a layer of the wrong kind,
+    - a layer whose parameter PyTorch's fast path reads directly, bypassing the adapter,
+    - a parameter that is computed, offloaded, or shared by two modules.
+    Warns if "all-linear" leaves out 1 % or more of the weights.
     """
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
     if any(hasattr(m, "base_layer") for m in modules.values()):
         raise ValueError("the model already has an adapter: remove it before adding another")
     if any(hasattr(m, "_orig_mod") for m in model.modules()):
         raise ValueError("the model is compiled: add the adapter first, then call torch.compile")
-    fits = is_linear if part == "weight" else has_bias
+    fits, what = is_linear, "linear layers"
+    if part == "bias":
+        fits, what = has_bias, "layers with a bias"
     fitting = [n for n, m in modules.items() if fits(m)]
+    known = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in fitting})) or "none"
+    found = set()
+    if target_modules is None and part == "bias":
+        target_modules = fitting
+    if not target_modules:
+        raise ValueError(f"target_modules names nothing; {what}: {known}")
+    for entry, names in match(model, modules, fitting, target_modules).items():
+        if not names:
+            raise ValueError(f"target_modules: {entry!r} matches no module; {what}: {known}")
+        found.update(names)
+    if target_modules == "all-linear" and part == "weight":
+        warn_of_unreached(model, found, "all-linear")
+    users = Counter(memory_key(p) for m in modules.values() for p in m.parameters(recurse=False))
+    fast = {inner for m in model.modules() if isinstance(m, FAST_PATH) for inner in m.modules()}
+    targets = {n: m for n, m in modules.items() if n in found}
+    for name, layer in targets.items():
+        if name not in fitting and isinstance(layer, nn.Linear) and part == "weight":
+            raise ValueError(
+                f"target {name} is a {type(layer).__name__}: it does not compute W x + b, or W is "
+                "not floating point; for a base in 4 bits, call minipeft's quantize_model"
+            )
+        if name not in fitting:
+            kind = type(layer).__name__
+            raise ValueError(f"target {name} is a {kind}; this method adapts {what}: {known}")
+        if layer in fast:
+            raise ValueError(f"target {name}: PyTorch reads its {part} directly, not the adapter")
+        check_parameter(name, layer, part, users)
+    return targets
+
+
+def match(
+    model: nn.Module, modules: dict[str, nn.Module], fitting: list[str], target_modules
+) -> dict[str, list[str]]:
+    """For each entry of target_modules, the names of the modules it matches."""
     if target_modules == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         linear = [n for n in fitting if is_linear(modules[n]) and modules[n] is not head]
-        hits = {"all-linear": linear}
-        if part == "weight":
-            warn_of_unreached(model, set(linear), "all-linear")
-    elif target_modules is None and part == "bias":
-        hits = {"None": fitting}
-    elif isinstance(target_modules, str):
-        hits = {target_modules: [n for n in modules if re.fullmatch(target_modules, n)]}
-    else:
-        ends = target_modules or [""]
-        hits = {end: [n for n in modules if f".{n}".endswith(f".{end}")] for end in ends}
-    what = "linear layers" if part == "weight" else "layers with a bias"
-    known = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in fitting})) or "none"
-    for entry, names in hits.items():
-        if not names:
-            raise ValueError(f"target_modules: {entry!r} matches no module; {what}: {known}")
-    users = Counter(memory(p) for m in modules.values() for p in m.parameters(recurse=False))
-    fast = {inner for m in model.modules() if isinstance(m, FAST_PATH) for inner in m.modules()}
-    found = {n: m for n, m in modules.items() if any(n in names for names in hits.values())}
-    for name, layer in found.items():
-        kind = type(layer).__name__
-        if name not in fitting and isinstance(layer, nn.Linear) and part == "weight":
-            raise ValueError(
-                f"target {name} is a {kind} and does not compute W x + b with a floating-point W; "
-                "for a base in 4 bits, call minipeft's quantize_model"
-            )
-        if name not in fitting:
-            raise ValueError(f"target {name} is a {kind}; this method adapts {what}: {known}")
-        if layer in fast:
-            raise ValueError(f"target {name}: PyTorch reads its {part} itself and skips an adapter")
-        parameter = layer._parameters.get(part)
-        if isinstance(layer, QuantizedLinear) and part == "weight":
-            continue
-        if parameter is None or (parameter.is_meta and hasattr(layer, "_hf_hook")):
-            why = "computed, not stored" if parameter is None else "offloaded by accelerate"
-            raise ValueError(f"target {name} cannot be adapted: its {part} is {why}")
-        if users[memory(parameter)] > 1:
-            raise ValueError(f"target {name} shares its {part} with another module: untie it first")
-    return found
+        return {target_modules: linear}
+    if isinstance(target_modules, str):
+        return {target_modules: [n for n in modules if re.fullmatch(target_modules, n)]}
+    return {end: [n for n in modules if f".{n}".endswith(f".{end}")] for end in target_modules}
 
 
-def memory(p: Tensor) -> int:
-    """The same for tensors that share their memory, even if they are different Parameters."""
-    return p.data_ptr() or id(p)  # 0 on the meta device
+def check_parameter(name: str, layer: nn.Module, part: str, users: Counter) -> None:
+    """Raises ValueError for a weight or bias that an adapter cannot be added to."""
+    if isinstance(layer, QuantizedLinear) and part == "weight":
+        return
+    parameter = layer._parameters.get(part)
+    if parameter is None:
+        raise ValueError(f"target {name} cannot be adapted: its {part} is computed, not stored")
+    if parameter.is_meta and hasattr(layer, "_hf_hook"):
+        raise ValueError(f"target {name} cannot be adapted: its {part} is offloaded by accelerate")
+    if users[memory_key(parameter)] > 1:
+        raise ValueError(f"target {name} shares its {part} with another module: untie it first")
+
+
+def memory_key(p: Tensor) -> int:
+    """A key that is equal for tensors with the same memory, even if they are two Parameters."""
+    return p.data_ptr() or id(p)  # data_ptr is 0 on the meta device
 
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer computes W x + b with a matrix W. A subclass of nn.Linear with a `forward` of
-    its own may compute something else, as some routers do: try it."""
+    its own may compute something else, so it is tested on two inputs."""
     plain = type(layer).forward is nn.Linear.forward or type(layer).__name__ == "Conv1D"
     if plain or isinstance(layer, QuantizedLinear):
         return True
@@ -98,7 +118,7 @@ def computes_wx(layer: nn.Linear) -> bool:
     try:
         x = x.to(w.dtype)
         return torch.allclose(layer(x), F.linear(x, w, layer.bias), rtol=1e-2, atol=1e-2)
-    except Exception:  # other weights, another output: whatever it raises, it is not W x + b
+    except Exception:  # any error means that it does not compute W x + b
         return False
 
 
@@ -114,8 +134,7 @@ def list_targets(model: nn.Module) -> list[dict]:
     """
     counts = Counter()
     for name, layer in find_targets(model, "all-linear").items():
-        shape = layer.weight.shape
-        n_in, n_out = shape if type(layer).__name__ == "Conv1D" else reversed(shape)
+        n_out, n_in = matrix(layer).shape
         counts[".".join(name.split(".")[-2:]), n_in, n_out] += 1
     return [
         {

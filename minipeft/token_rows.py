@@ -1,25 +1,25 @@
-r"""Trainable token rows: next to a LoRA, train the embeddings of a few tokens.
+"""Trainable token rows: alongside a LoRA, train the embeddings of a few tokens.
 
 A token that pretraining never saw has an untrained row in the embedding, and no adapter in the
 layers can change that row. Here the rows of the chosen tokens are replaced by trained ones, E:
 
-    W' = W except W'_i = E_i for the chosen tokens i;    embedding: W'_x,    tied head: h W'ᵀ
+    W'[ids[j]] = E[j], all other rows of W' are those of W;   embedding: W'[x],   tied head: h W'ᵀ
 
 Shapes: W, W' (v, d), E (chosen tokens, d), x (b, t), h (b, t, d). E starts as the rows it replaces.
-Trainable parameters: chosen tokens times d. A tied embedding and head share E.
-In peft, and in its files, this is `trainable_token_indices` of a LoraConfig.
+Trainable parameters: chosen tokens times d. A tied embedding and head share E; a head of its own
+is not changed. In peft and its files, this is called `trainable_token_indices`.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from minipeft.targets import memory
+from minipeft.targets import memory_key
 
 
 class TokenRows(nn.Module):
-    """An embedding with trained rows, (b, t) -> (b, t, d); or the head tied to one, whose rows come
-    from `source`, (b, t, d) -> (b, t, v)."""
+    """An embedding with trained rows, (b, t) -> (b, t, d). Or a head that is tied to the embedding
+    `source` and uses its rows, (b, t, d) -> (b, t, v)."""
 
     def __init__(self, base_layer: nn.Module, ids: Tensor, source: "TokenRows | None" = None):
         super().__init__()
@@ -29,7 +29,8 @@ class TokenRows(nn.Module):
         if source is None:
             rows = base_layer.weight.detach()[ids]
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            self.token_adapter = nn.ParameterDict({"trainable_tokens_delta": rows})  # peft's names
+            # E itself, not a difference, in spite of peft's name:
+            self.token_adapter = nn.ParameterDict({"trainable_tokens_delta": rows})
 
     @property
     def weight(self) -> Tensor:
@@ -38,12 +39,14 @@ class TokenRows(nn.Module):
         return w.index_copy(0, self.ids, rows.to(w.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The base layer's own forward pass (some scale their output) with W' instead of W."""
         return functional_call(self.base_layer, {"weight": self.weight}, (x,))
 
     def merge(self) -> None:
-        """Nothing to do: every forward pass computes with W'."""
+        """Nothing to do: every forward pass uses W'."""
 
-    unmerge = merge
+    def unmerge(self) -> None:
+        """Nothing to do."""
 
     @torch.no_grad()
     def merge_into_base(self) -> nn.Module:
@@ -55,23 +58,25 @@ def token_rows(model: nn.Module, ids: list[int]) -> dict[str, TokenRows]:
     """By name, the layers to put in place of a model's embedding, and of a head tied to it.
 
     Raises ValueError for tokens that do not exist or are given twice, and for models in which
-    other modules use the embedding's weight too, where the result would be wrong.
+    another module uses the embedding's weight too, because that module would keep the old rows.
     """
     kind = type(model).__name__
     if not hasattr(model, "get_output_embeddings"):
         raise ValueError(f"trainable_token_indices: {kind} has no get_output_embeddings()")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    shared = memory(embedding.weight)
-    modules = list(model.named_modules(remove_duplicate=False))
-    users = {n: m for n, m in modules for p in m.parameters(recurse=False) if memory(p) == shared}
-    if len(users) > len({m for m in users.values() if m in (embedding, head)}):
+    shared = memory_key(embedding.weight)
+    users = {}  # the modules that use the embedding's weight, by name
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(memory_key(p) == shared for p in module.parameters(recurse=False)):
+            users[name] = module
+    names = {module: name for name, module in users.items()}
+    if len(names) < len(users) or not names.keys() <= {embedding, head}:
         raise ValueError(f"trainable_token_indices: in {kind}, {', '.join(users)} share one weight")
     if getattr(embedding, "max_norm", None):
         raise ValueError("trainable_token_indices: not supported for an embedding with max_norm")
     v = len(embedding.weight)
     if len(set(ids)) < len(ids) or not all(0 <= i < v for i in ids):
-        raise ValueError(f"trainable_token_indices must be distinct and below {v}, got {ids}")
-    names = {module: name for name, module in users.items()}
+        raise ValueError(f"trainable_token_indices must be distinct, from 0 to {v - 1}, got {ids}")
     chosen = torch.tensor(ids, device=embedding.weight.device)
     layers = {names[embedding]: TokenRows(embedding, chosen)}
     if head in names:

@@ -54,7 +54,7 @@ FAULTS = [
     ),
     (
         "methods/prompt_tuning",
-        "self.to(words.weight.device)",
+        "self.to(embed.weight.device)",
         "pass",
         "prompt_tuning-adapted_there",
     ),
@@ -64,7 +64,7 @@ FAULTS = [
         "torch.arange(p)",
         "p_tuning-moved",
     ),
-    ("methods/p_tuning", "self.to(words.device)", "pass", "p_tuning_lstm-adapted_there"),
+    ("methods/p_tuning", "self.to(embedding.device)", "pass", "p_tuning_lstm-adapted_there"),
     (
         "methods/prefix_tuning",
         "F.pad(attention_mask, (p, 0), value=1)",

@@ -625,7 +625,7 @@ def test_a_prompt_that_leaves_no_room_in_the_context_is_refused(gpt, ids, name):
         model(ids)
     with pytest.raises(
         ValueError,
-        match="25 virtual tokens, a prompt of 2 and 6 new tokens exceed the context of 32",
+        match="25 virtual tokens, 2 tokens of input and 6 new tokens exceed the context of 32",
     ):
         model.generate(ids[:, :2], max_new_tokens=6)
 
@@ -768,13 +768,13 @@ def test_packed_rows_and_masks_of_other_shapes_are_refused(gpt, ids, name):
 def test_other_inputs_per_token_are_refused(gpt, ids, name):
     model = get_peft_model(gpt, CONFIGS[name]()).eval()
     with pytest.raises(ValueError, match="token_type_ids cannot be used with virtual tokens"):
-        model.adapters["default"].encoder.prepend(gpt, ids, token_type_ids=torch.zeros_like(ids))
+        model(ids, token_type_ids=torch.zeros_like(ids))
 
 
 @pytest.mark.parametrize("name", ["prompt", "p_tuning"])
 def test_a_model_without_logits_per_token_is_refused(gpt, name):
     gpt.get_output_embeddings = lambda: None  # as transformers' classifiers
-    with pytest.raises(ValueError, match="no logits per token, as prompts need"):
+    with pytest.raises(ValueError, match="no logits per token, which prompt"):
         get_peft_model(gpt, CONFIGS[name]())
 
 

@@ -227,7 +227,7 @@ KNOWN = {
     ("targets", "message"),
     [
         (["c_attn", "c_porj"], "target_modules: 'c_porj' matches no module; "),
-        ([], "target_modules: '' matches no module; "),
+        ([], "target_modules names nothing; "),
         (["h.0.attn"], r"target transformer\.h\.0\.attn is a Attention; this method adapts "),
         ("c_attn", "target_modules: 'c_attn' matches no module; "),  # a regex for the whole name
     ],
@@ -284,7 +284,7 @@ class Attention(nn.Module):
 def test_layers_that_pytorchs_fast_path_reads_are_refused(name, model, target):
     config = CONFIGS[name]()
     config.target_modules = [target]
-    message = f"{target}: PyTorch reads its {PART[name]} itself and skips an adapter"
+    message = f"{target}: PyTorch reads its {PART[name]} directly"
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, config)
     assert all(p.requires_grad for p in model.parameters())
@@ -395,7 +395,7 @@ def test_training_while_merged_raises_an_error(gpt, ids):
 
 def test_a_model_without_biases_is_refused():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4, bias=False), nn.RMSNorm(4))
-    with pytest.raises(ValueError, match="matches no module; layers with a bias: none"):
+    with pytest.raises(ValueError, match="names nothing; layers with a bias: none"):
         get_peft_model(model, BitFitConfig())
     with pytest.raises(ValueError, match="target_modules=None matches no layer with a bias"):
         add_bitfit(model, BitFitConfig())
@@ -714,5 +714,5 @@ def test_a_default_llama_has_no_bias_for_bitfit():
     llama = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2)
     )
-    with pytest.raises(ValueError, match="matches no module; layers with a bias: none"):
+    with pytest.raises(ValueError, match="names nothing; layers with a bias: none"):
         get_peft_model(llama, BitFitConfig())

@@ -842,7 +842,7 @@ def test_safe_merge_refuses_weights_that_are_not_finite(gpt, ids):
     layer = model.base_model.transformer.h[1].mlp.c_fc
     layer.lora_B.weight.data[0, 0] = torch.nan
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match=r"transformer\.h\.1\.mlp\.c_fc has NaN or infinite"):
+        with pytest.raises(ValueError, match="c_fc: the merged weight has NaN"):
             merge(safe_merge=True)
     assert all(layer.merged_weight is None for layer in model.adapters["default"].layers.values())
 

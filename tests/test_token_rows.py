@@ -90,7 +90,7 @@ def test_disabling_merging_saving_and_loading_trained_rows(gpt, ids, tmp_path):
 
 def test_impossible_tokens_and_models_are_refused(gpt):
     for tokens in ([3, 61], [-1], [3, 3]):
-        with pytest.raises(ValueError, match="must be distinct and below 61, got"):
+        with pytest.raises(ValueError, match="must be distinct, from 0 to 60, got"):
             get_peft_model(gpt, config(tokens))
     with pytest.raises(ValueError, match=r"Sequential has no get_output_embeddings\(\)"):
         get_peft_model(

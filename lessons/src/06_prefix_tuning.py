@@ -451,7 +451,7 @@ for name in ("full", "lora", "prompt_tuning"):
 
 # %%
 cached = {}
-past = trained.prompt_encoder.past(trained.base_model, 8, None)
+past = {"past_key_values": trained.prompt_encoder.past(trained.base_model, 8)}
 for name, prepended in (("alone", {}), ("prefix", past)):
     out = trained.base_model(ids.expand(8, -1), use_cache=True, **prepended)
     cached[name] = sum(part.nbytes for pair in out.past_key_values for part in pair)

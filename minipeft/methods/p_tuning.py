@@ -66,8 +66,8 @@ class PromptEncoder(nn.Module):
 
     def __init__(self, model: nn.Module, config: PromptEncoderConfig):
         super().__init__()
-        words = model.get_input_embeddings().weight  # (v, d)
-        d = words.shape[1]
+        embedding = model.get_input_embeddings().weight  # (v, d)
+        d = embedding.shape[1]
         w = config.encoder_hidden_size or d
         self.embedding = nn.Embedding(config.num_virtual_tokens, d)  # H, or P without a network
         self.lstm_head = self.mlp_head = None
@@ -81,7 +81,7 @@ class PromptEncoder(nn.Module):
             self.mlp_head = nn.Sequential(
                 nn.Linear(d, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, d)
             )
-        self.to(words.device)
+        self.to(embedding.device)
 
     def forward(self, model: nn.Module, input_ids: Tensor | None = None, **inputs):
         """Run a causal model on P and then on input_ids (b, t) or inputs_embeds (b, t, d).
@@ -90,7 +90,8 @@ class PromptEncoder(nn.Module):
         own output, with the logits of the real tokens.
         """
         inputs = self.prepend(model, input_ids, **inputs)
-        out, t = model(**inputs), inputs["inputs_embeds"].shape[1] - self.embedding.num_embeddings
+        out = model(**inputs)
+        t = inputs["inputs_embeds"].shape[1] - self.embedding.num_embeddings
         out.logits = out.logits[:, -t:]  # (b, t, v)
         return out
 
@@ -106,33 +107,19 @@ class PromptEncoder(nn.Module):
         self, model: nn.Module, input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None, labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None, position_ids: Tensor | None = None, **others,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """The model's inputs with P in front: every input becomes p positions longer.
-
-        Raises ValueError for other inputs with values per token, such as token_type_ids.
-        """
+    ) -> dict:  # fmt: skip
+        """The model's inputs with P in front: every input becomes p positions longer."""
         x = model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        for name, value in others.items():
-            if torch.is_tensor(value) and value.shape[:2] == x.shape[:2]:
-                raise ValueError(f"{name} cannot be used with virtual tokens")
         prompt = self.prompt().to(x.dtype).expand(len(x), -1, -1)  # (b, p, d)
-        inputs, p = {"inputs_embeds": torch.cat((prompt, x), dim=1)}, prompt.shape[1]  # (2)
+        p = prompt.shape[1]
+        inputs = others | {"inputs_embeds": torch.cat((prompt, x), dim=1)}  # (2)
+        if attention_mask is not None:
+            inputs["attention_mask"] = F.pad(attention_mask, (p, 0), value=1)  # (b, p + t)
         if labels is not None:
             inputs["labels"] = F.pad(labels, (p, 0), value=-100)  # (b, p + t)
         if position_ids is not None:
             first = torch.arange(p, device=x.device).expand(*position_ids.shape[:-1], p)
             inputs["position_ids"] = torch.cat((first, position_ids + p), dim=-1)  # (b, p + t)
-        return inputs | others | self.shifted(attention_mask)
-
-    def shifted(self, attention_mask=None, position_ids=None, **inputs) -> dict:
-        """Inputs (b, t) to be read after p cached positions: the mask is then (b, p + t)."""
-        p = self.embedding.num_embeddings
-        if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                raise ValueError(f"attention_mask must be (b, t), got {attention_mask.shape}")
-            inputs["attention_mask"] = F.pad(attention_mask, (p, 0), value=1)  # (b, p + t)
-        if position_ids is not None:
-            inputs["position_ids"] = position_ids + p
         return inputs
 
     @torch.no_grad()

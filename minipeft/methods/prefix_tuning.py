@@ -1,25 +1,27 @@
-r"""Prefix tuning: learned keys and values that every attention layer can attend to.
+"""Prefix tuning: learned keys and values that every attention layer can attend to.
 
 Virtual tokens at the input reach the deeper layers only through the model itself. Prefix tuning
-gives every layer p keys and values of its own: no queries, no MLP, nothing in embedding space. They
-are trained and the model is frozen. The prefix can be trained directly, or computed by a small
-network (`prefix_projection`), which the paper found more stable and which can be thrown away after
-training. There is nothing to merge.
+gives every layer p keys and values of its own. They are trained, and the model is frozen. The p
+positions have no queries and pass through no MLP of the model. The prefix can be trained directly,
+or a small network can compute it (`prefix_projection`). The paper found the network more stable;
+after training, its output can be kept instead (`keep_output`). There is nothing to merge.
 
 Paper: Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv
-2101.00190. Without the projection this is the deep prompt of P-tuning v2 (arXiv 2110.07602).
+2101.00190. Without the network this is the deep prompt of P-tuning v2 (arXiv 2110.07602).
 
-    layer i:  softmax(q [K_i; k]ᵀ / √k_width) [V_i; v]                          (1)
-    [K_0, V_0, K_1, V_1, …] = P,   or  = W_2 tanh(W_1 H + b_1) + b_2            (2)
+    attention in layer i:  softmax(Q [K_i; K]ᵀ / √k) [V_i; V]                   (1)
+    P = [K_0, V_0, K_1, V_1, …],  or with the network  P = tanh(H W_1ᵀ + b_1) W_2ᵀ + b_2   (2)
 
-Shapes: b batch, t tokens, p virtual tokens, l layers, h key heads, k head width, d = h k, w hidden;
-P (p, 2 l d), H (p, d), K_i and V_i (b, h, p, k), logits (b, t, v).
-Trainable parameters: 2 p l d; with the projection p d + (d w + w) + (w 2 l d + 2 l d).
+Q, K and V are the layer's own, of the real tokens; K_i and V_i are the prefix of layer i.
+Shapes: b batch, t tokens, p virtual tokens, v vocabulary, l layers, h key heads, k head width,
+d = h k (with grouped queries less than the model's width), w the network's width; P (p, 2 l d),
+H (p, d), K_i and V_i (b, h, p, k), logits (b, t, v).
+Trainable parameters: 2 p l d; with the network p d + (d w + w) + (2 l d w + 2 l d).
 
-Difference from the paper: no initialisation from words. Difference from peft: gradient
-checkpointing works if the model keeps its cache then. As in peft, the positions of the input
-continue after the prefix, p … p + t - 1. A prefix of zeros is not the same as no prefix: zero keys
-still take a share of the attention.
+Difference from the paper: no initialization from words. Difference from peft: gradient
+checkpointing works for models that keep their cache during it. As in peft, the real tokens have
+positions p … p + t - 1. A prefix of zeros differs from no prefix: a zero key has score 0, and
+exp(0) = 1 takes a share of the attention.
 
 >>> model.requires_grad_(False)
 >>> prefix = PrefixEncoder(model, PrefixTuningConfig(num_virtual_tokens=20))
@@ -37,13 +39,14 @@ from torch import Tensor, nn
 
 @dataclass
 class PrefixTuningConfig:
-    """How many virtual tokens, and what writes them. Fields and defaults are peft's."""
+    """How many virtual tokens, and how they are computed. Fields and defaults are peft's."""
 
     num_virtual_tokens: int | None = None  # p
     prefix_projection: bool = False  # let a network compute the prefix
-    encoder_hidden_size: int | None = None  # w, the network's hidden width; None: d
+    encoder_hidden_size: int | None = None  # w, the network's width; None means d
     init_weights: str | None = None  # "zero": start with zeros
-    token_dim: int | None = None  # d = h k; this and the next two are filled in when saving
+    # Sizes that get_peft_model fills in, because peft saves them:
+    token_dim: int | None = None  # d = h k
     num_layers: int | None = None  # l
     num_attention_heads: int | None = None  # h, key heads
     task_type: str | None = None  # as in peft, for example "CAUSAL_LM"
@@ -99,17 +102,24 @@ class PrefixEncoder(nn.Module):
         self, model: nn.Module, input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None, **inputs,
     ) -> dict:  # fmt: skip
-        """The model's inputs, and the cache of a model that has already read the prefix."""
-        x = inputs["inputs_embeds"] if input_ids is None else input_ids
-        inputs |= {"input_ids": input_ids, cache_name(model): self.past(model, len(x))}
-        return self.shifted(attention_mask=attention_mask, **inputs)
+        """The model's inputs, with the prefix as its cache. Labels stay as they are: no token is
+        added to the input, so nothing is predicted from the prefix alone."""
+        b = len(inputs["inputs_embeds"] if input_ids is None else input_ids)
+        p = self.embedding.num_embeddings
+        inputs |= {"input_ids": input_ids, cache_name(model): self.past(model, b)}
+        if attention_mask is not None:
+            inputs["attention_mask"] = F.pad(attention_mask, (p, 0), value=1)  # (b, p + t)
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"] + p
+        return inputs
 
     def past(self, model: nn.Module, b: int):
-        """The prefix as the model's cache. The model concatenates the cache's keys and values with
-        its own: equation (1)."""
+        """The prefix as a cache for a batch. The model puts its keys and values in front of its
+        own: equation (1)."""
         layers, heads, width = self.shape
         kv = self.prompt(b).to(next(model.parameters()).dtype)  # (b, p, 2 l d)
-        kv = kv.view(b, -1, 2 * layers, heads, width).permute(2, 0, 3, 1, 4)  # (2 l, b, h, p, k)
+        kv = kv.view(b, -1, 2 * layers, heads, width)  # (b, p, 2 l, h, k)
+        kv = kv.permute(2, 0, 3, 1, 4)  # (2 l, b, h, p, k)
         pairs = tuple(zip(kv[0::2], kv[1::2], strict=True))  # keys and values of each layer
         if self.cache_class is tuple:
             return pairs
@@ -117,17 +127,6 @@ class PrefixEncoder(nn.Module):
         for i, (keys, values) in enumerate(pairs):
             cache.update(keys, values, i)
         return cache
-
-    def shifted(self, attention_mask=None, position_ids=None, **inputs) -> dict:
-        """Inputs (b, t) to be read after p cached positions: the mask is then (b, p + t)."""
-        p = self.embedding.num_embeddings
-        if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                raise ValueError(f"attention_mask must be (b, t), got {attention_mask.shape}")
-            inputs["attention_mask"] = F.pad(attention_mask, (p, 0), value=1)  # (b, p + t)
-        if position_ids is not None:
-            inputs["position_ids"] = position_ids + p
-        return inputs
 
     @torch.no_grad()
     def keep_output(self) -> None:
@@ -137,7 +136,8 @@ class PrefixEncoder(nn.Module):
 
 
 def cache_name(model: nn.Module) -> str:
-    """What the model calls its cache; newer versions of transformers say `cache`."""
+    """The name of the model's argument and output for its cache. transformers plans to rename
+    `past_key_values` to `cache`."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -159,13 +159,16 @@ def probe(model: nn.Module) -> tuple[type, tuple[int, int, int]]:
     pairs = cache
     if not isinstance(cache, tuple):
         pairs = [(getattr(c, "keys", None), getattr(c, "values", None)) for c in cache.layers]
-    shapes = {None if t is None else tuple(t.shape[1::2]) for pair in pairs for t in pair[:2]}
+    shapes = set()  # (key heads, head width), of the keys and of the values of every layer
+    for tensor in (tensor for keys, values in pairs for tensor in (keys, values)):
+        shapes.add(None if tensor is None else (tensor.shape[1], tensor.shape[3]))
     if len(shapes) != 1 or None in shapes:
         raise ValueError(
             f"a prefix needs keys and values of one shape in all layers; in "
             f"{type(model).__name__}, (heads, width) are {sorted(shapes, key=str)}"
         )
-    return type(cache), (len(pairs), *shapes.pop())
+    heads, width = shapes.pop()
+    return type(cache), (len(pairs), heads, width)
 
 
 if __name__ == "__main__":  # steer one frozen attention layer towards token 3
@@ -191,4 +194,4 @@ if __name__ == "__main__":  # steer one frozen attention layer towards token 3
         optimizer.zero_grad()
     share = (prefix(model, ids).logits.argmax(-1) == 3).float().mean().item()
     assert share > 0.9
-    print(f"prefix_tuning.py: with the prefix, token 3 wins {share:.0%} of the places")
+    print(f"prefix_tuning.py: with the prefix, token 3 is predicted at {share:.0%} of positions")

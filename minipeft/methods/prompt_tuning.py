@@ -1,22 +1,23 @@
-r"""Prompt tuning: freeze the model, and learn a few virtual tokens to put in front of the input.
+"""Prompt tuning: freeze the model, and learn a few virtual tokens to put in front of the input.
 
-A prompt in words steers a language model, and its words enter the model as vectors: rows of the
-embedding. Prompt tuning puts p vectors of its own in front of the input's vectors and trains only
-those, by gradient descent through the frozen model. The vectors need not belong to any word (the
-paper calls them soft tokens). No weight changes, so there is nothing to merge, and one batch can
-mix tasks. The price: p positions of the context, in training and in use.
+A text prompt steers a language model. Its words enter the model as vectors: rows of the embedding
+matrix. Prompt tuning puts p new vectors in front of the input's vectors and trains only these, by
+gradient descent through the frozen model. They need not belong to any word (the paper calls them
+soft tokens). No weight changes, so there is nothing to merge. The cost: every sequence is p
+positions longer, in training and in inference.
 
 Paper: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv
-2104.08691. The paper's model is T5, an encoder-decoder; here, as in peft, it is a decoder.
+2104.08691. The paper's model is T5, an encoder-decoder; here it is a decoder.
 
-    logits = model([P; E(x)])        P is trained, E embeds tokens      (1)  section 2
+    logits = model([P; E(x)])                               (1)  section 2 of the paper
 
+P is trained, E embeds the tokens x, and [;] joins the two along the token dimension.
 Shapes: b batch, t tokens, p virtual tokens, d width, v vocabulary; P (p, d), logits (b, t, v).
 Trainable parameters: p d.
 
-Difference from peft: logits are those of the t real tokens (peft returns p + t). As in peft, labels
-are -100 for the virtual tokens and shifted by one position afterwards, so the last virtual token
-predicts the first real token where that has a label; positions are 0 … p + t - 1.
+Difference from peft: only the logits of the t real tokens are returned (peft returns p + t).
+As in peft, the labels of the virtual tokens are -100, and positions are 0 … p + t - 1. The first
+real token, if it has a label, is predicted from the last virtual token.
 
 >>> model.requires_grad_(False)
 >>> prompt = PromptEmbedding(model, PromptTuningConfig(num_virtual_tokens=20))
@@ -24,6 +25,7 @@ predicts the first real token where that has a label; positions are 0 … p + t 
 >>> prompt(model, input_ids).logits[:, -1].argmax(-1)  # the next token
 """
 
+import math
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -37,11 +39,11 @@ class PromptTuningConfig:
     """How many virtual tokens, and their initial values. Fields and defaults are peft's."""
 
     num_virtual_tokens: int | None = None  # p
-    prompt_tuning_init: str = "RANDOM"  # N(0, 1); "SAMPLE_VOCAB": embeddings of random tokens;
-    # "TEXT": embeddings of
-    prompt_tuning_init_text: str | None = None  # this text, truncated or repeated to p tokens,
-    tokenizer_name_or_path: str | None = None  # by the tokenizer.json in this folder
-    token_dim: int | None = None  # d, filled in when an adapter is saved
+    prompt_tuning_init: str = "RANDOM"  # initial values: "RANDOM" draws from N(0, 1),
+    # "SAMPLE_VOCAB" takes embeddings of random tokens, "TEXT" those of a text
+    prompt_tuning_init_text: str | None = None  # for "TEXT"; truncated or repeated to p tokens
+    tokenizer_name_or_path: str | None = None  # for "TEXT"; a folder with a tokenizer.json
+    token_dim: int | None = None  # d; get_peft_model fills it in, because peft saves it
     task_type: str | None = None  # as in peft, for example "CAUSAL_LM"
     inference_mode: bool = False  # load the adapter frozen
     peft_type: str = field(default="PROMPT_TUNING", init=False)
@@ -61,13 +63,13 @@ class PromptEmbedding(nn.Module):
 
     def __init__(self, model: nn.Module, config: PromptTuningConfig):
         super().__init__()
-        words = model.get_input_embeddings()
-        v, d = words.weight.shape
-        self.embedding = nn.Embedding(config.num_virtual_tokens, d)  # drawn from N(0, 1)
+        embed = model.get_input_embeddings()  # E
+        v, d = embed.weight.shape
+        self.embedding = nn.Embedding(config.num_virtual_tokens, d)  # P, initialized from N(0, 1)
         if config.prompt_tuning_init != "RANDOM" and not config.inference_mode:
-            ids = initial_tokens(config, v).to(words.weight.device)  # (p,)
-            self.embedding.weight = nn.Parameter(words(ids).detach().float().clone())
-        self.to(words.weight.device)
+            ids = initial_tokens(config, v).to(embed.weight.device)  # (p,)
+            self.embedding.weight = nn.Parameter(embed(ids).detach().float().clone())
+        self.to(embed.weight.device)
 
     def forward(self, model: nn.Module, input_ids: Tensor | None = None, **inputs):
         """Run a causal model on P and then on input_ids (b, t) or inputs_embeds (b, t, d).
@@ -76,7 +78,8 @@ class PromptEmbedding(nn.Module):
         own output, with the logits of the real tokens.
         """
         inputs = self.prepend(model, input_ids, **inputs)
-        out, t = model(**inputs), inputs["inputs_embeds"].shape[1] - self.embedding.num_embeddings
+        out = model(**inputs)
+        t = inputs["inputs_embeds"].shape[1] - self.embedding.num_embeddings
         out.logits = out.logits[:, -t:]  # (b, t, v)
         return out
 
@@ -88,33 +91,19 @@ class PromptEmbedding(nn.Module):
         self, model: nn.Module, input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None, labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None, position_ids: Tensor | None = None, **others,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """The model's inputs with P in front: every input becomes p positions longer.
-
-        Raises ValueError for other inputs with values per token, such as token_type_ids.
-        """
+    ) -> dict:  # fmt: skip
+        """The model's inputs with P in front: every input becomes p positions longer."""
         x = model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        for name, value in others.items():
-            if torch.is_tensor(value) and value.shape[:2] == x.shape[:2]:
-                raise ValueError(f"{name} cannot be used with virtual tokens")
         prompt = self.prompt().to(x.dtype).expand(len(x), -1, -1)  # (b, p, d)
-        inputs, p = {"inputs_embeds": torch.cat((prompt, x), dim=1)}, prompt.shape[1]  # (1)
+        p = prompt.shape[1]
+        inputs = others | {"inputs_embeds": torch.cat((prompt, x), dim=1)}  # (1)
+        if attention_mask is not None:
+            inputs["attention_mask"] = F.pad(attention_mask, (p, 0), value=1)  # (b, p + t)
         if labels is not None:
             inputs["labels"] = F.pad(labels, (p, 0), value=-100)  # (b, p + t)
         if position_ids is not None:
             first = torch.arange(p, device=x.device).expand(*position_ids.shape[:-1], p)
             inputs["position_ids"] = torch.cat((first, position_ids + p), dim=-1)  # (b, p + t)
-        return inputs | others | self.shifted(attention_mask)
-
-    def shifted(self, attention_mask=None, position_ids=None, **inputs) -> dict:
-        """Inputs (b, t) to be read after p cached positions: the mask is then (b, p + t)."""
-        p = self.embedding.num_embeddings
-        if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                raise ValueError(f"attention_mask must be (b, t), got {attention_mask.shape}")
-            inputs["attention_mask"] = F.pad(attention_mask, (p, 0), value=1)  # (b, p + t)
-        if position_ids is not None:
-            inputs["position_ids"] = position_ids + p
         return inputs
 
 
@@ -130,7 +119,7 @@ def initial_tokens(config: PromptTuningConfig, vocab_size: int) -> Tensor:
         ids = Tokenizer.from_file(file).encode(config.prompt_tuning_init_text).ids
     except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"{file} cannot be read: {error}") from error
-    return torch.tensor(ids).repeat(-(-p // len(ids)))[:p]
+    return torch.tensor(ids).repeat(math.ceil(p / len(ids)))[:p]
 
 
 if __name__ == "__main__":  # steer a frozen random model towards token 3
@@ -147,9 +136,9 @@ if __name__ == "__main__":  # steer a frozen random model towards token 3
     before = (head(words(ids).cumsum(1)).argmax(-1) == 3).float().mean().item()
     for _ in range(100):
         logits = prompt(model, ids).logits  # (b, t, v)
-        F.cross_entropy(logits.mT, torch.full_like(ids, 3)).backward()
+        F.cross_entropy(logits.mT, torch.full_like(ids, 3)).backward()  # it wants (b, v, t)
         optimizer.step()
         optimizer.zero_grad()
     after = (prompt(model, ids).logits.argmax(-1) == 3).float().mean().item()
     assert after > 0.95
-    print(f"prompt_tuning.py: token 3 wins {before:.0%} of places before, {after:.0%} after")
+    print(f"prompt_tuning.py: token 3 is predicted at {before:.0%}, then {after:.0%} of positions")

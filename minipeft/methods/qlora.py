@@ -1,9 +1,9 @@
 """QLoRA: store the frozen base in four bits, and train a LoRA on top of it.
 
-The base gets no updates, so four bits per weight are enough. Weights are quantized in blocks of 64.
-A block stores one scale, its largest absolute value (absmax); a weight stores a 4-bit code, the
-index of the nearest of 16 levels. Weights are roughly normal, so the levels of NF4 are quantiles of
-the normal distribution, divided by the largest so that they lie in [-1, 1], and an exact zero.
+Small updates would be lost in 4-bit rounding, but frozen weights are only read. They are quantized
+in blocks of 64. A block stores one scale, its largest absolute value (absmax); a weight stores a
+4-bit code, the index of the nearest of 16 levels. Weights are roughly normal, so the levels of NF4
+are zero and 15 quantiles of the normal distribution, scaled to lie in [-1, 1].
 Double quantization stores the scales in 8 bits. Each layer dequantizes its weight in the forward
 pass and again in the backward pass, and never keeps it. For paged AdamW, see paged_adamw.py.
 
@@ -14,8 +14,8 @@ Paper: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", ar
     absmax ≈ offset + absmax₂ · map[code₈],            offset = mean absmax            (3)
     y = W₄ x + b + s B A x,                            s = α / r                       (4)
 
-Φ⁻¹ is the normal quantile function. The 8 points, and the 7, are evenly spaced from 0.9677 down to
-0.5, which is left out. absmax₂ is the largest |absmax - offset| of 256 scales; map has 256 fixed
+Φ⁻¹ is the normal quantile function. Each set of points is evenly spaced from 0.9677 down to 0.5,
+excluding 0.5. absmax₂ is the largest |absmax - offset| of 256 scales; map has 256 fixed
 values (see `dynamic_map`). W₄ is the dequantized W.
 Shapes: W (out, in), A (r, in), B (out, r). For n = out · in weights: codes (n / 2,), two per byte,
 the first weight in the high 4 bits; scales (n / 64,). Trainable parameters: r · (in + out).
@@ -23,7 +23,7 @@ Bits per weight: 4 + 8/64 + 32/(64 · 256) = 4.127; without double quantization 
 
 Difference from the paper: its formula for the levels is infinite at the ends; these levels are
 those of bitsandbytes, the authors' library. Codes, scales and weights are the same as there, with
-one exception: its CPU kernel misses the nearest 8-bit code for a few scales per thousand.
+one exception: its CPU kernel chooses a neighbouring 8-bit code for a few scales in a thousand.
 
 >>> model = quantize_model(model)  # in place and not reversible: the base is now the 4-bit model
 >>> layers = add_qlora(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
@@ -32,7 +32,6 @@ one exception: its CPU kernel misses the nearest 8-bit code for a few scales per
 import copy
 import math
 import re
-import warnings
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -105,8 +104,8 @@ def quantize_nf4(weight: Tensor, blocksize: int = 64, double_quant: bool = True)
     blocks = in_blocks(weight.reshape(-1), blocksize)
     for chunk in blocks.split(chunk_size(blocks.device, blocksize)):  # small enough for the cache
         absmax = chunk.float().abs().amax(dim=1)  # (blocks of this chunk,)
-        x = (chunk * (1 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)  # clamp: no 1 / 0
-        code, above = torch.zeros_like(x), torch.empty_like(x)
+        x = chunk * (1 / absmax.clamp(min=1e-38))[:, None]  # the clamp avoids 1 / 0
+        code, above = torch.zeros_like(x), torch.empty_like(x)  # as floats: that is faster
         for midpoint in NF4_MIDPOINTS:  # (2): count the midpoints below x; faster than bucketize
             code += torch.gt(x, midpoint, out=above)
         packed.append((code[:, 0::2] * 16 + code[:, 1::2]).to(torch.uint8).view(-1))
@@ -151,8 +150,8 @@ def in_blocks(x: Tensor, blocksize: int) -> Tensor:
 
 
 def chunk_size(device: torch.device, blocksize: int) -> int:
-    """The number of blocks to process at once. On a CPU they have 2^17 weights, which fit into its
-    cache; on a GPU more."""
+    """The number of blocks to process at once. On a CPU, 2^17 weights fit into its cache; on a GPU,
+    more are faster, but all at once would take much memory."""
     return max((2**17 if device.type == "cpu" else 2**22) // blocksize, 1)
 
 
@@ -173,7 +172,8 @@ class _Linear4bitFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         for_x, for_bias, _ = ctx.needs_input_grad
         grad_x = grad @ dequantize_nf4(ctx.q, grad.dtype) if for_x else None  # (…, out) @ (out, in)
-        return grad_x, grad.reshape(-1, grad.shape[-1]).sum(0) if for_bias else None, None
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if for_bias else None  # (out,)
+        return grad_x, grad_bias, None
 
 
 class QuantizedLinear(nn.Module):
@@ -185,7 +185,7 @@ class QuantizedLinear(nn.Module):
         self.bias, self.dtype = base_layer.bias, base_layer.weight.dtype
         shell = copy.copy(base_layer)  # the original layer without its weight, for `plain`
         shell._parameters = {}
-        self.shell = [shell]  # in a list, so that it is no submodule
+        self.shell = [shell]  # in a list, so that PyTorch does not register it as a submodule
 
     weight = property(lambda self: self.dequantize(self.dtype))
 
@@ -195,12 +195,12 @@ class QuantizedLinear(nn.Module):
         super()._apply(fn, recurse)
         for name, tensor in scales.items():
             self._buffers[name] = tensor.to(self.codes.device)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # what the call makes of it
         return self
 
     def plain(self, weight: Tensor | None = None) -> nn.Module:
         """A frozen layer of the original class with this weight (out, in), by default the
-        dequantized one, in at least float32."""
+        dequantized one, in float32 or wider."""
         wide = torch.promote_types(self.dtype, torch.float32)
         w = self.dequantize(wide) if weight is None else weight
         layer = copy.copy(self.shell[0])
@@ -238,7 +238,7 @@ class Linear4bit(QuantizedLinear):
 
 
 class Linear8bit(QuantizedLinear):
-    """A linear layer for inference with one scale per row: W ≈ scale · int8."""
+    """A linear layer with one scale per row, W ≈ scale · int8: plain rounding, for inference."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
@@ -268,8 +268,8 @@ class QLoraLinear(nn.Module):
         self.base_layer, self.r = base_layer, config.r
         device = base_layer.codes.device
         self.out_features, self.in_features = base_layer.out_features, base_layer.in_features
-        root = math.sqrt(self.r)
-        self.scaling = config.lora_alpha / (root if config.use_rslora else self.r)  # s
+        divisor = math.sqrt(self.r) if config.use_rslora else self.r  # rsLoRA, see lora.py
+        self.scaling = config.lora_alpha / divisor  # s
         self.lora_dropout = nn.Dropout(config.lora_dropout)
         self.lora_A = nn.Linear(self.in_features, self.r, bias=False).to(device)
         self.lora_B = nn.Linear(self.r, self.out_features, bias=False).to(device)
@@ -287,8 +287,12 @@ class QLoraLinear(nn.Module):
         x = self.lora_dropout(x.to(self.lora_A.weight.dtype))  # (…, in)
         return y + self.lora_B(self.scaling * self.lora_A(x)).to(y.dtype)  # (4)
 
-    weight = property(lambda self: self.merged().to(self.base_layer.dtype))  # for other code
     bias = property(lambda self: self.base_layer.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """W', for code that reads a layer's weight instead of calling the layer."""
+        return self.merged().to(self.base_layer.dtype)
 
     def delta(self) -> Tensor:
         """The update s B A, (out, in)."""
@@ -328,57 +332,27 @@ def quantize_model(model: nn.Module, bits: int = 4, **options) -> nn.Module:
     """Replace every linear layer except the output head with a quantized one. Return the model.
 
     In place and not reversible. Embeddings and norms keep their dtype. A model declares its head
-    with `get_output_embeddings`; without it, all linear layers are quantized. bits is 4 or 8; for
-    4, the options are those of `Linear4bit`. Warns if other weights, such as a mixture's experts in
-    one tensor, are not quantized. Raises ValueError, before anything changes, for other bits, a bad
-    blocksize, weights that are not finite, and a model with an adapter.
+    with `get_output_embeddings`; without it, all linear layers are quantized. A subclass of
+    nn.Linear that computes something else, with a `forward` of its own, is left as it is. bits is 4
+    or 8; for 4, the options are those of `Linear4bit`. Raises ValueError, before anything changes,
+    for other bits, for a bad blocksize, for weights that are not finite, and for a model with an
+    adapter.
     """
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits!r}")
-    if hasattr(model, "has_adapters") or any(hasattr(m, "base_layer") for m in model.modules()):
+    if any(hasattr(m, "base_layer") for m in model.modules()):
         raise ValueError("the model has an adapter: quantize it before adding one")
     layer_class = {4: Linear4bit, 8: Linear8bit}[bits]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    new = {
-        m: layer_class(m, **options)
-        for m in model.modules()
-        if (type(m).forward is nn.Linear.forward or type(m).__name__ == "Conv1D") and m is not head
-    }
-    modules = list(model.named_modules(remove_duplicate=False))  # a layer may have two names
-    layers = {name: new[module] for name, module in modules if module in new}
-    warn_of_unreached(model, set(layers), "quantize_model")
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.requires_grad_(False).train(model.training))
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = cannot_save
+    new = {}  # from a layer to its quantized form
+    for m in model.modules():
+        linear = type(m).forward is nn.Linear.forward or type(m).__name__ == "Conv1D"
+        if linear and m is not head:
+            new[m] = layer_class(m, **options).requires_grad_(False).train(model.training)
+    for name, m in list(model.named_modules(remove_duplicate=False)):  # one layer, several names
+        if m in new:
+            model.set_submodule(name, new[m])
     return model
-
-
-def cannot_save(*args, **kwargs):
-    """The `save_pretrained` of a model whose own would write a folder that nobody can read."""
-    raise ValueError(
-        "this model has quantized or adapted layers: save the adapter with "
-        "PeftModel.save_pretrained, or call merge_and_unload() and save the model it returns"
-    )
-
-
-def warn_of_unreached(model: nn.Module, names: set[str], what: str) -> None:
-    """Warn if 1 % or more of a model's weights are in none of the layers in `names`, in no
-    embedding, and not in the output head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    total = sum(p.numel() for p in model.parameters())
-    total += sum(q.in_features * q.out_features for q in quantized_layers(model).values())
-    missed = {}
-    for name, module in model.named_modules():
-        if name in names or module is head or isinstance(module, nn.Embedding):
-            continue
-        for key, p in module.named_parameters(recurse=False):
-            if p.dim() > 1:
-                kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{name}.{key}")  # all layers as one
-                missed[kind] = missed.get(kind, 0) + p.numel()
-    if sum(missed.values()) >= 0.01 * max(total, 1):
-        shares = ", ".join(f"{kind} ({n / total:.1%})" for kind, n in missed.items())
-        warnings.warn(f"{what} does not reach these weights of the model: {shares}", stacklevel=3)
 
 
 def add_qlora(model: nn.Module, config) -> dict[str, QLoraLinear]:
@@ -438,7 +412,7 @@ if __name__ == "__main__":  # a 4-bit layer, and a LoRA that recovers a change o
     lora = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "use_rslora": False}
     config = SimpleNamespace(target_modules="all-linear", **lora)
     (layer,) = add_qlora(quantize_model(model), config).values()
-    w4 = layer.base_layer.weight
+    w4 = layer.base_layer.weight  # the goal is w4 + change: no LoRA has to repair the rounding
     error = (w4 - w).norm() / w.norm()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for _ in range(300):
