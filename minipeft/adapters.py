@@ -36,7 +36,7 @@ from minipeft.token_rows import token_rows
 PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids")
 # Names under which models take a cache
 CACHES = ("past_key_values", "cache", "cache_params", "state")
-# Options of transformers' `generate` that are wrong if there are more cached positions than tokens
+# Options of transformers' `generate` that go wrong because the virtual tokens are cached too
 NOT_WITH_PROMPTS = (
     "past_key_values", "cache_implementation", "prompt_lookup_num_tokens", "assistant_model",
     "assistant_early_exit",
@@ -127,11 +127,13 @@ class Adapter:
 
 
 class WeightAdapter(Adapter):
-    """A method that wraps layers of the base."""
+    """A method that wraps layers of the base. A wrapping layer has the attributes `base_layer`,
+    `weight` (W') and `bias`, and, unless it is a bottleneck, `merge`, `unmerge` and
+    `merge_into_base`."""
 
     def __init__(self, model: nn.Module, config):
         self.config = config
-        part = "bias" if config.peft_type == "BITFIT" else "weight"
+        part = "bias" if config.peft_type == "BITFIT" else "weight"  # what is adapted of a layer
         targets = find_targets(model, config.target_modules, part)
         self.layers = {name: self.new_layer(name, base) for name, base in targets.items()}
         if getattr(config, "trainable_token_indices", None) is not None:
@@ -204,7 +206,10 @@ class AdaLoraAdapter(WeightAdapter):
             return out
         if hasattr(out, "_replace"):  # a named tuple
             return out._replace(loss=loss + penalty)
-        out["loss"] = loss + penalty
+        if isinstance(out, dict):
+            out["loss"] = loss + penalty
+        else:
+            out.loss = loss + penalty
         return out
 
     def ranks(self) -> dict[str, int]:
@@ -325,7 +330,8 @@ class PromptAdapter(Adapter):
         mask = inputs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             raise ValueError(f"attention_mask must be (b, t), got {tuple(mask.shape)}")
-        given = [inputs[name] for name in PER_TOKEN[:2] if inputs.get(name) is not None]
+        texts = ("input_ids", "inputs_embeds")
+        given = [inputs[name] for name in texts if inputs.get(name) is not None]
         if self.config.peft_type != "PREFIX_TUNING" and given:
             text = given[0]
             for name, value in inputs.items():
@@ -457,7 +463,7 @@ def check_prompt_model(model: nn.Module, config) -> None:
     if getattr(text, "hidden_size_per_layer_input", None):
         raise ValueError(f"{kind} embeds tokens in every layer: virtual tokens are not supported")
     names = ("n_positions", "max_position_embeddings")
-    context = next((getattr(settings, n) for n in names if hasattr(settings, n)), math.inf)
+    context = next((getattr(text, n) for n in names if hasattr(text, n)), math.inf)
     if 0 < context <= config.num_virtual_tokens:
         p = config.num_virtual_tokens
         raise ValueError(f"{p} virtual tokens leave no room in a context of {context}")

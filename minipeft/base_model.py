@@ -45,8 +45,8 @@ def warn_of_unreached(model: nn.Module, names: set[str], caller: str) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """The numbers of (trainable, all) parameters. A shared parameter counts once; a quantized layer
-    counts with its out · in weights."""
+    """The numbers of (trainable, all) parameters. A shared parameter counts once; the weight of a
+    quantized layer counts as out · in."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     quantized = sum(q.in_features * q.out_features for q in quantized_layers(model).values())
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes) + quantized
@@ -67,8 +67,8 @@ def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing
     for layer in quantized_layers(model).values():
         layer.dtype = torch.float32  # of the weight that it dequantizes to
     if use_gradient_checkpointing:
-        new_name = getattr(model, "activation_checkpointing_enable", None)  # in transformers
-        (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        newer = getattr(model, "activation_checkpointing_enable", None)  # transformers' new name
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model
 
 
@@ -90,8 +90,8 @@ def guard_saving(model: nn.Module) -> None:
     changed = any(isinstance(m, QuantizedLinear) or hasattr(m, "base_layer") for m in modules)
     if changed and hasattr(model, "save_pretrained"):
         model.save_pretrained = cannot_save
-    elif not changed:
-        vars(model).pop("save_pretrained", None)  # the class's own method again
+    elif vars(model).get("save_pretrained") is cannot_save:
+        del model.save_pretrained  # the class's own method again
 
 
 def cannot_save(*args, **kwargs):
@@ -106,7 +106,7 @@ def make_plain(model: nn.Module) -> None:
     """Undo what adapters did to a base, except for freezing its parameters."""
     vars(model).pop("has_adapters", None)
     guard_saving(model)
-    if hasattr(model, "disable_input_require_grads"):
+    if getattr(model, "_require_grads_hook", None) is not None:  # the Trainer may have set it
         model.disable_input_require_grads()
     for module in filter(has_statistics, model.modules()):
         module.training = model.training
@@ -116,9 +116,9 @@ def restored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     """The dtype that each parameter of a quantized model gets when it is dequantized, by name;
     empty if the model is not quantized.
 
-    All get the widest dtype among the parameters outside the quantized layers. A layer that was
-    wider before it was quantized stays so: transformers, for example, keeps some layers of
-    half-precision models in float32.
+    That is the widest dtype among the parameters outside the quantized layers, except for a layer
+    that was even wider before it was quantized. (transformers keeps some layers of half-precision
+    models in float32.)
     """
     quantized = quantized_layers(model)
     if not quantized:

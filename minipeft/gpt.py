@@ -156,7 +156,7 @@ class GPT(nn.Module):
         self.config = config
         self.name_or_path = None  # the folder or Hub name, set by from_pretrained
         self.gradient_checkpointing = False
-        self.input_hook = None
+        self._require_grads_hook = None
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -323,12 +323,12 @@ class GPT(nn.Module):
     def enable_input_require_grads(self) -> None:
         """Let the embedding's output require a gradient, as reentrant checkpointing needs."""
         self.disable_input_require_grads()
-        self.input_hook = self.transformer.wte.register_forward_hook(_require_gradient)
+        self._require_grads_hook = self.transformer.wte.register_forward_hook(_require_gradient)
 
     def disable_input_require_grads(self) -> None:
-        if self.input_hook is not None:
-            self.input_hook.remove()
-            self.input_hook = None
+        if self._require_grads_hook is not None:
+            self._require_grads_hook.remove()
+            self._require_grads_hook = None
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.transformer.wte

@@ -51,7 +51,7 @@ class signature_of_base:
 
 
 class PeftModel(nn.Module):
-    """A base model, frozen by its first adapter, and its adapters. See `get_peft_model`.
+    """A base model with adapters. Adding the first adapter freezes the base. See `get_peft_model`.
 
     Attributes and methods that are not defined here are the base model's. Training, switching and
     merging never change the base's weights; only `merge_and_unload(inplace=True)` does.
@@ -182,8 +182,8 @@ class PeftModel(nn.Module):
             adapter = self._attached  # inside another block still `Adapter()`, which does nothing
             try:
                 adapter.attach(self.base_model)
-            except RuntimeError:  # it does not fit the base any more: it stays disabled
-                self._disable_depth += 1
+            except RuntimeError:  # it does not fit the base any more: no adapter is active
+                self.active_adapter = None
                 raise
             self.prompt_encoder = adapter.encoder
             for module in adapter.modules().values():
@@ -210,9 +210,12 @@ class PeftModel(nn.Module):
     # --- merging ---
 
     def merge_adapter(self, safe_merge: bool = False) -> None:
-        """Make the active adapter's layers use W' = W + ΔW, the weight plus the update. W itself
-        does not change. With safe_merge, raises ValueError, before anything is merged, if a W' has
-        NaN or infinite entries."""
+        """Make the active adapter's layers use W' = W + ΔW, the weight plus the update. Unlike in
+        peft, W itself does not change: the layer keeps W' next to it.
+
+        With safe_merge, raises ValueError, before anything is merged, if a W' has NaN or infinite
+        entries.
+        """
         layers = self._mergeable_layers(safe_merge)
         for layer in layers.values():
             layer.merge()
@@ -241,7 +244,8 @@ class PeftModel(nn.Module):
             model.set_submodule(name, layer.plain())
         if dtypes:
             for name, p in model.named_parameters():
-                p.data = p.data.to(dtypes[name]) if p.is_floating_point() else p.data
+                if p.is_floating_point():
+                    p.data = p.data.to(dtypes[name])
         if inplace:
             self.adapters, self.active_adapter = {}, None
         make_plain(model)
@@ -350,7 +354,8 @@ class PeftModel(nn.Module):
         return self.base_model._get_name()
 
     def train(self, mode: bool = True) -> "PeftModel":
-        """nn.Module's method, but running statistics (BatchNorm) stay frozen, like the weights."""
+        """nn.Module's method, but running statistics (BatchNorm) stay frozen, like the weights: in
+        training mode too, such layers compute what they compute in eval mode."""
         super().train(mode)
         freeze_statistics(self.base_model)
         return self

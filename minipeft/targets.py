@@ -1,8 +1,9 @@
-"""Which layers get an adapter: the search that `get_peft_model` uses. Any doubtful target raises.
+"""Which layers get an adapter. The search that `get_peft_model` uses raises ValueError for a target
+that cannot be adapted safely; the `add_…` functions of the method files search on their own.
 
-All methods accept targets in the same form. A list holds names or endings of names ("attn.c_proj").
-A string is a regular expression for the whole name, or "all-linear": every linear layer except the
-output head.
+All fine-tuning methods accept targets in the same form. A list holds names or endings of names
+("attn.c_proj"). A string is a regular expression for the whole name, or "all-linear": every linear
+layer except the output head.
 """
 
 import re
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from minipeft.base_model import warn_of_unreached
 from minipeft.methods.qlora import QuantizedLinear, matrix
 
-# These read the weights of the layers inside them without calling the layers.
+# In eval mode, these read the weights of the layers inside them without calling the layers.
 FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -30,7 +31,7 @@ def find_targets(
     - an entry that matches nothing, or a layer of the wrong kind,
     - a layer whose parameter PyTorch's fast path reads directly, bypassing the adapter,
     - a parameter that is computed, offloaded, or shared by two modules.
-    Warns if "all-linear" leaves out 1 % or more of the weights.
+    Warns if "all-linear" leaves out 1 % or more of the weights, such as a mixture's experts.
     """
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
     if any(hasattr(m, "base_layer") for m in modules.values()):
@@ -53,6 +54,7 @@ def find_targets(
         found.update(names)
     if target_modules == "all-linear" and part == "weight":
         warn_of_unreached(model, found, "all-linear")
+    # how many modules use a parameter; a module with two names counts twice
     users = Counter(memory_key(p) for m in modules.values() for p in m.parameters(recurse=False))
     fast = {inner for m in model.modules() if isinstance(m, FAST_PATH) for inner in m.modules()}
     targets = {n: m for n, m in modules.items() if n in found}
@@ -127,7 +129,8 @@ def has_bias(layer: nn.Module) -> bool:
 
 
 def list_targets(model: nn.Module) -> list[dict]:
-    """A row per kind of linear layer: name, count, in, out, parameters, rank 1 adapters.
+    """A row per kind of linear layer: name, count, in, out, parameters, and the parameters of
+    LoRAs of rank 1 on these layers ("rank 1 adapters").
 
     A name is the last two parts of a module's name. As an entry of `target_modules` it matches all
     layers of its row.

@@ -3,11 +3,13 @@
 A token that pretraining never saw has an untrained row in the embedding, and no adapter in the
 layers can change that row. Here the rows of the chosen tokens are replaced by trained ones, E:
 
-    W'[ids[j]] = E[j], all other rows of W' are those of W;   embedding: W'[x],   tied head: h W'ᵀ
+    W'[ids[j]] = E[j]; all other rows of W' are those of W
+    embedding: W'[x]
+    tied head: h W'ᵀ
 
 Shapes: W, W' (v, d), E (chosen tokens, d), x (b, t), h (b, t, d). E starts as the rows it replaces.
-Trainable parameters: chosen tokens times d. A tied embedding and head share E; a head of its own
-is not changed. In peft and its files, this is called `trainable_token_indices`.
+Trainable parameters: chosen tokens times d. A tied embedding and head share E; a head with its own
+weight is not changed. In peft's configs and files, this is called `trainable_token_indices`.
 """
 
 import torch
@@ -18,8 +20,10 @@ from minipeft.targets import memory_key
 
 
 class TokenRows(nn.Module):
-    """An embedding with trained rows, (b, t) -> (b, t, d). Or a head that is tied to the embedding
-    `source` and uses its rows, (b, t, d) -> (b, t, v)."""
+    """An embedding with trained rows, (b, t) -> (b, t, d).
+
+    With `source`, it is the head that is tied to that embedding, (b, t, d) -> (b, t, v).
+    """
 
     def __init__(self, base_layer: nn.Module, ids: Tensor, source: "TokenRows | None" = None):
         super().__init__()
@@ -39,7 +43,8 @@ class TokenRows(nn.Module):
         return w.index_copy(0, self.ids, rows.to(w.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The base layer's own forward pass (some scale their output) with W' instead of W."""
+        """The base layer's own forward pass, with W' instead of W. (Some embedding classes do more
+        than a look-up.)"""
         return functional_call(self.base_layer, {"weight": self.weight}, (x,))
 
     def merge(self) -> None:
@@ -55,7 +60,7 @@ class TokenRows(nn.Module):
 
 
 def token_rows(model: nn.Module, ids: list[int]) -> dict[str, TokenRows]:
-    """By name, the layers to put in place of a model's embedding, and of a head tied to it.
+    """Return the layers that replace a model's embedding, and a head tied to it, by name.
 
     Raises ValueError for tokens that do not exist or are given twice, and for models in which
     another module uses the embedding's weight too, because that module would keep the old rows.
@@ -70,6 +75,7 @@ def token_rows(model: nn.Module, ids: list[int]) -> dict[str, TokenRows]:
         if any(memory_key(p) == shared for p in module.parameters(recurse=False)):
             users[name] = module
     names = {module: name for name, module in users.items()}
+    # one module with two names, or a third module
     if len(names) < len(users) or not names.keys() <= {embedding, head}:
         raise ValueError(f"trainable_token_indices: in {kind}, {', '.join(users)} share one weight")
     if getattr(embedding, "max_norm", None):

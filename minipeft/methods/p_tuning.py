@@ -136,12 +136,13 @@ class PromptEncoder(nn.Module):
 
 if __name__ == "__main__":  # steer a frozen random model towards token 3, then drop the network
     torch.manual_seed(0)
-    words, head = nn.Embedding(11, 8), nn.Linear(8, 11).requires_grad_(False)
+    words = nn.Embedding(11, 8).requires_grad_(False)
+    head = nn.Linear(8, 11).requires_grad_(False)
 
     def model(inputs_embeds):  # causal: each position sums the embeddings up to its own
         return SimpleNamespace(logits=head(inputs_embeds.cumsum(1)))
 
-    model.get_input_embeddings = lambda: words.requires_grad_(False)
+    model.get_input_embeddings = lambda: words
     encoder = PromptEncoder(model, PromptEncoderConfig(num_virtual_tokens=3))
     optimizer, ids = torch.optim.Adam(encoder.parameters(), lr=0.02), torch.randint(11, (64, 6))
     for _ in range(200):

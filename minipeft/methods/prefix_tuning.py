@@ -1,10 +1,11 @@
 """Prefix tuning: learned keys and values that every attention layer can attend to.
 
-Virtual tokens at the input reach the deeper layers only through the model itself. Prefix tuning
-gives every layer p keys and values of its own. They are trained, and the model is frozen. The p
-positions have no queries and pass through no MLP of the model. The prefix can be trained directly,
-or a small network can compute it (`prefix_projection`). The paper found the network more stable;
-after training, its output can be kept instead (`keep_output`). There is nothing to merge.
+The virtual tokens of prompt tuning reach the deeper layers only through the model itself. Prefix
+tuning gives every layer p keys and values of its own. They are trained, and the model is frozen.
+They are passed as a cache, which takes part in the forward pass like any tensor and gets gradients.
+The p positions have no queries and pass through no MLP of the model. The prefix can be trained
+directly, or a small network can compute it (`prefix_projection`). The paper found the network more
+stable. After training, its output can replace it (`keep_output`). There is nothing to merge.
 
 Paper: Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv
 2101.00190. Without the network this is the deep prompt of P-tuning v2 (arXiv 2110.07602).
@@ -12,16 +13,16 @@ Paper: Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Gene
     attention in layer i:  softmax(Q [K_i; K]ᵀ / √k) [V_i; V]                   (1)
     P = [K_0, V_0, K_1, V_1, …],  or with the network  P = tanh(H W_1ᵀ + b_1) W_2ᵀ + b_2   (2)
 
-Q, K and V are the layer's own, of the real tokens; K_i and V_i are the prefix of layer i.
-Shapes: b batch, t tokens, p virtual tokens, v vocabulary, l layers, h key heads, k head width,
-d = h k (with grouped queries less than the model's width), w the network's width; P (p, 2 l d),
-H (p, d), K_i and V_i (b, h, p, k), logits (b, t, v).
-Trainable parameters: 2 p l d; with the network p d + (d w + w) + (2 l d w + 2 l d).
+Q, K and V are the layer's own, of the real tokens; K_i and V_i are the prefix of layer i. The
+causal mask is not shown: every token sees the whole prefix.
+Shapes: b batch, t tokens, p virtual tokens, v vocabulary, l layers, h key/value heads, k head
+width, d = h k (with grouped queries less than the model's width), w the network's width;
+P (p, 2 l d), H (p, d), K_i and V_i (b, h, p, k), logits (b, t, v).
+Trainable parameters: 2 p l d. With the network: H p d, W_1 d w + w, W_2 2 l d w + 2 l d.
 
-Difference from the paper: no initialization from words. Difference from peft: gradient
-checkpointing works for models that keep their cache during it. As in peft, the real tokens have
-positions p … p + t - 1. A prefix of zeros differs from no prefix: a zero key has score 0, and
-exp(0) = 1 takes a share of the attention.
+Difference from the paper: no initialization from words. As in peft, the real tokens have positions
+p … p + t - 1. A prefix of zeros differs from no prefix: a zero key has the score 0, and exp(0) = 1
+takes a share of the attention.
 
 >>> model.requires_grad_(False)
 >>> prefix = PrefixEncoder(model, PrefixTuningConfig(num_virtual_tokens=20))
@@ -50,7 +51,7 @@ class PrefixTuningConfig:
     num_layers: int | None = None  # l
     num_attention_heads: int | None = None  # h, key heads
     task_type: str | None = None  # as in peft, for example "CAUSAL_LM"
-    inference_mode: bool = False  # no network: load the prefix itself, frozen
+    inference_mode: bool = False  # no network, for a prefix that get_peft_model loads frozen
     peft_type: str = field(default="PREFIX_TUNING", init=False)
 
     def __post_init__(self):
@@ -79,6 +80,7 @@ class PrefixEncoder(nn.Module):
             self.embedding = nn.Embedding(p, 2 * layers * d)  # P
             self.transform = nn.Identity()
         if config.init_weights == "zero":
+            # with a network, only its last layer is zero: the others still get gradients later
             last = self.embedding if isinstance(self.transform, nn.Identity) else self.transform[-1]
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
@@ -121,7 +123,7 @@ class PrefixEncoder(nn.Module):
         kv = kv.view(b, -1, 2 * layers, heads, width)  # (b, p, 2 l, h, k)
         kv = kv.permute(2, 0, 3, 1, 4)  # (2 l, b, h, p, k)
         pairs = tuple(zip(kv[0::2], kv[1::2], strict=True))  # keys and values of each layer
-        if self.cache_class is tuple:
+        if self.cache_class is tuple:  # our GPT; transformers has cache classes
             return pairs
         cache = self.cache_class()
         for i, (keys, values) in enumerate(pairs):
@@ -159,9 +161,10 @@ def probe(model: nn.Module) -> tuple[type, tuple[int, int, int]]:
     pairs = cache
     if not isinstance(cache, tuple):
         pairs = [(getattr(c, "keys", None), getattr(c, "values", None)) for c in cache.layers]
-    shapes = set()  # (key heads, head width), of the keys and of the values of every layer
-    for tensor in (tensor for keys, values in pairs for tensor in (keys, values)):
-        shapes.add(None if tensor is None else (tensor.shape[1], tensor.shape[3]))
+    shapes = set()  # (heads, head width), of the keys and of the values of every layer
+    for pair in pairs:
+        for tensor in pair[:2]:
+            shapes.add(None if tensor is None else (tensor.shape[1], tensor.shape[3]))
     if len(shapes) != 1 or None in shapes:
         raise ValueError(
             f"a prefix needs keys and values of one shape in all layers; in "
@@ -174,7 +177,7 @@ def probe(model: nn.Module) -> tuple[type, tuple[int, int, int]]:
 if __name__ == "__main__":  # steer one frozen attention layer towards token 3
     torch.manual_seed(0)
 
-    class Layer(nn.Embedding):  # one head, whose queries, keys and values are the embeddings
+    class Layer(nn.Embedding):  # one head without a causal mask; q, k and v are the embeddings
         def get_input_embeddings(self):
             return self
 

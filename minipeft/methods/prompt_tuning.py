@@ -7,7 +7,7 @@ soft tokens). No weight changes, so there is nothing to merge. The cost: every s
 positions longer, in training and in inference.
 
 Paper: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv
-2104.08691. The paper's model is T5, an encoder-decoder; here it is a decoder.
+2104.08691. The paper uses T5, an encoder-decoder; this file is for decoder-only models.
 
     logits = model([P; E(x)])                               (1)  section 2 of the paper
 
@@ -16,8 +16,9 @@ Shapes: b batch, t tokens, p virtual tokens, d width, v vocabulary; P (p, d), lo
 Trainable parameters: p d.
 
 Difference from peft: only the logits of the t real tokens are returned (peft returns p + t).
-As in peft, the labels of the virtual tokens are -100, and positions are 0 … p + t - 1. The first
-real token, if it has a label, is predicted from the last virtual token.
+As in peft, positions are 0 … p + t - 1, and virtual tokens have the label -100, which the loss
+ignores. If the first real token has a label, the loss also counts its prediction from the last
+virtual token.
 
 >>> model.requires_grad_(False)
 >>> prompt = PromptEmbedding(model, PromptTuningConfig(num_virtual_tokens=20))
@@ -39,8 +40,8 @@ class PromptTuningConfig:
     """How many virtual tokens, and their initial values. Fields and defaults are peft's."""
 
     num_virtual_tokens: int | None = None  # p
-    prompt_tuning_init: str = "RANDOM"  # initial values: "RANDOM" draws from N(0, 1),
-    # "SAMPLE_VOCAB" takes embeddings of random tokens, "TEXT" those of a text
+    prompt_tuning_init: str = "RANDOM"  # initial values: "RANDOM" draws from N(0, 1), "TEXT" takes
+    # the embeddings of a text, "SAMPLE_VOCAB" takes those of random tokens
     prompt_tuning_init_text: str | None = None  # for "TEXT"; truncated or repeated to p tokens
     tokenizer_name_or_path: str | None = None  # for "TEXT"; a folder with a tokenizer.json
     token_dim: int | None = None  # d; get_peft_model fills it in, because peft saves it
@@ -68,7 +69,8 @@ class PromptEmbedding(nn.Module):
         self.embedding = nn.Embedding(config.num_virtual_tokens, d)  # P, initialized from N(0, 1)
         if config.prompt_tuning_init != "RANDOM" and not config.inference_mode:
             ids = initial_tokens(config, v).to(embed.weight.device)  # (p,)
-            self.embedding.weight = nn.Parameter(embed(ids).detach().float().clone())
+            start = embed(ids).detach().float().clone()  # float32: small steps need precision
+            self.embedding.weight = nn.Parameter(start)
         self.to(embed.weight.device)
 
     def forward(self, model: nn.Module, input_ids: Tensor | None = None, **inputs):
@@ -124,19 +126,20 @@ def initial_tokens(config: PromptTuningConfig, vocab_size: int) -> Tensor:
 
 if __name__ == "__main__":  # steer a frozen random model towards token 3
     torch.manual_seed(0)
-    words, head = nn.Embedding(11, 8), nn.Linear(8, 11).requires_grad_(False)
+    words = nn.Embedding(11, 8).requires_grad_(False)
+    head = nn.Linear(8, 11).requires_grad_(False)
 
     def model(inputs_embeds):  # causal: each position sums the embeddings up to its own
         return SimpleNamespace(logits=head(inputs_embeds.cumsum(1)))
 
-    model.get_input_embeddings = lambda: words.requires_grad_(False)
+    model.get_input_embeddings = lambda: words
     prompt = PromptEmbedding(model, PromptTuningConfig(num_virtual_tokens=3))
     optimizer = torch.optim.Adam(prompt.parameters(), lr=0.3)
     ids = torch.randint(11, (64, 6))
     before = (head(words(ids).cumsum(1)).argmax(-1) == 3).float().mean().item()
     for _ in range(100):
         logits = prompt(model, ids).logits  # (b, t, v)
-        F.cross_entropy(logits.mT, torch.full_like(ids, 3)).backward()  # it wants (b, v, t)
+        F.cross_entropy(logits.mT, torch.full_like(ids, 3)).backward()  # wants (b, v, t)
         optimizer.step()
         optimizer.zero_grad()
     after = (prompt(model, ids).logits.argmax(-1) == 3).float().mean().item()

@@ -1,21 +1,22 @@
 """QLoRA: store the frozen base in four bits, and train a LoRA on top of it.
 
-Small updates would be lost in 4-bit rounding, but frozen weights are only read. They are quantized
-in blocks of 64. A block stores one scale, its largest absolute value (absmax); a weight stores a
-4-bit code, the index of the nearest of 16 levels. Weights are roughly normal, so the levels of NF4
-are zero and 15 quantiles of the normal distribution, scaled to lie in [-1, 1].
+Weights in 4 bits cannot be trained: small updates would be lost in rounding. But a frozen base is
+only read. Its weights are quantized in blocks of 64. A block stores one scale, its largest absolute
+value (absmax); a weight stores a 4-bit code, the index of the nearest of 16 levels. Weights are
+roughly normal, so the levels of NF4 are zero and 15 quantiles of the normal distribution, scaled to
+lie in [-1, 1].
 Double quantization stores the scales in 8 bits. Each layer dequantizes its weight in the forward
 pass and again in the backward pass, and never keeps it. For paged AdamW, see paged_adamw.py.
 
 Paper: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314.
 
-    levels = {Φ⁻¹(p) at 8 points, -Φ⁻¹(p) at 7 points, and 0} / Φ⁻¹(0.9677)            (1)
+    levels = {Φ⁻¹(p) for 8 values of p, -Φ⁻¹(p) for 7 values, and 0} / Φ⁻¹(0.9677)     (1)
     code_i = index of the level nearest w_i / absmax,  w_i ≈ absmax · levels[code_i]   (2)
     absmax ≈ offset + absmax₂ · map[code₈],            offset = mean absmax            (3)
     y = W₄ x + b + s B A x,                            s = α / r                       (4)
 
-Φ⁻¹ is the normal quantile function. Each set of points is evenly spaced from 0.9677 down to 0.5,
-excluding 0.5. absmax₂ is the largest |absmax - offset| of 256 scales; map has 256 fixed
+Φ⁻¹ is the normal quantile function. The 8 and the 7 values of p are evenly spaced from 0.9677 down
+to 0.5, excluding 0.5. absmax₂ is the largest |absmax - offset| of 256 scales; map has 256 fixed
 values (see `dynamic_map`). W₄ is the dequantized W.
 Shapes: W (out, in), A (r, in), B (out, r). For n = out · in weights: codes (n / 2,), two per byte,
 the first weight in the high 4 bits; scales (n / 64,). Trainable parameters: r · (in + out).
@@ -85,8 +86,8 @@ class NF4:
 
     def bits(self) -> float:
         """Bits per weight, counted from the tensors."""
-        held = [t.nbytes for t in vars(self).values() if isinstance(t, Tensor)]
-        return 8 * sum(held) / math.prod(self.shape)
+        sizes = [t.nbytes for t in vars(self).values() if isinstance(t, Tensor)]
+        return 8 * sum(sizes) / math.prod(self.shape)
 
 
 @torch.no_grad()
@@ -161,7 +162,8 @@ def check_finite(weight: Tensor) -> None:
 
 
 class _Linear4bitFunction(torch.autograd.Function):
-    """x Wᵀ + b with W dequantized in both passes. `F.linear` alone would keep W in between."""
+    """x Wᵀ + b with W dequantized in both passes. `F.linear` alone would keep W in memory from the
+    forward pass to the backward pass, where the gradient of x needs it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, q: NF4) -> Tensor:
@@ -177,7 +179,10 @@ class _Linear4bitFunction(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Module):
-    """Base class of quantized linear layers: their `weight` (out, in) is computed on demand."""
+    """Base class of quantized linear layers: their `weight` (out, in) is computed on demand.
+
+    A subclass has buffers, among them `codes`, and a method `dequantize(dtype)`.
+    """
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -195,12 +200,12 @@ class QuantizedLinear(nn.Module):
         super()._apply(fn, recurse)
         for name, tensor in scales.items():
             self._buffers[name] = tensor.to(self.codes.device)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # what the call makes of it
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # the dtype that fn casts to
         return self
 
     def plain(self, weight: Tensor | None = None) -> nn.Module:
-        """A frozen layer of the original class with this weight (out, in), by default the
-        dequantized one, in float32 or wider."""
+        """A frozen, unquantized layer of the original class with this weight (out, in), by default
+        the layer's own, dequantized to float32 or wider."""
         wide = torch.promote_types(self.dtype, torch.float32)
         w = self.dequantize(wide) if weight is None else weight
         layer = copy.copy(self.shell[0])
@@ -349,7 +354,7 @@ def quantize_model(model: nn.Module, bits: int = 4, **options) -> nn.Module:
         linear = type(m).forward is nn.Linear.forward or type(m).__name__ == "Conv1D"
         if linear and m is not head:
             new[m] = layer_class(m, **options).requires_grad_(False).train(model.training)
-    for name, m in list(model.named_modules(remove_duplicate=False)):  # one layer, several names
+    for name, m in list(model.named_modules(remove_duplicate=False)):  # under each of its names
         if m in new:
             model.set_submodule(name, new[m])
     return model
@@ -393,8 +398,8 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 def bits_per_weight(model: nn.Module) -> float | None:
     """Bits per weight of the quantized layers, counted from their tensors; None without any."""
     layers = quantized_layers(model).values()
-    held = sum(8 * buffer.nbytes for layer in layers for buffer in layer.buffers())
-    return held / sum(q.in_features * q.out_features for q in layers) if layers else None
+    bits = sum(8 * buffer.nbytes for layer in layers for buffer in layer.buffers())
+    return bits / sum(q.in_features * q.out_features for q in layers) if layers else None
 
 
 def matrix(layer: nn.Module) -> Tensor:
@@ -412,7 +417,9 @@ if __name__ == "__main__":  # a 4-bit layer, and a LoRA that recovers a change o
     lora = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "use_rslora": False}
     config = SimpleNamespace(target_modules="all-linear", **lora)
     (layer,) = add_qlora(quantize_model(model), config).values()
-    w4 = layer.base_layer.weight  # the goal is w4 + change: no LoRA has to repair the rounding
+    w4 = (
+        layer.base_layer.weight
+    )  # the goal is w4 + change, so that the LoRA need not correct the rounding too
     error = (w4 - w).norm() / w.norm()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for _ in range(300):
