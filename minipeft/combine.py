@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.adapters import Adapter, WeightAdapter, make_adapter
+from minipeft.adapter import Adapter
+from minipeft.adapters import WeightAdapter, make_adapter
 
 Lora = tuple[float, float, Tensor, Tensor]  # wᵢ, sᵢ, Aᵢ, Bᵢ
 

@@ -1,6 +1,6 @@
 """`PeftModel`: add adapters to a model, and train, switch, merge and save them.
 
-An adapter is what LoRA or another PEFT method adds to a model (adapters.py). A model can have
+An adapter is what LoRA or another PEFT method adds to a model (adapter.py). A model can have
 several adapters, and one of them is active. The active adapter is attached: for most methods its
 layers replace layers of the base; a prompt method adds virtual tokens to the input. Inside
 `disable_adapter()` it is detached, and the model computes exactly what the base computes.
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minipeft.adapters import Adapter, make_adapter
+from minipeft.adapter import Adapter
+from minipeft.adapters import make_adapter
 from minipeft.base_model import (
     count_parameters,
     freeze_statistics,

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minipeft.adapters import METHODS, Adapter, make_adapter
+from minipeft.adapter import Adapter
+from minipeft.adapters import METHODS, make_adapter
 from minipeft.gpt import write_file
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
