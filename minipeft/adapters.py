@@ -226,7 +226,7 @@ def make_adapter(model: nn.Module, config) -> Adapter:
     The adapter keeps the config and may write to it. Raises TypeError for anything but a method's
     config, ValueError if the model does not support the method.
     """
-    if getattr(config, "peft_type", None) not in METHODS:
+    if not isinstance(config, tuple(method.config for method in METHODS.values())):
         raise TypeError(f"{config!r} is not a config of a method: {', '.join(METHODS)}")
     if config.task_type not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
         raise ValueError(

@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 import re
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,9 +47,18 @@ class signature_of_base:
     def __get__(self, model: "PeftModel | None", owner: type) -> Callable:
         if model is None:
             return self.forward
-        run = functools.partial(self.forward, model)
-        run.__signature__ = inspect.signature(model.base_model.forward)
-        return run
+        if "base_model" not in vars(model).get("_modules", {}):  # while it is unpickled
+            return types.MethodType(self.forward, model)
+
+        @functools.wraps(self.forward)
+        def forward(model, *args, **kwargs):
+            return self.forward(model, *args, **kwargs)
+
+        signature = inspect.signature(model.base_model.forward)
+        parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
+        parameters += signature.parameters.values()
+        forward.__signature__ = signature.replace(parameters=parameters)
+        return types.MethodType(forward, model)  # a method: accelerate wraps and unwraps it
 
 
 class PeftModel(nn.Module):
@@ -210,13 +220,17 @@ class PeftModel(nn.Module):
 
     # --- merging ---
 
-    def merge_adapter(self, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
         """Make the active adapter's layers use W' = W + ΔW, the weight plus the update. Unlike in
         peft, W itself does not change: the layer keeps W' next to it.
 
         With safe_merge, raises ValueError, before anything is merged, if a W' has NaN or infinite
-        entries.
+        entries. adapter_names, as in peft, can only name the active adapter.
         """
+        if adapter_names not in (None, [self.active_adapter]):
+            raise ValueError(f"only the active adapter can be merged, not {adapter_names!r}")
         layers = self._mergeable_layers(safe_merge)
         for layer in layers.values():
             layer.merge()
@@ -413,7 +427,8 @@ class PeftModel(nn.Module):
     def _check_new(self, adapter_name: str) -> None:
         if adapter_name in self.adapters:
             raise ValueError(f"there already is an adapter {adapter_name!r}")
-        if not adapter_name or re.search(r"[./\\]", adapter_name):  # it names a folder
+        plain = isinstance(adapter_name, str) and adapter_name
+        if not plain or re.search(r"[./\\]", adapter_name):  # it names a folder
             raise ValueError(f"adapter_name must not be empty or have . or /, got {adapter_name!r}")
 
     def _add(self, adapter_name: str, adapter: Adapter) -> None:

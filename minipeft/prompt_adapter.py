@@ -97,7 +97,7 @@ class PromptAdapter(Adapter):
         def forward(*args, **inputs):
             nonlocal started
             inputs |= signature.bind_partial(*args).arguments
-            cached = any(inputs.get(name) is not None for name in CACHES)
+            cached = any(is_filled(inputs.get(name)) for name in CACHES)
             in_cache = started and cached and inputs.get("use_cache") is not False
             started = True
             self.check_inputs(inputs)
@@ -169,9 +169,19 @@ def after_prompt(p: int, attention_mask=None, position_ids=None, **inputs) -> di
     return inputs
 
 
+def is_filled(cache) -> bool:
+    """Whether a cache holds anything. transformers gives an empty one to models that use none."""
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return cache is not None
+    return any(getattr(layer, "is_initialized", True) for layer in layers)
+
+
 def check_prompt_model(model: nn.Module, config) -> None:
     """Raises ValueError for a model that cannot take these virtual tokens."""
     settings, kind = getattr(model, "config", None), type(model).__name__
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model already has an adapter: remove it before adding another")
     if getattr(settings, "is_encoder_decoder", False):
         raise ValueError("prompt methods need a decoder; this is an encoder-decoder model")
     if not hasattr(model, "get_input_embeddings"):

@@ -82,7 +82,10 @@ def match(
         linear = [n for n in fitting if is_linear(modules[n]) and modules[n] is not head]
         return {target_modules: linear}
     if isinstance(target_modules, str):
-        return {target_modules: [n for n in modules if re.fullmatch(target_modules, n)]}
+        try:
+            return {target_modules: [n for n in modules if re.fullmatch(target_modules, n)]}
+        except re.error as error:
+            raise ValueError(f"target_modules={target_modules!r} is no regex: {error}") from error
     return {end: [n for n in modules if f".{n}".endswith(f".{end}")] for end in target_modules}
 
 

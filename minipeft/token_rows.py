@@ -81,7 +81,7 @@ def token_rows(model: nn.Module, ids: list[int]) -> dict[str, TokenRows]:
     if getattr(embedding, "max_norm", None):
         raise ValueError("trainable_token_indices: not supported for an embedding with max_norm")
     v = len(embedding.weight)
-    if len(set(ids)) < len(ids) or not all(0 <= i < v for i in ids):
+    if not ids or len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < v for i in ids):
         raise ValueError(f"trainable_token_indices must be distinct, from 0 to {v - 1}, got {ids}")
     chosen = torch.tensor(ids, device=embedding.weight.device)
     layers = {names[embedding]: TokenRows(embedding, chosen)}

@@ -187,7 +187,9 @@ def test_a_model_without_a_cache_gets_the_prompt_in_every_pass(batch):
         vocab_size=61, n_positions=64, n_embd=24, n_layer=2, n_head=3
     )
     base = transformers.OpenAIGPTLMHeadModel(config).eval()
-    nn.init.normal_(base.transformer.tokens_embed.weight)
+    for p in base.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.2)
     model = get_peft_model(base, minipeft.PromptTuningConfig(num_virtual_tokens=3)).eval()
     found = model.generate(**batch, max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert torch.equal(found, continued(model, batch["input_ids"], 5))

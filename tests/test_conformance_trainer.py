@@ -1,6 +1,7 @@
 """transformers' Trainer with its default settings: it trains, saves and resumes adapters."""
 
 import contextlib
+import copy
 import io
 from pathlib import Path
 
@@ -295,3 +296,24 @@ def test_the_readmes_example_runs_and_peft_reads_its_checkpoint(tmp_path, monkey
     base = transformers.GPT2LMHeadModel.from_pretrained("gpt2")
     theirs, ids = peft.PeftModel.from_pretrained(base, folder).eval(), torch.tensor([[1, 2, 3]])
     assert torch.allclose(theirs(ids).logits, names["model"].eval()(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_model_trained_in_bfloat16_can_be_copied_unwrapped_and_pickled(kind, tmp_path):
+    model = adapted(kind, "lora", tmp_path / "base")
+    run = trainer(model, tmp_path / "out", bf16=True)
+    run.train()
+    ids = rows([10])[0]["input_ids"][None]
+    expected = model.eval()(input_ids=ids).logits
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    assert not other(input_ids=ids).logits.any()
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert torch.equal(loaded(input_ids=ids).logits, expected)
+    plain = run.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    assert plain(input_ids=ids).logits.shape == expected.shape

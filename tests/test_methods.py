@@ -841,3 +841,27 @@ def test_a_generate_that_never_calls_forward_is_refused(gpt, ids, name):
     gpt.generate_batch = lambda input_ids: input_ids
     with pytest.raises(ValueError, match=r"generate_batch cannot be used with a prompt method"):
         model.generate_batch(ids)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (PromptEncoderConfig, {"encoder_dropout": 0.1}, "are for the LSTM, not the MLP"),
+        (PromptEncoderConfig, {"encoder_num_layers": 3}, "are for the LSTM, not the MLP"),
+        (
+            PromptEncoderConfig,
+            {"encoder_dropout": 1.0, "encoder_reparameterization_type": "LSTM"},
+            r"encoder_dropout must be in \[0, 1\), got 1.0",
+        ),
+        (PromptTuningConfig, {"prompt_tuning_init_text": "abc"}, "RANDOM"),
+        (PrefixTuningConfig, {"encoder_hidden_size": 2.5}, "must be a positive integer, got 2.5"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(num_virtual_tokens=3, **settings)
+
+
+def test_adalora_needs_a_finite_scale():
+    with pytest.raises(ValueError, match="lora_alpha must be positive"):
+        AdaLoraConfig(total_step=5, lora_alpha=float("inf"))

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import types
 
 import pytest
 import torch
@@ -205,7 +206,7 @@ def test_bad_folders_raise_one_clear_error(gpt, tmp_path):
         ({"r": True}, "r must be of type int, got True"),
         ({"target_modules": [7]}, r"target_modules must be of type list\[str\].*, got \[7\]"),
         ({"rank_pattern": {"c_fc": 2.5}}, r"rank_pattern=\{'c_fc': 2.5\} is not implemented"),
-        ({"target_modules": "("}, r"adapter_config.json: missing \)"),
+        ({"target_modules": "("}, r"is no regex: missing \)"),
         ({"r": 10**15}, "adapter_config.json: "),  # more than any memory
         ({"r": 10**40}, "adapter_config.json: "),  # more than a tensor's shape can be
     ]:
@@ -978,3 +979,41 @@ def test_loading_a_part_that_has_no_adapter_is_not_strict_if_told_so(gpt):
     assert set(missing) == outer.state_dict().keys() - part.keys()
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"0.default"):
         outer.load_state_dict(part)
+
+
+def test_forward_is_a_method_that_a_copy_has_of_its_own(gpt, ids):
+    """accelerate takes `forward.__func__`, wraps it, and binds it again; so do copies."""
+    model = adapted(gpt).eval()
+    function = model.forward.__func__
+    model.forward = types.MethodType(lambda *args, **kwargs: function(*args, **kwargs), model)
+    assert torch.equal(model(ids).logits, function(model, ids).logits)
+    other = copy.deepcopy(model)
+    for p in other.parameters():
+        p.data.zero_()
+    assert not other(ids).logits.any()
+    assert model(ids).logits.any()
+
+
+def test_peft_model_refuses_configs_of_another_package(gpt):
+    """Settings that are not implemented here would be dropped without a word."""
+    theirs = dataclasses.make_dataclass("LoraConfig", [("peft_type", str, "LORA")])()
+    with pytest.raises(TypeError, match="is not a config of a method"):
+        get_peft_model(gpt, theirs)
+
+
+def test_a_prompt_on_a_base_with_an_attached_adapter_is_refused(gpt):
+    model = adapted(gpt)
+    with pytest.raises(ValueError, match="already has an adapter: remove it before adding"):
+        get_peft_model(model.get_base_model(), PrefixTuningConfig(num_virtual_tokens=2))
+
+
+def test_names_that_cannot_be_right_are_refused(gpt):
+    model = adapted(gpt)
+    model.add_adapter("b", LoraConfig(r=2, target_modules=ALL))
+    with pytest.raises(ValueError, match=r"only the active adapter can be merged, not \['b'\]"):
+        model.merge_adapter(["b"])
+    model.merge_adapter(["default"])
+    with pytest.raises(ValueError, match="adapter_name must not be empty or have"):
+        model.add_adapter(3, LoraConfig(r=2, target_modules=ALL))
+    with pytest.raises(ValueError, match=r"target_modules='\(' is no regex"):
+        get_peft_model(GPT(gpt.config), LoraConfig(target_modules="("))

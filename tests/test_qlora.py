@@ -538,3 +538,15 @@ def test_a_wider_layer_keeps_its_dtype_through_quantizing_and_merging(gpt, ids):
     merged = model.merge_and_unload()
     wide = {name for name, p in merged.named_parameters() if p.dtype == torch.float32}
     assert wide == {f"transformer.h.0.mlp.c_proj.{part}" for part in ("weight", "bias")}
+
+
+def test_a_quantized_model_is_not_quantized_again(gpt):
+    with pytest.raises(ValueError, match="the model is quantized already"):
+        quantize_model(quantize_model(gpt), bits=8)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", torch.int8])
+def test_a_compute_dtype_must_be_floating_point(gpt, dtype):
+    with pytest.raises(ValueError, match="compute_dtype must be a floating-point dtype"):
+        quantize_model(gpt, compute_dtype=dtype)
+    assert not quantized_layers(gpt)

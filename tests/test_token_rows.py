@@ -223,3 +223,10 @@ def test_trained_rows_learn_what_a_lora_alone_cannot():
         texts = complete(model, base, task.test[:64])
         right = [text == e.completion for text, e in zip(texts, task.test[:64], strict=True)]
         assert sum(right) / 64 == pytest.approx(score, abs=0.05)
+
+
+@pytest.mark.parametrize("tokens", [[], [1.0], [True]])
+def test_tokens_that_are_no_ids_are_refused(gpt, tokens):
+    refused_tokens = "must be distinct, from 0 to 60, got"
+    with pytest.raises(ValueError, match=refused_tokens):
+        get_peft_model(gpt, config(tokens))

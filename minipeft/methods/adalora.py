@@ -82,7 +82,7 @@ class AdaLoraConfig:
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
             betas = f"{self.beta1!r} and {self.beta2!r}"
             raise ValueError(f"beta1 and beta2 must be between 0 and 1, got {betas}")
-        if not (self.lora_alpha > 0 and self.orth_reg_weight >= 0):
+        if not (0 < self.lora_alpha < float("inf") and 0 <= self.orth_reg_weight < float("inf")):
             raise ValueError("lora_alpha must be positive, and orth_reg_weight not negative")
 
 

@@ -59,6 +59,10 @@ class PromptEncoderConfig:
         kind = self.encoder_reparameterization_type
         if kind not in ("MLP", "LSTM"):
             raise ValueError(f"encoder_reparameterization_type must be MLP or LSTM, got {kind!r}")
+        if kind == "MLP" and (self.encoder_dropout or self.encoder_num_layers != 2):
+            raise ValueError("encoder_dropout and encoder_num_layers are for the LSTM, not the MLP")
+        if not 0 <= self.encoder_dropout < 1:
+            raise ValueError(f"encoder_dropout must be in [0, 1), got {self.encoder_dropout!r}")
 
 
 class PromptEncoder(nn.Module):

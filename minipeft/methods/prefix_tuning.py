@@ -58,7 +58,7 @@ class PrefixTuningConfig:
         p, w = self.num_virtual_tokens, self.encoder_hidden_size
         if type(p) is not int or p < 1:
             raise ValueError(f"num_virtual_tokens must be a positive integer, got {p!r}")
-        if w is not None and w < 1:
+        if w is not None and (type(w) is not int or w < 1):
             raise ValueError(f"encoder_hidden_size must be a positive integer, got {w!r}")
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"init_weights must be None or 'zero', got {self.init_weights!r}")

@@ -57,6 +57,10 @@ class PromptTuningConfig:
             raise ValueError(f"prompt_tuning_init must be RANDOM, SAMPLE_VOCAB or TEXT, got {init}")
         if init == "TEXT" and not (self.prompt_tuning_init_text and self.tokenizer_name_or_path):
             raise ValueError("TEXT needs prompt_tuning_init_text and tokenizer_name_or_path")
+        if init != "TEXT" and self.prompt_tuning_init_text:
+            raise ValueError(
+                f"prompt_tuning_init_text has no effect with prompt_tuning_init={init}"
+            )
 
 
 class PromptEmbedding(nn.Module):

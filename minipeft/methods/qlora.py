@@ -224,6 +224,8 @@ class Linear4bit(QuantizedLinear):
 
     def __init__(self, base_layer: nn.Module, blocksize=64, double_quant=True, compute_dtype=None):
         super().__init__(base_layer)
+        if compute_dtype is not None and not getattr(compute_dtype, "is_floating_point", False):
+            raise ValueError(f"compute_dtype must be a floating-point dtype, got {compute_dtype!r}")
         q = quantize_nf4(matrix(base_layer).detach().contiguous(), blocksize, double_quant)
         for name in ("codes", "scales", "scale_scales", "offset"):
             self.register_buffer(name, getattr(q, name))
@@ -347,6 +349,8 @@ def quantize_model(model: nn.Module, bits: int = 4, **options) -> nn.Module:
         raise ValueError(f"bits must be 4 or 8, got {bits!r}")
     if any(hasattr(m, "base_layer") for m in model.modules()):
         raise ValueError("the model has an adapter: quantize it before adding one")
+    if quantized_layers(model):
+        raise ValueError("the model is quantized already")
     layer_class = {4: Linear4bit, 8: Linear8bit}[bits]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     new = {}  # from a layer to its quantized form
