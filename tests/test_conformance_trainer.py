@@ -304,8 +304,7 @@ def test_a_model_trained_in_bfloat16_can_be_copied_unwrapped_and_pickled(kind, t
     run = trainer(model, tmp_path / "out", bf16=True)
     run.train()
     ids = rows([10])[0]["input_ids"][None]
-    expected = model.eval()(input_ids=ids).logits
-    other = copy.deepcopy(model)
+    other = copy.deepcopy(model.eval())
     with torch.no_grad():
         for p in other.parameters():
             p.zero_()
@@ -314,6 +313,7 @@ def test_a_model_trained_in_bfloat16_can_be_copied_unwrapped_and_pickled(kind, t
     torch.save(model, buffer)
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)
-    assert torch.equal(loaded(input_ids=ids).logits, expected)
     plain = run.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    assert plain(input_ids=ids).logits.shape == expected.shape
+    expected = plain(input_ids=ids).logits  # in float32 again
+    assert expected.any()
+    assert torch.allclose(loaded(input_ids=ids).logits, expected, atol=1e-5)
