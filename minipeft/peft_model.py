@@ -375,6 +375,12 @@ class PeftModel(nn.Module):
         freeze_statistics(self.base_model)
         return self
 
+    def __setstate__(self, state: dict) -> None:
+        """A copy made inside `disable_adapter()` has no active adapter: call its `set_adapter`."""
+        super().__setstate__(state)
+        if self._disable_depth:
+            self._disable_depth, self.active_adapter = 0, None
+
     def get_base_model(self) -> nn.Module:
         """The base model. Some of its layers are replaced while an adapter is attached; `unload`
         puts them back."""

@@ -601,11 +601,14 @@ def test_the_first_adapter_added_inside_disable_adapter_is_attached_when_it_ends
     assert not torch.allclose(model(ids).logits, before, atol=1e-3)
 
 
-def test_a_copy_of_a_disabled_or_unloaded_model_has_no_adapter_attached(gpt):
+def test_a_copy_of_a_disabled_or_unloaded_model_has_no_adapter_attached(gpt, ids):
     model = adapted(gpt)
     assert copy.deepcopy(model).is_attached
     with model.disable_adapter():
-        assert not copy.deepcopy(model).is_attached
+        other = copy.deepcopy(model)
+    assert not other.is_attached
+    other.set_adapter("default")
+    assert torch.equal(other(ids).logits, model(ids).logits)
     model.unload()
     assert not copy.deepcopy(model).is_attached
 
