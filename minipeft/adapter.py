@@ -11,7 +11,8 @@ from minipeft.methods.adalora import RankAllocator
 
 
 class Adapter:
-    """Interface of an adapter. This base class is the null adapter: it changes nothing."""
+    """Interface of an adapter. This base class is the null adapter, which changes nothing and
+    cannot be saved. It is no nn.Module: its `modules` and `parameters` return dictionaries."""
 
     config = None  # the method's config
     encoder: nn.Module | None = None  # prompt methods only
@@ -25,7 +26,7 @@ class Adapter:
     def attach(self, model: nn.Module) -> None:
         """Replace the layers of the base that this adapter adapts.
 
-        Raises RuntimeError if the base has other layers by now than those it was made for.
+        Raises RuntimeError if a layer of the base was replaced since the adapter was made.
         """
         for name, layer in self.layers.items():
             if model.get_submodule(name) is not layer.base_layer:
@@ -94,7 +95,8 @@ class Adapter:
         check_match(state, self.parameters())
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Load a checked state. Merged layers are unmerged: W' was made from the old tensors."""
+        """Load a checked state. Merged layers are unmerged, which discards a W' made from the old
+        tensors."""
         copy_tensors(state, self.parameters())
         for layer in self.layers.values():
             if hasattr(layer, "unmerge"):
@@ -102,7 +104,8 @@ class Adapter:
 
 
 def check_match(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-    """Raises ValueError if names or shapes differ, or if numbers are not of the same kind."""
+    """Raises ValueError if names or shapes differ, or if one tensor is floating point and the other
+    is not."""
     wrong = [f"{key} is missing" for key in target if key not in source]
     for key, tensor in source.items():
         if key not in target:

@@ -34,7 +34,7 @@ class WeightAdapter(Adapter):
 
     def __init__(self, model: nn.Module, config, layer_class: type[nn.Module]):
         self.config, self.layer_class = config, layer_class
-        part = "bias" if config.peft_type == "BITFIT" else "weight"  # what is adapted of a layer
+        part = "bias" if config.peft_type == "BITFIT" else "weight"  # which is adapted
         targets = find_targets(model, config.target_modules, part)
         self.layers = {name: self.new_layer(name, base) for name, base in targets.items()}
         if getattr(config, "trainable_token_indices", None) is not None:
@@ -88,7 +88,7 @@ class AdaLoraAdapter(WeightAdapter):
     def run(self, model: nn.Module, *args, **kwargs):
         """In training mode, add the penalty to the loss. Warn if the output has no loss.
 
-        With num_items_in_batch, several batches make up a step, and each one adds
+        With num_items_in_batch, a step consists of several batches, and each adds its share:
         penalty · (labels in the batch / labels in the step).
         """
         out = model(*args, **kwargs)
@@ -152,7 +152,7 @@ class AdaLoraAdapter(WeightAdapter):
 
     def tensors(self) -> dict[str, Tensor]:
         """The triplets that were kept: rows of A and E, columns of B."""
-        self.check_mergeable()  # a file cannot hold the middle of a schedule either
+        self.check_mergeable()  # peft's format cannot store a half-finished schedule
         found = super().tensors()
         for name, kept in (self.allocator.kept if self.allocator else {}).items():
             start = f"base_model.model.{name}.lora_"

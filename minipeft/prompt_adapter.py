@@ -18,7 +18,7 @@ from minipeft.adapter import Adapter, check_match, copy_tensors
 PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids")
 # Names under which models take a cache
 CACHES = ("past_key_values", "cache", "cache_params", "state")
-# Options of transformers' `generate` that go wrong because the virtual tokens are cached too
+# Options of transformers' `generate` that give wrong results, because virtual tokens are cached too
 NOT_WITH_PROMPTS = (
     "past_key_values", "cache_implementation", "prompt_lookup_num_tokens", "assistant_model",
     "assistant_early_exit",
@@ -89,7 +89,7 @@ class PromptAdapter(Adapter):
         therefore get other tokens than the same row alone.
         """
         self.check_generate(model, args, kwargs)
-        shell = copy.copy(model)  # other threads may use the model itself
+        twin = copy.copy(model)  # other threads may use the model itself
         signature, p = inspect.signature(model.forward), self.config.num_virtual_tokens
         started = False
 
@@ -105,8 +105,8 @@ class PromptAdapter(Adapter):
                 return model.forward(**after_prompt(p, **inputs))
             return model.forward(**self.encoder.prepend(model, **inputs))
 
-        shell.forward = forward
-        out = shell.generate(*args, **kwargs)
+        twin.forward = forward
+        out = twin.generate(*args, **kwargs)
         if not started:
             raise RuntimeError(f"{type(model).__name__}.generate does not call its forward pass")
         return out
@@ -115,7 +115,8 @@ class PromptAdapter(Adapter):
         raise ValueError("generate_batch cannot be used with a prompt method: call generate()")
 
     def check_generate(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Raises ValueError for options that are wrong with a prompt, and too many tokens."""
+        """Raises ValueError for options that cannot be combined with a prompt, and if the tokens
+        exceed the context."""
         self.check_checkpointing(model)
         named = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
         configs = [config for config in (*args[1:2], *named) if config is not None]
@@ -194,7 +195,7 @@ def check_prompt_model(model: nn.Module, config) -> None:
     if getattr(text, "hidden_size_per_layer_input", None):
         raise ValueError(f"{kind} embeds tokens in every layer: virtual tokens are not supported")
     names = ("n_positions", "max_position_embeddings")
-    context = next((getattr(text, n) for n in names if hasattr(text, n)), math.inf)
-    if 0 < context <= config.num_virtual_tokens:
+    context = next((getattr(text, n) for n in names if hasattr(text, n)), None)
+    if context is not None and 0 < context <= config.num_virtual_tokens:
         p = config.num_virtual_tokens
         raise ValueError(f"{p} virtual tokens leave no room in a context of {context}")

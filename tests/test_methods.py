@@ -865,3 +865,10 @@ def test_a_setting_without_effect_is_refused(config, settings, message):
 def test_adalora_needs_a_finite_scale():
     with pytest.raises(ValueError, match="lora_alpha must be positive"):
         AdaLoraConfig(total_step=5, lora_alpha=float("inf"))
+
+
+def test_probing_the_cache_leaves_the_mode_of_every_module(gpt):
+    gpt.train().transformer.drop.eval()
+    get_peft_model(gpt, CONFIGS["prefix"]())
+    assert gpt.transformer.h[0].training
+    assert not gpt.transformer.drop.training

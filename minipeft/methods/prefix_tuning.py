@@ -2,10 +2,10 @@
 
 The virtual tokens of prompt tuning reach the deeper layers only through the model itself. Prefix
 tuning gives every layer p keys and values of its own. They are trained, and the model is frozen.
-They are passed as a cache, which takes part in the forward pass like any tensor and gets gradients.
-The p positions have no queries and pass through no MLP of the model. The prefix can be trained
-directly, or a small network can compute it (`prefix_projection`). The paper found the network more
-stable. After training, its output can replace it (`keep_output`). There is nothing to merge.
+They are passed as a cache, and gradients flow through it. The prefix has no queries and skips the
+model's MLPs. It can be trained directly, or a small network can compute it (`prefix_projection`).
+The paper found the network more stable. After training, its output can replace it (`keep_output`).
+There is nothing to merge.
 
 Paper: Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv
 2101.00190. Without the network this is the deep prompt of P-tuning v2 (arXiv 2110.07602).
@@ -20,9 +20,9 @@ width, d = h k (with grouped queries less than the model's width), w the network
 P (p, 2 l d), H (p, d), K_i and V_i (b, h, p, k), logits (b, t, v).
 Trainable parameters: 2 p l d. With the network: H p d, W_1 d w + w, W_2 2 l d w + 2 l d.
 
-Difference from the paper: no initialization from words. As in peft, the real tokens have positions
-p … p + t - 1. A prefix of zeros differs from no prefix: a zero key has the score 0, and exp(0) = 1
-takes a share of the attention.
+Difference from the paper: the prefix is not initialized from real words. As in peft, the real
+tokens have positions p … p + t - 1. A prefix of zeros differs from no prefix: a zero key has the
+score 0, and exp(0) = 1 takes a share of the attention.
 
 >>> model.requires_grad_(False)
 >>> prefix = PrefixEncoder(model, PrefixTuningConfig(num_virtual_tokens=20))
@@ -49,9 +49,9 @@ class PrefixTuningConfig:
     # Sizes that get_peft_model fills in, because peft saves them:
     token_dim: int | None = None  # d = h k
     num_layers: int | None = None  # l
-    num_attention_heads: int | None = None  # h, key heads
+    num_attention_heads: int | None = None  # h, key/value heads, not the query heads
     task_type: str | None = None  # as in peft, for example "CAUSAL_LM"
-    inference_mode: bool = False  # no network, for a prefix that get_peft_model loads frozen
+    inference_mode: bool = False  # for a prefix that is loaded frozen: no network is built
     peft_type: str = field(default="PREFIX_TUNING", init=False)
 
     def __post_init__(self):
@@ -90,7 +90,7 @@ class PrefixEncoder(nn.Module):
         self, model: nn.Module, input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None, **inputs,
     ):  # fmt: skip
-        """Run a causal model with the prefix on input_ids (b, t) or inputs_embeds (b, t, d).
+        """Run a causal model with the prefix on input_ids (b, t) or inputs_embeds (b, t, width).
 
         attention_mask, position_ids and labels are (b, t), without the prefix.
         """
@@ -149,13 +149,15 @@ def probe(model: nn.Module) -> tuple[type, tuple[int, int, int]]:
 
     Raises ValueError if the layers do not all cache keys and values of the same shape.
     """
-    was_training, device = model.training, model.get_input_embeddings().weight.device
-    model.eval()
+    modes = {module: module.training for module in model.modules()}
+    device = model.get_input_embeddings().weight.device
+    model.eval()  # in training mode, checkpointing could drop the cache
     try:
         ids = torch.zeros(1, 1, dtype=torch.long, device=device)
         cache = getattr(model(input_ids=ids, use_cache=True), cache_name(model), None)
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     if not isinstance(cache, tuple) and not hasattr(cache, "layers"):
         raise ValueError(f"{type(model).__name__} has no cache of keys and values for a prefix")
     pairs = cache
