@@ -3,9 +3,10 @@
 python tests/mutants.py LOG --count 200 --seed 1 minipeft/methods/lora.py …
 
 Every mutant is one line of LOG: killed, survived or timeout. A run continues where the last one
-stopped, and draws no mutant that LOG has from another seed. Two workers run the tests, each in its
-own copy of the repository, which the subprocesses of tests see too. A worker imports torch only
-once and forks for each mutant. Text of error messages is replaced as a whole.
+stopped, and draws no mutant that LOG has from another seed. First, all tests run once to record
+which functions each of them calls (LOG.calls): a mutant is only tried on the tests that call its
+function, and on those that start other processes. Two workers run the tests, each in its own copy
+of the repository, which subprocesses see too. A worker imports torch once and forks per mutant.
 """
 
 import argparse
@@ -19,24 +20,22 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
-FIRST = {  # the tests most likely to notice, by module; test_MODULE.py is always one of them
-    "adalora": ["methods"], "p_tuning": ["methods"], "prefix_tuning": ["methods"],
-    "prompt_tuning": ["methods"],
-    "bitfit": ["more_methods"], "bottleneck": ["more_methods"],
-    "adapters": ["methods", "peft_model"], "prompt_adapter": ["methods"],
-    "evaluate": ["lab", "finetune"], "train": ["checkpoint", "lab"], "saving": ["bad_folders"],
-}  # fmt: skip
 # The subprocesses of tests must import the copy too, not the installed package
 SITE = """import sys
 for module in list(sys.modules.values()):
     if "minipeft" in getattr(module, "MAPPING", {}):  # an editable installation
         module.MAPPING = {"minipeft": "COPY/minipeft", "minipeft.data": "COPY/data"}
 """
+STARTS = ("subprocess.Popen", "os.fork")  # audit events
 SLOW_IMPORTS = (
     "torch._dynamo", "torch.utils.checkpoint", "safetensors.torch", "tokenizers", "huggingface_hub",
     "matplotlib.pyplot", "hypothesis",
@@ -151,6 +150,8 @@ def mutants(file: str) -> Iterator[list[dict]]:
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
     tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    firsts = {f: min(n.lineno for n in (f, *f.decorator_list)) for f in functions}
     for node in nodes(tree):
         if isinstance(node, (ast.If, ast.IfExp, ast.While)):
             node.test.is_test = True
@@ -159,6 +160,7 @@ def mutants(file: str) -> Iterator[list[dict]]:
         start = starts[node.lineno - 1] + node.col_offset
         end = starts[node.end_lineno - 1] + node.end_col_offset
         old = source[start:end].decode()
+        inside = [first for f, first in firsts.items() if first <= node.lineno <= f.end_lineno]
         found = []
         for new in dict.fromkeys(changes(node)):
             try:
@@ -166,18 +168,20 @@ def mutants(file: str) -> Iterator[list[dict]]:
             except SyntaxError:
                 continue
             where = {"file": file, "line": node.lineno, "start": start, "end": end}
+            where["calls"] = [f"{file}:{first}" for first in inside] or [file]
             found.append(where | {"kind": type(node).__name__, "old": old, "new": new})
         for decorator in getattr(node, "decorator_list", []):
             a = starts[decorator.lineno - 1] + decorator.col_offset - 1
             b = starts[decorator.end_lineno - 1] + decorator.end_col_offset
             where = {"file": file, "line": decorator.lineno, "start": a, "end": b}
+            where["calls"] = [f"{file}:{first}" for first in inside] or [file]
             found.append(where | {"kind": "decorator", "old": source[a:b].decode(), "new": ""})
         if found:
             yield found
 
 
 def key(m: dict) -> tuple:
-    return m["file"], m["old"], m["new"], m["start"]
+    return m["file"], m.get("old"), m["new"], m["start"]
 
 
 def draw(files: list[str], count: int, seed: int, log: list[dict]) -> list[dict]:
@@ -189,10 +193,59 @@ def draw(files: list[str], count: int, seed: int, log: list[dict]) -> list[dict]
     return [m | {"seed": seed} for m in drawn if key(m) not in others][:count]
 
 
-def run_tests(files: list[str], limit: float) -> tuple[str, str]:
-    """Run pytest on these files in a fork: passed, failed or timeout, and the line that says so."""
-    import pytest
+class Recorder:
+    """A pytest plugin that records which functions of the package every test calls."""
 
+    def __init__(self):
+        self.calls: dict[str, list[str]] = {}
+        self.shared: dict[str, set] = {}  # calls of fixtures that several tests use, by folder
+        self.seen: set[str] = set()
+        self.package = os.path.abspath("minipeft")
+        sys.addaudithook(lambda name, _: self.seen.add("subprocess") if name in STARTS else None)
+
+    def trace(self, frame, event, argument):
+        code = frame.f_code
+        if code.co_filename.startswith(self.package):
+            self.seen.add(f"{os.path.relpath(code.co_filename)}:{code.co_firstlineno}")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        self.seen = set()
+        sys.settrace(self.trace)
+        threading.settrace(self.trace)
+        result = yield
+        sys.settrace(None)
+        self.calls[item.nodeid] = sorted(self.seen)
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef, request):
+        outside, self.seen = self.seen, set()
+        result = yield
+        if fixturedef.scope != "function":
+            self.shared.setdefault(fixturedef.baseid, set()).update(self.seen)
+        self.seen |= outside
+        return result
+
+    def pytest_sessionfinish(self):
+        for test, calls in self.calls.items():
+            used = [more for folder, more in self.shared.items() if test.startswith(folder)]
+            self.calls[test] = sorted(set(calls).union(*used))
+        Path("calls.json").write_text(json.dumps(self.calls))
+
+
+class Chosen:
+    """A pytest plugin that runs these tests only."""
+
+    def __init__(self, tests: set[str]):
+        self.tests = tests
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if item.nodeid in self.tests]
+
+
+def run_tests(files: list[str], limit: float, plugin=None) -> tuple[str, str]:
+    """Run pytest on these files in a fork: passed, failed or timeout, and the line that says so."""
     pid = os.fork()
     if pid == 0:
         os.setsid()
@@ -201,7 +254,8 @@ def run_tests(files: list[str], limit: float) -> tuple[str, str]:
         os.dup2(output, 2)
         code = 99
         try:
-            code = pytest.main(["-x", "--tb=no", "-p", "no:cacheprovider", "-rfE", *files])
+            options = ["-x", "--tb=no", "-p", "no:cacheprovider", "-rfE"]
+            code = pytest.main([*options, *files], [plugin] if plugin else [])
         finally:
             os._exit(int(code))
     until, code = time.time() + limit, None
@@ -218,36 +272,47 @@ def run_tests(files: list[str], limit: float) -> tuple[str, str]:
     return "passed" if code == 0 else "failed", "".join(said)[:200]
 
 
+def choose(m: dict, calls: dict[str, list[str]]) -> tuple[set[str], list[str]]:
+    """The tests that may notice a mutant, and their files, the most likely ones first."""
+    # a name without a line stands for a mutant outside of functions
+    hits = {t: c for t, c in calls.items() if any(one.startswith(tuple(m["calls"])) for one in c)}
+    if ":" in m["calls"][-1]:
+        hits = {t: c for t, c in hits.items() if set(c) & set(m["calls"])}
+    tests = set(hits) | {test for test, called in calls.items() if "subprocess" in called}
+    stem = Path(m["file"]).stem
+    counts = Counter(test.split("::")[0] for test in hits)
+    files = sorted({test.split("::")[0] for test in tests}, key=lambda f: -counts[f])
+    return tests, sorted(files, key=lambda f: stem not in f)
+
+
 def work(number: int, arguments) -> None:
     """One worker, in its copy of the repository."""
     for name in SLOW_IMPORTS:
         importlib.import_module(name)
-    tests = {
-        file: file.read_text()
-        for file in Path("tests").glob("test_*.py")
-        if "conformance" not in file.name and "gpu" not in file.name
-    }
+    skipped = ("conformance", "gpu")  # they import transformers
+    files = [str(f) for f in sorted(Path("tests").glob("test_*.py"))]
+    files = [file for file in files if not any(word in file for word in skipped)]
+    recorded = arguments.log.with_suffix(".calls")
+    if arguments.record:
+        assert run_tests(files, 1000, Recorder())[0] == "passed", "the tests must pass first"
+        return recorded.write_bytes(Path("calls.json").read_bytes())
+    calls = json.loads(recorded.read_text())
     log = [json.loads(line) for line in arguments.log.read_text().splitlines()]
     drawn = draw(arguments.files, arguments.count, arguments.seed, log)
     done = {key(m) for m in log}
     canary = {"file": "minipeft/__init__.py", "start": 0, "end": 0, "new": "raise KeyError\n"}
-    for m in [canary, *drawn[number::2]]:
-        if m is not canary and key(m) in done:
+    for m in [canary | {"calls": ["minipeft/__init__.py"]}, *drawn[number::2]]:
+        if key(m) in done:
             continue
-        stem = Path(m["file"]).stem
-        likely = [Path(f"tests/test_{name}.py") for name in (stem, *FIRST.get(stem, []))]
-        likely = [file for file in likely if file in tests] or [Path("tests/test_lora.py")]
-        rest = sorted(set(tests) - set(likely), key=lambda f: -tests[f].count(stem))
         target, began = Path(m["file"]), time.time()
         source = (ROOT / target).read_bytes()
         target.write_bytes(source[: m["start"]] + m["new"].encode() + source[m["end"] :])
         shutil.rmtree(target.parent / "__pycache__", ignore_errors=True)  # same size, same second
-        result, by = run_tests([*map(str, likely)], 150)
-        if result == "passed":
-            result, by = run_tests([*map(str, rest)], 400)
+        tests, where = choose(m, calls)
+        result, by = run_tests(where, 400, Chosen(tests))
         target.write_bytes(source)
         shutil.rmtree(target.parent / "__pycache__", ignore_errors=True)
-        if m is canary:
+        if "seed" not in m:
             assert result == "failed", "the tests do not import the copy"
             continue
         result = {"passed": "survived", "failed": "killed"}.get(result, result)
@@ -263,6 +328,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--worker", type=int)
+    parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
     arguments.log.touch()
     if arguments.worker is not None:
@@ -275,7 +341,10 @@ def main() -> None:
             (copy / "sitecustomize.py").write_text(SITE.replace("COPY", str(copy)))
             environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
             command = [sys.executable, "-P", __file__, *sys.argv[1:], "--worker", str(number)]
-            workers.append(subprocess.Popen(command, cwd=copy, env=environment))
+            start = {"cwd": copy, "env": environment}
+            if not arguments.log.with_suffix(".calls").exists():
+                subprocess.run([*command, "--record"], check=True, **start)
+            workers.append(subprocess.Popen(command, **start))
         for worker in workers:
             worker.wait()
     rows = [json.loads(line) for line in arguments.log.read_text().splitlines()]
