@@ -201,12 +201,16 @@ class Recorder:
         self.shared: dict[str, set] = {}  # calls of fixtures that several tests use, by folder
         self.seen: set[str] = set()
         self.package = os.path.abspath("minipeft")
+        sys.settrace(self.trace)
         sys.addaudithook(lambda name, _: self.seen.add("subprocess") if name in STARTS else None)
 
     def trace(self, frame, event, argument):
         code = frame.f_code
         if code.co_filename.startswith(self.package):
             self.seen.add(f"{os.path.relpath(code.co_filename)}:{code.co_firstlineno}")
+
+    def pytest_collection_finish(self):
+        self.calls["import"] = sorted(self.seen)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
@@ -274,10 +278,13 @@ def run_tests(files: list[str], limit: float, plugin=None) -> tuple[str, str]:
 
 def choose(m: dict, calls: dict[str, list[str]]) -> tuple[set[str], list[str]]:
     """The tests that may notice a mutant, and their files, the most likely ones first."""
-    # a name without a line stands for a mutant outside of functions
-    hits = {t: c for t, c in calls.items() if any(one.startswith(tuple(m["calls"])) for one in c)}
-    if ":" in m["calls"][-1]:
-        hits = {t: c for t, c in hits.items() if set(c) & set(m["calls"])}
+    imported = set(calls["import"])  # what runs then may matter to every test of the file
+    if ":" in m["calls"][-1] and not imported & set(m["calls"]):
+        hits = [test for test, called in calls.items() if set(called) & set(m["calls"])]
+    else:
+        hits = [
+            t for t, called in calls.items() if any(one.startswith(m["file"]) for one in called)
+        ]
     tests = set(hits) | {test for test, called in calls.items() if "subprocess" in called}
     stem = Path(m["file"]).stem
     counts = Counter(test.split("::")[0] for test in hits)

@@ -114,6 +114,9 @@ def test_two_adapters_can_be_switched(gpt, ids):
     assert torch.allclose(model(ids).logits.float(), first, atol=1e-4)
     model.delete_adapter("default")
     assert model.active_adapter == "other"
+    with pytest.raises(ValueError, match=r"'other' is the only adapter: use unload\(\) to get the"):
+        model.delete_adapter("other")
+    assert list(model.adapters) == ["other"]
     with pytest.raises(ValueError, match="there is no adapter 'default'; known adapters: other"):
         model.set_adapter("default")
     with pytest.raises(ValueError, match="there already is an adapter 'other'"):
