@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minipeft.gpt import write_file
+from minipeft.files import write_file
 from minipeft.lab import DATA, report
 from minipeft.lab.base import load_base
 from minipeft.methods.qlora import NF4_CODEBOOK, in_blocks

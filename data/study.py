@@ -12,7 +12,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from minipeft.gpt import write_file
+from minipeft.files import write_file
 from minipeft.lab import DATA, compare, report, tasks
 from minipeft.lab.base import load_base
 from minipeft.lab.finetune import Record

@@ -3,17 +3,16 @@
 import copy
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from minipeft.gpt import GPT, write_file
+from minipeft import files
+from minipeft.gpt import GPT
 
 END = "<|endoftext|>"  # ends every document and every completion; also used as padding
 WINDOW = 100  # tokens per window of held-out text, so that virtual tokens fit in front of it
@@ -49,10 +48,11 @@ class Base:
 def load_base(folder: str | Path) -> Base:
     """Open a GPT-2 folder. A `held_out.txt` in it, or next to it, serves to measure forgetting."""
     tokenizer, model = load_tokenizer(folder), GPT.from_pretrained(folder)
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= model.config.vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, "
-            f"but the model only {model.config.vocab_size}"
+            f"{folder}: the tokenizer has a token with id {highest}, "
+            f"but the model only {model.config.vocab_size} tokens"
         )
     end = model.config.eos_token_id = find_end(folder, tokenizer, model.config.eos_token_id)
     texts = [path / "held_out.txt" for path in (Path(folder), Path(folder).resolve().parent)]
@@ -67,10 +67,9 @@ def load_base(folder: str | Path) -> Base:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The `tokenizer.json` of a base's folder. Raises ValueError if it cannot be read."""
     file = Path(folder) / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: a base needs its tokenizer")
+    text = files.read_text(file, 256 * files.MEBIBYTE)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"{file} cannot be read: {error}") from error
     tokenizer.no_padding()  # the file may ask for both; here the lab pads and checks lengths
@@ -97,9 +96,9 @@ def find_end(folder: str | Path, tokenizer: Tokenizer, eos: int | None) -> int:
     if isinstance(eos, int) and tokenizer.id_to_token(eos) is not None:
         return eos
     try:
-        named = json.loads((Path(folder) / "tokenizer_config.json").read_text())["eos_token"]
+        named = files.read_json(Path(folder) / "tokenizer_config.json")["eos_token"]
         end = tokenizer.token_to_id(named["content"] if isinstance(named, dict) else named)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         end = None
     if end is None:
         raise ValueError(
@@ -114,19 +113,19 @@ def copy_tokenizer(base: Base, folder: str | Path) -> None:
     tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     for name in (*tokenizer, "chat_template.jinja"):
         if (file := Path(base.folder) / name).is_file():
-            write_file(Path(folder) / name, partial(shutil.copyfile, file))
+            files.write_text(Path(folder) / name, files.read_text(file, 256 * files.MEBIBYTE))
     if (file := Path(base.folder) / "generation_config.json").is_file():
-        settings = json.loads(file.read_text())
+        settings = files.read_json(file)
         ends = settings.get("eos_token_id")
         if base.end not in (ends if isinstance(ends, list) else [ends]):
             settings["eos_token_id"] = base.end
-        text = json.dumps(settings, indent=2) + "\n"
-        write_file(Path(folder) / file.name, lambda to: Path(to).write_text(text))
+        files.write_text(Path(folder) / file.name, json.dumps(settings, indent=2) + "\n")
 
 
 def read_text(file: str | Path) -> list[str]:
     """The documents of a plain text file, separated by <|endoftext|>."""
-    documents = [part.strip() for part in Path(file).read_text(encoding="utf-8").split(END)]
+    text = files.read_text(Path(file), 1024 * files.MEBIBYTE)
+    documents = [part.strip() for part in text.split(END)]
     documents = [document for document in documents if document]
     if not documents:
         raise ValueError(f"{file} contains no text")

@@ -157,7 +157,7 @@ def compare(args) -> None:
 
 
 def finetune(args) -> None:
-    from minipeft.gpt import write_file
+    from minipeft.files import write_file
     from minipeft.lab import finetune, parallel
 
     if args.output is None:

@@ -5,7 +5,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from minipeft.gpt import write_file
+from minipeft.files import write_file
 from minipeft.lab import report
 from minipeft.lab.base import Base
 from minipeft.lab.finetune import Record, finetune

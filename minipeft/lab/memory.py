@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from minipeft.gpt import write_file
+from minipeft.files import write_file
 from minipeft.lab import DATA, report
 from minipeft.lab.base import Base, load_base
 from minipeft.lab.evaluate import activation_bytes, weight_bytes

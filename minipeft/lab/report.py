@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from minipeft.gpt import write_file
+from minipeft.files import write_file
 
 NAMES = {
     "frozen": "frozen base", "full": "full", "lora": "LoRA", "adalora": "AdaLoRA",

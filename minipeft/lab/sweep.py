@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minipeft.gpt import write_file
+from minipeft.files import write_file
 from minipeft.lab import report
 from minipeft.lab.base import Base
 from minipeft.lab.finetune import finetune
