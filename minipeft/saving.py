@@ -153,7 +153,7 @@ def layer_names(model: nn.Module, keys: Iterable[str]) -> list[str]:
         while name and name not in modules:
             name = name.rpartition(".")[0]
         found.add(name)
-    return sorted(name for name in found if not isinstance(modules[name], nn.Embedding))
+    return sorted(n for n in found if n and not isinstance(modules[n], nn.Embedding))
 
 
 def on_meta(model: nn.Module) -> nn.Module:
