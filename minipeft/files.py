@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 MEBIBYTE = 2**20
+LARGEST = {int: 2**63, float: math.inf}  # numbers in JSON must be below
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
@@ -31,6 +32,11 @@ def show(value, limit: int = 200) -> str:
     """A value from a file as one short line of an error message."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message as one short line."""
+    return " ".join(str(error).split())[:400]
 
 
 def read_start(file: Path, n: int) -> bytes:
@@ -71,8 +77,9 @@ def parse_json(text: str, kind: type, where: str, depth: int = 20):
         raise ValueError(f"{where} must be a JSON {wanted}, got {show(found)}")
     level = [found]
     while level:  # one level of nesting after the other
-        if any(isinstance(value, float) and not math.isfinite(value) for value in level):
-            raise ValueError(f"{where} has a number that is not finite")
+        numbers = [value for value in level if type(value) in LARGEST]
+        if not all(abs(n) < LARGEST[type(n)] for n in numbers):  # NaN is not below infinity
+            raise ValueError(f"{where} has a number that is not finite, or too large")
         if depth == 0:
             raise ValueError(f"{where} is nested too deeply")
         depth -= 1

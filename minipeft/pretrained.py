@@ -17,6 +17,7 @@ from minipeft.files import (
     digest,
     has_type,
     mismatch,
+    one_line,
     read_header,
     read_json,
     read_tensors,
@@ -80,7 +81,7 @@ def load(path: str | Path) -> GPT:
     try:
         model = empty_model(config)
     except RuntimeError as error:  # more elements than an integer can count
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
+        raise ValueError(f"{folder / CONFIG}: {one_line(error)}") from error
     wanted = model.state_dict()
     if wrong := mismatch({HEAD: wanted[HEAD]} | found, wanted):
         raise ValueError(f"{folder}: weights and {CONFIG} do not match: {wrong}")
@@ -114,7 +115,8 @@ def download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # it has many exception classes
         raise ValueError(
-            f"{name} is neither a local folder nor a model on the Hugging Face Hub: {error}"
+            f"{name} is neither a local folder nor a model on the Hugging Face Hub: "
+            f"{one_line(error)}"
         ) from error
 
 
@@ -126,7 +128,7 @@ def read_config(file: Path) -> GPTConfig:
     try:
         return GPTConfig(**check_types(settings, GPTConfig, file))
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{file}: {one_line(error)}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:

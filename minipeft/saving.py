@@ -22,6 +22,7 @@ from minipeft.files import (
     check_digest,
     check_types,
     digest,
+    one_line,
     read_header,
     read_json,
     read_tensors,
@@ -84,7 +85,7 @@ class PeftConfig(abc.ABC):
         try:
             config = new_config(**own)
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+            raise ValueError(f"{file}: {one_line(error)}") from error
         config.other_keys = other  # written back by save_pretrained
         return config
 
@@ -115,7 +116,7 @@ def read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter:
         with torch.device("meta"):
             empty = make_adapter(on_meta(model), copy.copy(config))
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
+        raise ValueError(f"{folder / CONFIG}: {one_line(error)}") from error
     try:
         empty.match(shapes)
     except ValueError as error:
@@ -158,12 +159,23 @@ def layer_names(model: nn.Module, keys: Iterable[str]) -> list[str]:
 
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy of a model whose tensors are on the meta device, where they take no memory."""
-    copies = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = tensor.detach().to("meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        copies[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-    return copy.deepcopy(model, copies)
+    twins: dict[object, object] = {None: None}  # what was copied: shared things stay shared
+
+    def twin(thing):
+        if thing in twins:
+            return twins[thing]
+        if isinstance(thing, nn.Module):
+            twins[thing] = copy.copy(thing)  # shares everything; now the tensors are replaced
+            for kind in ("_parameters", "_buffers", "_modules"):
+                own = {name: twin(inner) for name, inner in vars(thing)[kind].items()}
+                vars(twins[thing])[kind] = own
+            return twins[thing]
+        empty = torch.empty(thing.shape, dtype=thing.dtype, device="meta")
+        is_parameter = isinstance(thing, nn.Parameter)
+        twins[thing] = nn.Parameter(empty, thing.requires_grad) if is_parameter else empty
+        return twins[thing]
+
+    return twin(model)
 
 
 def write_adapter(folder: Path, adapter: Adapter, tensors: dict[str, Tensor], base: str | None):

@@ -71,7 +71,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises plain Exception
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise ValueError(f"{file} cannot be read: {files.one_line(error)}") from error
     tokenizer.no_padding()  # the file may ask for both; here the lab pads and checks lengths
     tokenizer.no_truncation()
     return tokenizer
