@@ -71,7 +71,8 @@ def test_a_file_may_be_as_large_as_the_limit_and_no_larger(tmp_path):
         ("{", "is not JSON"), ("[1]", r"must be a JSON object, got \[1\]$"),
         ('{"a": NaN}', "has a number that is not finite"), ('{"a": [1e999]}', "not finite"),
         (f'{{"a": {2**63}}}', "or too large"),
-        (f'{{"a": -{10**999}}}', "or too large"), ("[" * 100_000, "is not JSON"), ('{"a": ' * 20 + "1" + "}" * 20, "is nested too deeply"),
+        (f'{{"a": -{10**999}}}', "or too large"), ("[" * 100_000, "is not JSON"),
+        ('{"a": ' * 20 + "1" + "}" * 20, "is nested too deeply"),
         ("7" * 5000, "is not JSON"), ('"' + "x" * 999 + '"', r"got '.{199}…$"),
     ],
 )  # fmt: skip
