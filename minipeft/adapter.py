@@ -83,12 +83,8 @@ class Adapter:
         """What is saved, under peft's keys."""
         raise NotImplementedError
 
-    def match(self, saved: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Of the tensors in a file: those that are loaded, and their places in this new adapter.
-
-        Both have the same names. Raises ValueError if the file does not match the adapter; the
-        tensors may be on the meta device.
-        """
+    def places(self) -> dict[str, Tensor]:
+        """The tensors of a new adapter that saved ones are copied to, under peft's keys."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:

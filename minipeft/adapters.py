@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import Adapter, check_match
+from minipeft.adapter import Adapter
 from minipeft.methods.adalora import AdaLoraConfig, RankAllocator, SVDLinear, orthogonality
 from minipeft.methods.bitfit import BitFitConfig, BitFitLayer
 from minipeft.methods.bottleneck import BottleneckConfig, BottleneckLayer
@@ -61,10 +61,8 @@ class WeightAdapter(Adapter):
         found = self.parameters().items()
         return {f"base_model.model.{key}": tensor.detach() for key, tensor in found}
 
-    def match(self, saved: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        places = WeightAdapter.tensors(self)  # they share memory with the layers
-        check_match(saved, places)
-        return saved, places
+    def places(self) -> dict[str, Tensor]:
+        return WeightAdapter.tensors(self)  # they share memory with the layers
 
 
 class AdaLoraAdapter(WeightAdapter):
@@ -139,8 +137,9 @@ class AdaLoraAdapter(WeightAdapter):
                 "AdaLoRA pruned all ranks to 0, because its scores were all equal: nothing that it "
                 "learned is left"
             )
-        trained = any(layer.lora_E.any() for layer in self.layers.values())  # E starts at 0
-        if allocator is None or not trained or total <= allocator.target:
+        if allocator is None or total <= allocator.target:
+            return
+        if not any(layer.lora_E.any() for layer in self.layers.values()):  # E starts at 0
             return
         step, last = allocator.step, c.total_step - c.tfinal
         last_call = "never called" if step is None else f"last called with step {step}"

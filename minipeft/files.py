@@ -45,18 +45,17 @@ def read_start(file: Path, n: int) -> bytes:
         if not file.is_file():  # a folder, pipe or device
             raise ValueError(f"{file} is {'not a plain file' if file.exists() else 'missing'}")
         with file.open("rb") as opened:
-            return opened.read(n)
+            return opened.read(min(n, os.fstat(opened.fileno()).st_size))
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def read_text(file: Path, limit: int) -> str:
     """The text of a UTF-8 file of at most `limit` bytes, with or without a byte order mark."""
-    found = read_start(file, limit + 1)
-    if len(found) > limit:
+    if file.is_file() and file.stat().st_size > limit:
         raise ValueError(f"{file} is larger than {limit // MEBIBYTE} MiB")
     try:
-        return found.decode("utf-8-sig")
+        return read_start(file, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from error
 
@@ -147,8 +146,9 @@ def read_header(
     strings in its header. Leaves out names with an ignored ending."""
     from safetensors import safe_open
 
-    if int.from_bytes(read_start(file, 8), "little") > 16 * MEBIBYTE:
-        raise ValueError(f"{file} is not a safetensors file: its header would be too large")
+    length = int.from_bytes(read_start(file, 8), "little")  # of the header
+    if not 2 <= length <= 16 * MEBIBYTE:
+        raise ValueError(f"{file} cannot be read as safetensors: a header of {length} bytes")
     found = {}
     try:
         with safe_open(file, "pt") as opened:
@@ -166,7 +166,7 @@ def read_header(
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     except Exception as error:  # safetensors raises a class of its own
-        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+        raise ValueError(f"{file} cannot be read as safetensors: {one_line(error)}") from error
     return found, header
 
 

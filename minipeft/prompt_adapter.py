@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.adapter import Adapter, check_match
+from minipeft.adapter import Adapter
 
 # The inputs with one value per token that virtual tokens can be put in front of
 PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids")
@@ -149,16 +149,8 @@ class PromptAdapter(Adapter):
         prompt = self.encoder.prompt().detach()  # (p, d), or (1, p, 2 l d) for a prefix
         return {"prompt_embeddings": prompt.view(prompt.shape[-2:])} | self.network()
 
-    def match(self, saved: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The saved prompt, or the network if this encoder has one."""
-        if self.network():
-            places, ignored = self.network(), "prompt_embeddings"
-        else:
-            places = {"prompt_embeddings": self.encoder.embedding.weight.detach()}
-            ignored = "prompt_encoder."
-        loaded = {key: tensor for key, tensor in saved.items() if not key.startswith(ignored)}
-        check_match(loaded, places)
-        return loaded, places
+    def places(self) -> dict[str, Tensor]:
+        return self.network() or {"prompt_embeddings": self.encoder.embedding.weight.detach()}
 
 
 def after_prompt(p: int, attention_mask=None, position_ids=None, **inputs) -> dict:

@@ -22,6 +22,7 @@ from minipeft.files import (
     check_digest,
     check_types,
     digest,
+    mismatch,
     one_line,
     read_header,
     read_json,
@@ -105,32 +106,32 @@ def read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter:
         raise ValueError(f"{file} is missing (a pickled adapter_model.bin is never read)")
     shapes, header = read_header(file)
     wanted = digest(config, TRAINING_ONLY)
-    # A prompt without its network is loaded as it is, and so is one that will not be trained.
-    bare = config.peft_type == "PROMPT_TUNING" or set(shapes) == {"prompt_embeddings"}
-    config.inference_mode = bare or not is_trainable
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str) and targets != "all-linear":
         config.target_modules = layer_names(model, shapes)  # a stranger's pattern is never run
+    is_prompt = "prompt_embeddings" in shapes
+    has_network = is_prompt and len(shapes) > 1 and config.peft_type != "PROMPT_TUNING"
+    config.inference_mode = not has_network
     try:
         check_sizes(config, shapes)
         with torch.device("meta"):
             empty = make_adapter(on_meta(model), copy.copy(config))
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder / CONFIG}: {one_line(error)}") from error
-    try:
-        empty.match(shapes)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+    if wrong := mismatch(shapes, empty.tensors()):
+        raise ValueError(f"{file}: adapter does not match this model: {wrong}")
     check_digest(header, wanted, file, folder / CONFIG)
     tensors = read_tensors(file)
+    # A prompt is loaded without its network if it will not be trained, or has none.
+    config.inference_mode = not is_trainable or (is_prompt and not has_network)
     with torch.random.fork_rng(devices=[]):  # the initial values drawn here are overwritten
         adapter = make_adapter(model, config)
-    copy_tensors(*adapter.match(tensors))
+    copy_tensors(tensors, adapter.places())
     config.inference_mode = not is_trainable
     if isinstance(targets, str):
         config.target_modules = targets
-    if bare and is_trainable:
-        adapter.encoder.requires_grad_(True)
+    for tensor in adapter.parameters().values():
+        tensor.requires_grad_(is_trainable)
     return adapter
 
 

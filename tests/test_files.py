@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minipeft import LoraConfig, PeftModel, files, get_peft_model, saving
+from minipeft import GPT, AdaLoraConfig, LoraConfig, PeftModel, files, get_peft_model, saving
 
 WEIGHTS, CONFIG = saving.WEIGHTS, saving.CONFIG
 ATTENTION = ["attn.c_attn", "attn.c_proj"]
@@ -126,7 +126,7 @@ def test_tensors_that_an_adapter_cannot_have_are_refused(gpt, folder, change, me
 def test_a_header_that_claims_to_be_huge_is_refused_at_once(folder):
     with (folder / WEIGHTS).open("r+b") as opened:
         opened.write((2**40).to_bytes(8, "little"))
-    with pytest.raises(ValueError, match="its header would be too large"):
+    with pytest.raises(ValueError, match="a header of 1099511627776 bytes"):
         files.read_header(folder / WEIGHTS)
 
 
@@ -172,6 +172,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
     with pytest.raises(OSError, match=r"file cannot be written: .*"):  # safetensors' own class
         files.write_file(file, lambda to: save_file({"a": torch.ones(1)}, f"{to}/no/such"))
+
+
+def test_a_loaded_adalora_can_go_on_pruning_only_if_it_is_trainable(gpt, tmp_path):
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=5, target_modules=["c_fc"])
+    get_peft_model(gpt, config).save_pretrained(tmp_path)
+    for is_trainable in (True, False):
+        model = PeftModel.from_pretrained(GPT(gpt.config), tmp_path, is_trainable=is_trainable)
+        assert (model.adapters["default"].allocator is not None) is is_trainable
+        assert any(p.requires_grad for p in model.parameters()) is is_trainable
+        assert model.peft_config["default"].inference_mode is not is_trainable
 
 
 # --- weights and config belong together ---
