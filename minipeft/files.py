@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 MEBIBYTE = 2**20
 LARGEST = {int: 2**63, float: math.inf}  # numbers in JSON must be below
@@ -36,7 +37,8 @@ def show(value, limit: int = 200) -> str:
 
 def one_line(error: BaseException) -> str:
     """An error's message as one short line."""
-    return " ".join(str(error).split())[:400]
+    printable = (c if c.isprintable() else " " for c in str(error)[:1000])
+    return " ".join("".join(printable).split())[:400]
 
 
 def read_start(file: Path, n: int) -> bytes:
@@ -68,9 +70,9 @@ def read_json(file: Path, kind: type = dict, limit: int = 4 * MEBIBYTE):
 def parse_json(text: str, kind: type, where: str, depth: int = 20):
     """A JSON text of this kind, nested at most `depth` levels deep, with finite numbers."""
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+        raise ValueError(f"{where} is not JSON: {one_line(error)}") from error
     if not isinstance(found, kind):
         wanted = "object" if kind is dict else "array"
         raise ValueError(f"{where} must be a JSON {wanted}, got {show(found)}")
@@ -83,6 +85,14 @@ def parse_json(text: str, kind: type, where: str, depth: int = 20):
             raise ValueError(f"{where} is nested too deeply")
         depth -= 1
         level = [inner for value in level for inner in members(value)]
+    return found
+
+
+def unique(pairs: list[tuple]) -> dict:
+    """A JSON object as a dictionary. Raises ValueError for a key that is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
     return found
 
 
@@ -147,7 +157,7 @@ def read_header(
     from safetensors import safe_open
 
     length = int.from_bytes(read_start(file, 8), "little")  # of the header
-    if not 2 <= length <= 16 * MEBIBYTE:
+    if not 2 <= length <= 8 * MEBIBYTE:
         raise ValueError(f"{file} cannot be read as safetensors: a header of {length} bytes")
     found = {}
     try:
@@ -197,6 +207,17 @@ def mismatch(found: dict[str, Tensor], wanted: dict[str, Tensor], same_dtype: bo
             wrong.append(f"{name} is {is_}, not {should}")
     more = f" ({len(wrong)} in all)" if len(wrong) > 3 else ""
     return "; ".join(each[:250] for each in wrong[:3]) + more
+
+
+class empty_tensors(TorchFunctionMode):
+    """A context in which new tensors are on the meta device: they have a shape, but take no memory,
+    and no initial values are drawn."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        with torch.device("meta"):
+            return func(*args, **(kwargs or {}))
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], strings: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ are compared with a model on the meta device, which takes no memory, before any 
 """
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from minipeft.files import (
     check_digest,
     check_types,
     digest,
+    empty_tensors,
     has_type,
     mismatch,
     one_line,
@@ -68,15 +70,16 @@ def load(path: str | Path) -> GPT:
     found: dict[str, Tensor] = {}  # on the meta device
     places: dict[str, tuple[Path, str]] = {}  # of each tensor: its file, and its name there
     headers: dict[Path, dict[str, str]] = {}
-    for file in weight_files(folder):
+    index = read_index(folder)
+    for file in sorted({folder / name for name in index.values()} or {folder / WEIGHTS}):
         shapes, headers[file] = read_header(file, ignored=MASKS)
         for stored, w in shapes.items():
             name = stored if stored.startswith(("transformer.", HEAD)) else f"transformer.{stored}"
-            if name in found:
-                raise ValueError(f"{file}: {stored} is there twice")
+            if name in found or index.get(stored, file.name) != file.name:
+                raise ValueError(f"{file}: {stored} is in two files, or there under two names")
             found[name] = w.t() if name.endswith(TRANSPOSED) and w.dim() == 2 else w
             places[name] = file, stored
-    if config.n_layer > len(found):  # building them all could take forever
+    if 12 * config.n_layer > len(found):  # building them all could take forever
         raise ValueError(f"{folder}: {config.n_layer} layers, but only {len(found)} tensors")
     try:
         model = empty_model(config)
@@ -93,7 +96,8 @@ def load(path: str | Path) -> GPT:
         w = read[file].pop(stored).to(torch.float32, copy=True)  # files are mapped into memory
         tensors[name] = w.t().contiguous() if name.endswith(TRANSPOSED) else w
     if not torch.equal(tensors.setdefault(HEAD, tensors[EMBEDDING]), tensors[EMBEDDING]):
-        raise ValueError(f"{folder}: an lm_head that differs from wte is not supported")
+        file = places[HEAD][0]
+        raise ValueError(f"{file}: an lm_head that differs from wte is not supported")
     model.load_state_dict(tensors, assign=True)
     model.lm_head.weight = model.transformer.wte.weight
     model.name_or_path = str(path)
@@ -102,7 +106,7 @@ def load(path: str | Path) -> GPT:
 
 def empty_model(config: GPTConfig) -> GPT:
     """A model on the meta device: names and shapes, but no memory."""
-    with torch.device("meta"):
+    with empty_tensors():
         return GPT(config)
 
 
@@ -123,7 +127,7 @@ def download(name: str) -> Path:
 def read_config(file: Path) -> GPTConfig:
     settings = read_json(file)
     for name, value in SUPPORTED.items():
-        if settings.get(name, value) != value:
+        if repr(settings.get(name, value)) != repr(value):  # 1 is not True
             raise ValueError(f"{file}: {name} must be {value!r}, got {show(settings[name])}")
     try:
         return GPTConfig(**check_types(settings, GPTConfig, file))
@@ -131,14 +135,15 @@ def read_config(file: Path) -> GPTConfig:
         raise ValueError(f"{file}: {one_line(error)}") from error
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """`model.safetensors`, or the files of a large model that is split into several."""
-    if not (folder / INDEX).exists():
-        return [folder / WEIGHTS]
-    places = read_json(folder / INDEX).get("weight_map")
-    if not has_type(places, dict[str, str]) or not places:
-        raise ValueError(f"{folder / INDEX}: weight_map must name files, got {show(places)}")
-    for name in set(places.values()):
+def read_index(folder: Path) -> dict[str, str]:
+    """The file of every tensor, if a large model is split into several files; else empty."""
+    file = folder / INDEX
+    if not os.path.lexists(file):
+        return {}
+    index = read_json(file).get("weight_map")
+    if not has_type(index, dict[str, str]) or not index:
+        raise ValueError(f"{file}: weight_map must name files, got {show(index)}")
+    for name in index.values():
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{folder / INDEX}: {show(name)} is not the name of a weights file")
-    return [folder / name for name in sorted(set(places.values()))]
+            raise ValueError(f"{file}: {show(name)} is not the name of a weights file")
+    return index

@@ -22,6 +22,7 @@ from minipeft.files import (
     check_digest,
     check_types,
     digest,
+    empty_tensors,
     mismatch,
     one_line,
     read_header,
@@ -107,6 +108,8 @@ def read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter:
     shapes, header = read_header(file)
     wanted = digest(config, TRAINING_ONLY)
     targets = getattr(config, "target_modules", None)
+    if isinstance(targets, list) and len(targets) > len(dict(model.named_modules())):
+        raise ValueError(f"{folder / CONFIG}: target_modules names more layers than the model has")
     if isinstance(targets, str) and targets != "all-linear":
         config.target_modules = layer_names(model, shapes)  # a stranger's pattern is never run
     is_prompt = "prompt_embeddings" in shapes
@@ -114,7 +117,7 @@ def read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter:
     config.inference_mode = not has_network
     try:
         check_sizes(config, shapes)
-        with torch.device("meta"):
+        with empty_tensors():
             empty = make_adapter(on_meta(model), copy.copy(config))
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder / CONFIG}: {one_line(error)}") from error

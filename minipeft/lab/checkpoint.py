@@ -74,9 +74,12 @@ class Checkpoint:
         """
         if not (self.resume and os.path.lexists(self.file)):
             return 0
-        shapes, header = read_header(self.file, STATE_DTYPES, ignored=("random.cuda",))
+        shapes, header = read_header(self.file, STATE_DTYPES)
         step, lists = self.check_header(header)
         wanted = expected(model, optimizer)
+        if "random.cuda" not in shapes.keys() & wanted.keys():  # the device may be another one now
+            shapes.pop("random.cuda", None)
+            wanted.pop("random.cuda", None)
         if wrong := mismatch(shapes, wanted, same_dtype=True):
             raise ValueError(f"{self.file} is a checkpoint of another run: {wrong}")
         found = read_tensors(self.file)
@@ -149,7 +152,7 @@ def expected(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         moments = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
         found |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
-    return found | {"random.cpu": torch.get_rng_state()}
+    return found | random_state()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minipeft.files import MEBIBYTE, parse_json, read_json, read_text
+from minipeft.files import MEBIBYTE, one_line, parse_json, read_json, read_text
 from minipeft.lab import DATA
 from minipeft.lab.base import Base, encode_prompt
 
@@ -85,8 +85,8 @@ def _encode(where: str, line: str, base: Base, fact: str | None) -> Example:
     try:
         prompt_ids = encode_prompt(base.tokenizer, prompt)
         encoded = base.tokenizer.encode(completion, add_special_tokens=False)
-    except TypeError as error:  # half of a surrogate pair, for one
-        raise ValueError(f"{where} has text that cannot be encoded: {error}") from error
+    except Exception as error:  # half of a surrogate pair, for one
+        raise ValueError(f"{where} has text that cannot be encoded: {one_line(error)}") from error
     if not prompt_ids or not encoded.ids:
         raise ValueError(f"{where}: the tokenizer finds no token in the prompt or completion")
     limit = base.pretrained.config.n_positions
