@@ -278,7 +278,8 @@ def in_children(numbers: list[int], run_one: Callable) -> dict[int, str]:
         if status:
             signalled = os.WIFSIGNALED(status)
             how = signal.Signals(os.WTERMSIG(status)).name if signalled else found[-1][-1]
-            faults[rest[0]] = f"{notes.get(rest.pop(0))}: the process ended: {how}"
+            number = rest.pop(0)
+            faults[number] = f"{notes.get(number)}: the process ended: {how}"
     return faults
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import BASE, tiny_config
 from fuzz import Attempt
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_adapters import CONFIGS, IDS, checksum, small_base
 from test_sweep import entry
@@ -150,7 +151,9 @@ class ShardedFiles(GPTFiles):
 class BaseFiles(GPTFiles):
     def write(self, folder: Path) -> None:
         shape = {"vocab_size": 2048, "n_embd": 8, "n_head": 2, "n_layer": 1, "eos_token_id": 50256}
-        GPT(tiny_config(**shape)).save_pretrained(folder)
+        gpt = GPT(tiny_config(**shape))
+        gpt.save_pretrained(folder)
+        self.outputs = Outputs(folder, gpt)
         shutil.copy(BASE / "tokenizer.json", folder)
         (folder / "held_out.txt").write_text(f"{TEXT}<|endoftext|>{TEXT}")
         for name in ("tokenizer_config.json", "generation_config.json"):
@@ -166,9 +169,10 @@ class BaseFiles(GPTFiles):
             copy_tokenizer(base, out)
             return base
 
+        check_gpt = super().attempt(folder, chance).check
+
         def check(base) -> None:
-            check_types(base.pretrained.config)
-            check_model(base.pretrained)
+            check_gpt(base.pretrained)
             assert base.tokenizer.id_to_token(base.end) is not None
             assert base.held_out is None or check_model(base.pretrained, base.held_out) is None
             encoded = tasks.encode_prompt(base.tokenizer, TEXT[:40])
@@ -351,7 +355,40 @@ def test_every_intact_folder_is_read(formats, tmp_path):
         attempt.check(attempt.load())
 
 
-# --- weights and config of two folders ---
+# --- chosen by hand ---
+
+LSTM = {"encoder_reparameterization_type": "LSTM"}
+ABSURD = [  # changes of a config whose folder also has tensors that seem to allow any size
+    ("adapter lora", {"r": 10**9}), ("adapter lora", {"target_modules": ["c_fc"] * 10**6}),
+    ("adapter lora", {"target_modules": [f"layer{i}" for i in range(10**6)]}),
+    ("adapter adalora", {"init_r": 10**9}), ("adapter bottleneck", {"bottleneck_size": 10**9}),
+    ("adapter adalora", {"rank_pattern": {f"layer{i}": [True] for i in range(10**6)}}),
+    ("adapter adalora", {"rank_pattern": {"transformer.h.0.attn.c_attn.lora_E": [True] * 10**7}}),
+    ("adapter p_tuning", {"encoder_hidden_size": 10**9}),
+    ("adapter p_tuning", {"encoder_num_layers": 10**5} | LSTM),
+    ("adapter prefix_projection", {"encoder_hidden_size": 10**9}),
+    ("gpt", {"n_layer": 10**9}), ("gpt", {"n_layer": 1000, "n_embd": 10**6}),
+    *(("adapter lora", {"target_modules": regex}) for regex in fuzz.REGEXES),
+]  # fmt: skip
+
+
+def test_an_absurd_setting_is_refused_at_once(formats, tmp_path):
+    empty = {f"x{i}": torch.empty(10**9, 0) for i in range(2000)}
+
+    def run_absurd(number: int, note: Callable) -> str | None:
+        name, change = ABSURD[number]
+        files, intact = formats[name]
+        shutil.copytree(intact, folder := tmp_path / "case" / str(number))
+        (config,), (weights,) = folder.glob("*.json"), folder.glob("*.safetensors")
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+        save_file(load_file(weights) | empty, weights, safe_open(weights, "pt").metadata())
+        note(f"{name}, {change!r:.80}")
+        attempt = files.attempt(folder, random.Random(1))  # trainable: the whole network is built
+        return fuzz.fault_of(attempt, folder, [config.name, weights.name], True)
+
+    faults = fuzz.in_children(list(range(len(ABSURD))), run_absurd)
+    assert not faults, "\n".join(faults.values())
+
 
 PAIRS = {  # two configs with tensors of the same shapes and different outputs
     "alpha": [LoraConfig(lora_alpha=a, target_modules=["c_fc"]) for a in (8, 16)],
@@ -378,4 +415,14 @@ def test_weights_with_the_config_of_another_model_are_refused(tmp_path, change):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=r"config\.json"):
+        GPT.from_pretrained(tmp_path)
+
+
+@soon
+@pytest.mark.parametrize("where", ["../", "./", "/tmp/", "x/../"])
+def test_an_index_names_only_plain_files_in_its_folder(formats, tmp_path, where):
+    shutil.copytree(formats["sharded"][1], tmp_path, dirs_exist_ok=True)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", f"{where}model-00001"))
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
         GPT.from_pretrained(tmp_path)
