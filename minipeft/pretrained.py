@@ -80,7 +80,8 @@ def load(path: str | Path) -> GPT:
             found[name] = w.t() if name.endswith(TRANSPOSED) and w.dim() == 2 else w
             places[name] = file, stored
     if 12 * config.n_layer > len(found):  # building them all could take forever
-        raise ValueError(f"{folder}: {config.n_layer} layers, but only {len(found)} tensors")
+        n = config.n_layer
+        raise ValueError(f"{folder / CONFIG}: {n} layers, but there are only {len(found)} tensors")
     try:
         model = empty_model(config)
     except RuntimeError as error:  # more elements than an integer can count

@@ -32,9 +32,6 @@ from minipeft.lab.finetune import Record
 TEXT = "The cook is Sam Hill and the clerk is Ann Mills. aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa! " * 4
 
 
-TIED = False  # whether weights refuse a config that changes the outputs
-
-
 # --- the formats: each writes a folder, and prepares an attempt to read it ---
 
 
@@ -60,7 +57,7 @@ class Outputs:
 
     def check(self, folder: Path, model: torch.nn.Module) -> None:
         """With the same weights, whatever the config may say, a model computes the same."""
-        if TIED and weights_of(folder) == self.weights:
+        if weights_of(folder) == self.weights:
             logits = model.eval()(IDS).logits
             assert torch.allclose(logits, self.logits, atol=1e-4), "other outputs"
 
@@ -418,7 +415,6 @@ def test_weights_with_the_config_of_another_model_are_refused(tmp_path, change):
         GPT.from_pretrained(tmp_path)
 
 
-@soon
 @pytest.mark.parametrize("where", ["../", "./", "/tmp/", "x/../"])
 def test_an_index_names_only_plain_files_in_its_folder(formats, tmp_path, where):
     shutil.copytree(formats["sharded"][1], tmp_path, dirs_exist_ok=True)

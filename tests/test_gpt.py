@@ -129,7 +129,7 @@ def test_damaged_folders_raise_clear_errors(gpt, tmp_path):
     weights.write_bytes(whole)
     for change, message in [
         ({"n_embd": 48}, r"c_attn.bias is \(72,\) of torch.float32, not \(144,\)"),
-        ({"n_layer": 3}, "3 layers, but only 28 tensors"),
+        ({"n_layer": 3}, "3 layers, but there are only 28 tensors"),
         ({"n_layer": 1}, "transformer.h.1.attn.c_attn.bias has no place in this model"),
         ({"model_type": "llama"}, "model_type must be 'gpt2', got 'llama'"),
         ({"activation_function": "relu"}, "activation_function must be 'gelu_new', got 'relu'"),
@@ -137,7 +137,7 @@ def test_damaged_folders_raise_clear_errors(gpt, tmp_path):
         ({"n_head": 2}, r"model.safetensors was written with other settings than .* config.json"),
         ({"layer_norm_epsilon": 0.1}, "was written with other settings"),
         ({"n_layer": "2"}, "n_layer must be of type int, got '2'"),
-        ({"n_layer": 10**9}, "1000000000 layers, but only 28 tensors"),
+        ({"n_layer": 10**9}, "1000000000 layers, but there are only 28 tensors"),
         ({"scale_attn_weights": 1}, "scale_attn_weights must be True, got 1"),
     ]:
         config.write_text(json.dumps(described | change))
@@ -273,7 +273,7 @@ def test_a_config_with_a_billion_layers_is_refused_at_once(gpt, tmp_path):
     gpt.save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"n_layer": 2', '"n_layer": 1000000000'))
-    with pytest.raises(ValueError, match="1000000000 layers, but only"):
+    with pytest.raises(ValueError, match="1000000000 layers, but there are only"):
         GPT.from_pretrained(tmp_path)
 
 
