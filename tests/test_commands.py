@@ -433,6 +433,16 @@ def test_a_job_that_cannot_be_done_writes_nothing(monkeypatch, capfd, files, lin
     assert not (files / "out").exists()
 
 
+def test_compare_refuses_before_any_training_what_does_not_fit_into_the_context(
+    monkeypatch, capfd, files
+):
+    monkeypatch.setattr(compare, "finetune", lambda *_: pytest.fail("it trained"))
+    line = json.dumps({"prompt": "The name" + " is" * 240, "completion": " Ann"})
+    (files / "train.jsonl").write_text(line)
+    words = JOB.replace("finetune", "compare --methods lora,prompt_tuning").split()
+    assert "tokens of text and 20 virtual tokens exceed" in refused(monkeypatch, capfd, *words)
+
+
 # --- your own files ---
 
 

@@ -48,10 +48,8 @@ def test_counts_are_integers_within_bounds(name):
         with pytest.raises(ValueError) as refused:
             RunConfig(**{name: value})
         assert str(refused.value) == f"{name} must be {what} integer, got {value!r}"
-    with pytest.raises(
-        ValueError, match=f"{name} must be at most [0-9,]+, got 1000000000000000000"
-    ):
-        RunConfig(**{name: 10**18 * 10 ** (name == "seed")})
+    with pytest.raises(ValueError, match=f"{name} must be at most [0-9,]+, got {10**19}"):
+        RunConfig(**{name: 10**19})
 
 
 @pytest.mark.parametrize(
