@@ -8,7 +8,7 @@ from pathlib import Path
 from minipeft.files import write_file
 from minipeft.lab import report
 from minipeft.lab.base import Base
-from minipeft.lab.finetune import Record, finetune
+from minipeft.lab.finetune import Record, build_model, check_lengths, finetune
 from minipeft.lab.recipes import RECIPES, Recipe, RunConfig
 from minipeft.lab.tasks import Task
 
@@ -19,7 +19,10 @@ def compare(
     base: Base, task: Task, recipes: list[Recipe], run: RunConfig, seeds: int, control: bool = True
 ) -> list[Record]:
     """A record for every recipe and seed, and for the control: full fine-tuning of a random model
-    of the same shape."""
+    of the same shape. Raises ValueError, before any training, if a recipe's virtual tokens do not
+    fit into the context."""
+    for recipe in recipes:
+        check_lengths(build_model(base, recipe, run), base, task)
     jobs = [
         (recipe, replace(run, seed=seed))
         for recipe in recipes

@@ -86,13 +86,26 @@ def check(entries: list[dict]) -> None:
             )
 
 
+def load(file: Path) -> list[dict]:
+    """The entries in a file of results; none if it does not exist. Raises ValueError for another
+    file."""
+    if not file.exists():
+        return []
+    try:
+        entries = json.loads(file.read_text()) if file.is_file() else None
+        if isinstance(entries, list) and all({*KEY} <= {*entry} for entry in entries):
+            return entries
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{file} is not a file of a sweep's results: name another file")
+
+
 def save(entries: list[dict], file: str | Path) -> None:
     """Put the entries into a file of results; older ones with the same KEY are replaced."""
     check(entries)
     file = Path(file)
-    old = json.loads(file.read_text()) if file.is_file() else []
     new = {tuple(e[name] for name in KEY) for e in entries}
-    kept = [e for e in old if tuple(e[name] for name in KEY) not in new]
+    kept = [e for e in load(file) if tuple(e[name] for name in KEY) not in new]
     text = json.dumps(kept + entries, indent=1) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, lambda path: Path(path).write_text(text))

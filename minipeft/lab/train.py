@@ -161,17 +161,18 @@ def without_penalty(loss: Tensor, model: nn.Module) -> float:
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, else cuda, else mps, else cpu. Raises ValueError if it cannot be used."""
-    if name is None:
-        gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        name = next((name for name, found in gpus.items() if found), "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
-    return device
+    """The named device; without a name, the first of cuda, mps and cpu that works.
+
+    Raises ValueError if a tensor cannot be made and read there.
+    """
+    for candidate in ("cuda", "mps", "cpu") if name is None else (name,):
+        try:
+            device = torch.device(candidate)
+            torch.ones(1, device=device).item()
+            return device
+        except Exception as error:  # every kind of device has its own
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise ValueError(f"device {name!r} cannot be used: {reason:.200}")
 
 
 def autocast(device: torch.device):
