@@ -5,7 +5,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from minipeft.files import write_file
+from minipeft.files import MEBIBYTE, check_types, has_type, one_line, read_json, show, write_text
 from minipeft.lab import report
 from minipeft.lab.base import Base
 from minipeft.lab.finetune import Record, build_model, check_lengths, finetune
@@ -127,7 +127,7 @@ def save(records: list[Record], task: Task, folder: str | Path) -> None:
         if found["seed"]:  # completions are kept for the first seed only
             found.pop("examples", None)
     text = "[\n" + ",\n".join(json.dumps(found) for found in rounded) + "\n]\n"
-    write_file(folder / "compare.json", lambda file: Path(file).write_text(text))
+    write_text(folder / "compare.json", text)
     report.save_figure(report.compare_figure(rows(records), task), folder / "compare.png")
     ranks = [record.ranks for record in records if record.ranks]
     if ranks:
@@ -135,8 +135,15 @@ def save(records: list[Record], task: Task, folder: str | Path) -> None:
 
 
 def load(file: str | Path) -> list[Record]:
-    """The records in a compare.json."""
-    return [Record.from_json(found) for found in json.loads(Path(file).read_text())]
+    """The records in a compare.json. Raises ValueError for another file."""
+    file = Path(file)
+    found = read_json(file, list, 64 * MEBIBYTE)
+    if not has_type(found, list[dict]):
+        raise ValueError(f"{file} must be a list of records, got {show(found)}")
+    try:
+        return [Record(**check_types(record, Record, file)) for record in found]
+    except TypeError as error:  # a field is missing
+        raise ValueError(f"{file} does not hold records: {one_line(error)}") from error
 
 
 def show_examples(records: list[Record], n: int = 2) -> str:
