@@ -231,7 +231,11 @@ def test_held_out_windows_may_fill_the_context(small, task):
 
 
 def test_a_record_survives_json_and_leaves_out_what_does_not_apply(tmp_path):
-    record = Record("lora", "1m", "describe", 0, 100, 400, score=0.0, bits=None, size=8)
+    losses, base = [{"step": 100, "loss": 1.0}], {"base": 1.0}
+    record = Record(
+        "lora", "1m", "describe", 0, 100, 400, score=0.0, bits=None, size=8, weight_bytes=7,
+        validation=losses, forgetting=base,
+    )  # fmt: skip
     found = record.to_json()
     assert "bits" not in found
     assert found["score"] == 0.0  # zero is a value
@@ -241,6 +245,16 @@ def test_a_record_survives_json_and_leaves_out_what_does_not_apply(tmp_path):
     for wrong, message in (
         ([found | {"seed": "0"}], r"compare\.json: seed must be of type int, got '0'"),
         ([{"method": "lora"}], r"compare\.json does not hold records: .*missing 5 required"),
+        *(
+            ([found | {name: value}], r"compare\.json: record 0 lacks a score")
+            for name, value in (
+                ("score", None),
+                ("weight_bytes", None),
+                ("validation", []),
+                ("validation", [{"step": 1}]),
+                ("forgetting", {"on": 1.0}),
+            )
+        ),
         ([7], r"compare\.json must be a list of records, got \[7\]"),
     ):
         file.write_text(json.dumps(wrong))

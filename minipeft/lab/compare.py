@@ -141,9 +141,15 @@ def load(file: str | Path) -> list[Record]:
     if not has_type(found, list[dict]):
         raise ValueError(f"{file} must be a list of records, got {show(found)}")
     try:
-        return [Record(**check_types(record, Record, file)) for record in found]
+        records = [Record(**check_types(record, Record, file)) for record in found]
     except TypeError as error:  # a field is missing
         raise ValueError(f"{file} does not hold records: {one_line(error)}") from error
+    for i, record in enumerate(records):
+        measured = record.validation and None not in (record.score, record.weight_bytes)
+        losses = all({"step", "loss"} <= point.keys() for point in record.validation)
+        if not (measured and losses and "base" in (record.forgetting or {"base"})):
+            raise ValueError(f"{file}: record {i} lacks a score, weight_bytes or losses")
+    return records
 
 
 def show_examples(records: list[Record], n: int = 2) -> str:

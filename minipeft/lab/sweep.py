@@ -98,8 +98,9 @@ def load(file: Path) -> list[dict]:
         return []
     entries = read_json(file, list, 64 * MEBIBYTE)
     right = has_type(entries, list[dict]) and all(
-        all(has_type(entry.get(name), kind) for name, kind in ENTRY.items())
-        and entry["best"] in [point.get("learning_rate") for point in entry["points"]]
+        all(name in entry and has_type(entry[name], kind) for name, kind in ENTRY.items())
+        and all("learning_rate" in point for point in entry["points"])
+        and entry["best"] in [point["learning_rate"] for point in entry["points"]]
         for entry in entries
     )
     if not right:
