@@ -94,6 +94,9 @@ def cells(name: str, row: list[Record], records: list[Record], metric: str) -> d
     def average(field: str, form: str) -> str:
         return "–" if getattr(row[0], field) is None else format(mean(row, field), form)
 
+    def kilobytes(count: int | None) -> str:
+        return f"{count / 1e3:,.0f}" if count else "–"
+
     def rise(state: str) -> str:
         return "–" if row[0].random_base else show(forgetting(row, state), "+.2f")
 
@@ -101,8 +104,8 @@ def cells(name: str, row: list[Record], records: list[Record], metric: str) -> d
         "method": report.name_of(name),
         "learning rate": average("learning_rate", "g"),
         "trainable": average("trainable", ",.0f"),
-        "weights, kB": f"{row[0].weight_bytes / 1e3:,.0f}",
-        "disk, kB": f"{row[0].disk_bytes / 1e3:,.0f}" if row[0].disk_bytes else "–",
+        "weights, kB": kilobytes(row[0].weight_bytes),
+        "disk, kB": kilobytes(row[0].disk_bytes),
         "s / step": average("seconds_per_step", ".3f"),
         "validation loss": f"{statistics.mean(r.validation[-1]['loss'] for r in row):.3f}",
         "slot loss": average("test_slot_loss", ".3f"),
@@ -145,10 +148,10 @@ def load(file: str | Path) -> list[Record]:
     except TypeError as error:  # a field is missing
         raise ValueError(f"{file} does not hold records: {one_line(error)}") from error
     for i, record in enumerate(records):
-        measured = record.validation and None not in (record.score, record.weight_bytes)
+        measured = record.validation and record.score is not None
         losses = all({"step", "loss"} <= point.keys() for point in record.validation)
         if not (measured and losses and "base" in (record.forgetting or {"base"})):
-            raise ValueError(f"{file}: record {i} lacks a score, weight_bytes or losses")
+            raise ValueError(f"{file}: record {i} lacks a score or losses")
     return records
 
 
