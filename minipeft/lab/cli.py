@@ -275,7 +275,7 @@ def compare(args) -> None:
 
 
 def finetune(args) -> None:
-    from minipeft.files import write_file
+    from minipeft.files import write_text
     from minipeft.lab import finetune, parallel
 
     if not args.resume and (Path(args.output) / "checkpoint.safetensors").exists():
@@ -288,7 +288,7 @@ def finetune(args) -> None:
     record = finetune.finetune(base, task, recipe_of(args), run_config(args))
     text = json.dumps(record.to_json(), indent=1) + "\n"
     if parallel.rank() == 0:
-        write_file(Path(args.output) / "record.json", lambda file: Path(file).write_text(text))
+        write_text(Path(args.output) / "record.json", text)
         print(f"{task.metric} {record.score:.3f}; wrote {args.output}")
     parallel.stop()
 
@@ -336,7 +336,8 @@ def targets(args) -> None:
 
 
 def pretrain(args) -> None:
-    from minipeft.gpt import GPTConfig, write_file
+    from minipeft.files import write_file
+    from minipeft.gpt import GPTConfig
     from minipeft.lab import base, pretrain, train
 
     train.pick_device(args.device)

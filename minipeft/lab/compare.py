@@ -5,7 +5,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from minipeft.files import write_file
+from minipeft.files import write_text
 from minipeft.lab import report
 from minipeft.lab.base import Base
 from minipeft.lab.finetune import Record, build_model, check_lengths, finetune
@@ -127,7 +127,7 @@ def save(records: list[Record], task: Task, folder: str | Path) -> None:
         if found["seed"]:  # completions are kept for the first seed only
             found.pop("examples", None)
     text = "[\n" + ",\n".join(json.dumps(found) for found in rounded) + "\n]\n"
-    write_file(folder / "compare.json", lambda file: Path(file).write_text(text))
+    write_text(folder / "compare.json", text)
     report.save_figure(report.compare_figure(rows(records), task), folder / "compare.png")
     ranks = [record.ranks for record in records if record.ranks]
     if ranks:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from minipeft.files import write_file
+from minipeft.files import write_text
 from minipeft.lab import DATA, report
 from minipeft.lab.base import Base, load_base
 from minipeft.lab.evaluate import activation_bytes, weight_bytes
@@ -193,5 +193,5 @@ def save(found: Found, measured: Found, folder: str | Path) -> None:
     text = json.dumps({"computed": found, "measured": measured}, indent=1) + "\n"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "memory.json", lambda file: Path(file).write_text(text))
+    write_text(folder / "memory.json", text)
     report.save_figure(report.memory_figure(found), folder / "memory.png")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minipeft.files import write_file
+from minipeft.files import read_json, write_text
 from minipeft.lab import report
 from minipeft.lab.base import Base
 from minipeft.lab.finetune import finetune
@@ -89,15 +89,10 @@ def check(entries: list[dict]) -> None:
 def load(file: Path) -> list[dict]:
     """The entries in a file of results; none if it does not exist. Raises ValueError for another
     file."""
-    if not file.exists():
-        return []
-    try:
-        entries = json.loads(file.read_text()) if file.is_file() else None
-        if isinstance(entries, list) and all({*KEY} <= {*entry} for entry in entries):
-            return entries
-    except (ValueError, TypeError, RecursionError):
-        pass
-    raise ValueError(f"{file} is not a file of a sweep's results: name another file")
+    entries = read_json(file, list) if file.exists() else []
+    if not all(isinstance(entry, dict) and {*KEY} <= {*entry} for entry in entries):
+        raise ValueError(f"{file} has entries that are no results of a sweep: name another file")
+    return entries
 
 
 def save(entries: list[dict], file: str | Path) -> None:
@@ -108,7 +103,7 @@ def save(entries: list[dict], file: str | Path) -> None:
     kept = [e for e in load(file) if tuple(e[name] for name in KEY) not in new]
     text = json.dumps(kept + entries, indent=1) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_file(file, lambda path: Path(path).write_text(text))
+    write_text(file, text)
 
 
 def table(entries: list[dict]) -> str:
