@@ -245,16 +245,9 @@ def test_a_record_survives_json_and_leaves_out_what_does_not_apply(tmp_path):
     for wrong, message in (
         ([found | {"seed": "0"}], r"compare\.json: seed must be of type int, got '0'"),
         ([{"method": "lora"}], r"compare\.json does not hold records: .*missing 5 required"),
-        *(
-            ([found | {name: value}], r"compare\.json: record 0 lacks a score")
-            for name, value in (
-                ("score", None),
-                ("weight_bytes", None),
-                ("validation", []),
-                ("validation", [{"step": 1}]),
-                ("forgetting", {"on": 1.0}),
-            )
-        ),
+        ([found | {"score": None}], r"compare\.json: record 0 lacks a score"),
+        ([found | {"validation": [{"step": 1}]}], "record 0 lacks a score or losses"),
+        ([found, found | {"forgetting": {"on": 1.0}}], "record 1 lacks a score or losses"),
         ([7], r"compare\.json must be a list of records, got \[7\]"),
     ):
         file.write_text(json.dumps(wrong))

@@ -62,6 +62,12 @@ def forgetting(records: list[Record], state: str = "on") -> float | None:
     return statistics.mean(found) if found else None
 
 
+def last_loss(records: list[Record]) -> float | None:
+    """The mean of the last validation losses."""
+    found = [record.validation[-1]["loss"] for record in records if record.validation]
+    return statistics.mean(found) if found else None
+
+
 def share_of_gap(records: list[Record], row: list[Record]) -> float | None:
     """How far a method gets from the frozen base's score (0) to full fine-tuning's (1)."""
     grouped = rows(records)
@@ -107,7 +113,7 @@ def cells(name: str, row: list[Record], records: list[Record], metric: str) -> d
         "weights, kB": kilobytes(row[0].weight_bytes),
         "disk, kB": kilobytes(row[0].disk_bytes),
         "s / step": average("seconds_per_step", ".3f"),
-        "validation loss": f"{statistics.mean(r.validation[-1]['loss'] for r in row):.3f}",
+        "validation loss": show(last_loss(row), ".3f"),
         "slot loss": average("test_slot_loss", ".3f"),
         "template loss": average("test_template_loss", ".3f"),
         metric: spread(row, "score"),
@@ -148,9 +154,8 @@ def load(file: str | Path) -> list[Record]:
     except TypeError as error:  # a field is missing
         raise ValueError(f"{file} does not hold records: {one_line(error)}") from error
     for i, record in enumerate(records):
-        measured = record.validation and record.score is not None
         losses = all({"step", "loss"} <= point.keys() for point in record.validation)
-        if not (measured and losses and "base" in (record.forgetting or {"base"})):
+        if record.score is None or not losses or "base" not in (record.forgetting or {"base"}):
             raise ValueError(f"{file}: record {i} lacks a score or losses")
     return records
 
