@@ -258,7 +258,7 @@ def run_tests(files: list[str], limit: float, plugin=None) -> tuple[str, str]:
         os.dup2(output, 2)
         code = 99
         try:
-            options = ["-x", "--tb=no", "-p", "no:cacheprovider", "-rfE"]
+            options = ["-x", "--tb=no", "-p", "no:cacheprovider", "-p", "no:nbmake", "-rfE"]
             code = pytest.main([*options, *files], [plugin] if plugin else [])
         finally:
             os._exit(int(code))

@@ -27,7 +27,7 @@ from minipeft.lab.base import load_tokenizer
 from minipeft.methods.adalora import RankAllocator, SVDLinear, add_adalora, orthogonality
 from minipeft.methods.p_tuning import PromptEncoder
 from minipeft.methods.prefix_tuning import PrefixEncoder
-from minipeft.methods.prompt_tuning import PromptEmbedding
+from minipeft.methods.prompt_tuning import PromptEmbedding, initial_tokens
 
 SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 2, "total_step": 10}
 CONFIGS = {
@@ -672,6 +672,65 @@ def test_prompts_start_from_the_vocabulary_or_from_a_text(trained_base):
         assert torch.equal(prompt, words[(ids * 4)[:p]])
 
 
+def test_random_tokens_come_from_the_whole_vocabulary():
+    config = PromptTuningConfig(num_virtual_tokens=300, prompt_tuning_init="SAMPLE_VOCAB")
+    assert set(initial_tokens(config, 5).tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_the_text_to_start_from_is_only_read_for_a_new_prompt(gpt, tmp_path):
+    config = PromptTuningConfig(
+        num_virtual_tokens=2, prompt_tuning_init="TEXT", prompt_tuning_init_text="a",
+        tokenizer_name_or_path=str(tmp_path),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot be read: .*No such file"):
+        get_peft_model(gpt, config)
+    config.inference_mode = True  # its values are loaded next
+    assert PromptEmbedding(gpt, config).prompt().shape == (2, 24)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_bfloat16_base_gets_a_float32_prompt(gpt, ids, name):
+    model = get_peft_model(gpt.bfloat16(), CONFIGS[name]())
+    assert {p.dtype for p in model.prompt_encoder.parameters()} == {torch.float32}
+    out = model(ids, labels=ids)
+    assert out.logits.dtype == torch.bfloat16
+    out.loss.backward()
+    assert all(p.grad.any() for p in model.prompt_encoder.parameters() if p.dim() > 1)
+
+
+def test_a_prompt_that_starts_from_tokens_has_values_of_its_own(gpt):
+    words = gpt.bfloat16().transformer.wte.weight
+    config = PromptTuningConfig(num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB")
+    before = words.detach().clone()
+    prompt = PromptEmbedding(gpt, config).embedding.weight
+    assert prompt.is_leaf
+    assert prompt.dtype == torch.float32
+    prompt.data.zero_()
+    assert torch.equal(words, before)
+
+
+@pytest.mark.parametrize("name", ["p_tuning", "p_tuning_lstm"])
+def test_the_prompt_is_equation_1_of_p_tuning(gpt, name):
+    encoder = get_peft_model(gpt, CONFIGS[name]()).prompt_encoder
+    h = encoder.embedding.weight
+    if name == "p_tuning_lstm":
+        lstm = nn.LSTM(24, 7, num_layers=2, bidirectional=True)
+        lstm.load_state_dict(encoder.lstm_head.state_dict())
+        h = lstm(h)[0]  # (p, 2 w)
+    weights = list(encoder.mlp_head.parameters())
+    for i in range(0, len(weights), 2):
+        h = (h.relu() if i else h) @ weights[i].T + weights[i + 1]
+    assert torch.allclose(encoder.prompt(), h, atol=1e-6), "P must be MLP(H) with ReLU between"
+    assert len(weights) == (4 if name == "p_tuning_lstm" else 6)
+
+
+def test_the_prompt_is_equation_2_of_prefix_tuning(gpt):
+    encoder = get_peft_model(gpt, CONFIGS["prefix_projection"]()).prompt_encoder
+    w1, b1, w2, b2 = encoder.transform.parameters()
+    p = torch.tanh(encoder.embedding.weight @ w1.T + b1) @ w2.T + b2
+    assert torch.allclose(encoder.prompt(2), p.expand(2, -1, -1), atol=1e-6)
+
+
 @pytest.mark.parametrize("name", PROMPTS)
 def test_the_loss_is_that_of_the_real_tokens_at_their_positions(gpt, ids, name):
     """By hand: the last virtual token predicts the first real one; a prefix predicts nothing."""
@@ -714,6 +773,17 @@ def test_a_prefix_of_zeros_differs_from_no_prefix(gpt, ids):
     positions = torch.arange(10)[None] - 5  # the positions without a prefix
     moved = model(ids, position_ids=positions).logits
     assert not torch.allclose(moved, plain, atol=1e-3)
+
+
+def test_a_network_of_zeros_has_a_last_layer_of_zeros_that_gets_gradients(gpt, ids):
+    config = PrefixTuningConfig(5, prefix_projection=True, init_weights="zero")
+    model = get_peft_model(gpt, config)
+    encoder = model.prompt_encoder
+    assert not encoder.prompt().any()
+    assert encoder.embedding.weight.any()
+    assert encoder.transform[0].weight.any()
+    model(ids, labels=ids).loss.backward()
+    assert encoder.transform[-1].weight.grad.any()
 
 
 def test_a_prefix_can_hold_the_keys_and_values_of_real_tokens(gpt, ids):
@@ -1174,6 +1244,8 @@ def test_a_prefix_has_the_shape_of_the_cache_and_not_of_the_model():
     found = model.peft_config["default"]
     assert (found.num_layers, found.num_attention_heads, found.token_dim) == (3, 2, 8)
     assert found.encoder_hidden_size == 8
+    pair = (torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4), "more")  # as encoder-decoders have
+    assert PrefixEncoder(Tower((pair,)), config).shape == (1, 2, 4)
     found = get_peft_model(Tower(None), PromptEncoderConfig(5)).peft_config["default"]
     assert (found.token_dim, found.encoder_hidden_size) == (24, 24)
     found = get_peft_model(Tower(None), PromptEncoderConfig(5, encoder_hidden_size=7))
@@ -1186,6 +1258,7 @@ def test_a_prefix_has_the_shape_of_the_cache_and_not_of_the_model():
         (None, "Tower has no cache of keys and values for a prefix"),
         (cache_of(((2, 4), (2, 4)), ((2, 4), (2, 3))), r"in Tower, .* are \[\(2, 3\), \(2, 4\)\]"),
         (cache_of(((2, 4), (2, 4)), ((2, 8), (2, 8))), r"in Tower, .* are \[\(2, 4\), \(2, 8\)\]"),
+        (types.SimpleNamespace(layers=[object()]), r"in Tower, .* are \[None\]"),
         (cache_of(((2, 4), (2, 4)), (None, None)), r"in Tower, .* are \[\(2, 4\), None\]"),
     ],
 )

@@ -1029,6 +1029,54 @@ def test_names_that_cannot_be_right_are_refused(gpt):
 # --- defaults and small promises ---
 
 
+SHARED = {"task_type": None, "inference_mode": False}
+TARGETED = SHARED | {"target_modules": None}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [  # peft's defaults, except for BitFit and the bottleneck, which peft does not have
+        (
+            LoraConfig(),
+            TARGETED | {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False,
+                        "trainable_token_indices": None, "bias": "none", "peft_type": "LORA"},
+        ),
+        (
+            AdaLoraConfig(total_step=9),
+            TARGETED | {"target_r": 8, "init_r": 12, "tinit": 0, "tfinal": 0, "deltaT": 1,
+                        "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5, "total_step": 9,
+                        "lora_alpha": 8, "lora_dropout": 0.0, "rank_pattern": None,
+                        "bias": "none", "peft_type": "ADALORA"},
+        ),
+        (BitFitConfig(), TARGETED | {"peft_type": "BITFIT"}),
+        (
+            BottleneckConfig(),
+            TARGETED | {"bottleneck_size": 16, "non_linearity": "gelu", "peft_type": "BOTTLENECK"},
+        ),
+        (
+            PromptTuningConfig(3),
+            SHARED | {"num_virtual_tokens": 3, "prompt_tuning_init": "RANDOM", "token_dim": None,
+                      "prompt_tuning_init_text": None, "tokenizer_name_or_path": None,
+                      "peft_type": "PROMPT_TUNING"},
+        ),
+        (
+            PromptEncoderConfig(3),
+            SHARED | {"num_virtual_tokens": 3, "encoder_reparameterization_type": "MLP",
+                      "encoder_hidden_size": None, "encoder_num_layers": 2, "encoder_dropout": 0.0,
+                      "token_dim": None, "peft_type": "P_TUNING"},
+        ),
+        (
+            PrefixTuningConfig(3),
+            SHARED | {"num_virtual_tokens": 3, "prefix_projection": False, "token_dim": None,
+                      "encoder_hidden_size": None, "init_weights": None, "num_layers": None,
+                      "num_attention_heads": None, "peft_type": "PREFIX_TUNING"},
+        ),
+    ],
+)  # fmt: skip
+def test_the_defaults_of_the_configs_are_those_of_peft(config, expected):
+    assert dataclasses.asdict(config) == expected
+
+
 def test_a_model_without_an_adapter_says_so(gpt, ids):
     model = PeftModel(gpt)
     assert torch.equal(model(ids).logits, gpt(ids).logits)

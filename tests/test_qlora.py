@@ -19,6 +19,7 @@ from minipeft import (
     prepare_model_for_kbit_training,
     quantize_model,
 )
+from minipeft.methods.lora import add_lora
 from minipeft.methods.qlora import (
     DYNAMIC_MAP,
     NF4_CODEBOOK,
@@ -478,6 +479,44 @@ def test_quantized_weights_are_counted_in_full_and_take_4_bits(gpt):
     model = get_peft_model(gpt, LoraConfig(r=2, target_modules="all-linear"))
     trainable, total = model.get_nb_trainable_parameters()
     assert total == plain + trainable
+
+
+def test_bits_per_weight_by_hand():
+    """128 weights: 64 bytes of codes, 2 of scales, and 4 each of absmax₂ and the offset."""
+    model = quantize_model(nn.Sequential(nn.Linear(64, 2)))
+    assert bits_per_weight(model) == 8 * (64 + 2 + 4 + 4) / 128
+
+
+def test_a_plain_layer_is_frozen_and_in_float32_or_wider():
+    for dtype, wide in ((torch.float16, torch.float32), (torch.float64, torch.float64)):
+        coarse = Linear4bit(nn.Linear(4, 3).to(dtype))
+        plain = coarse.plain()
+        assert {p.dtype for p in plain.parameters()} == {wide}
+        assert not any(p.requires_grad for p in plain.parameters())
+        assert torch.equal(plain.weight, coarse.dequantize(wide))
+        assert torch.equal(plain.bias.to(dtype), coarse.bias)
+        plain.bias.data.add_(1)
+        assert not torch.equal(plain.bias.to(dtype), coarse.bias), "the bias must be a copy"
+    assert Linear4bit(nn.Linear(4, 3, bias=False)).plain().bias is None
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_layers_are_frozen_and_have_the_mode_of_the_model(gpt, bits, mode):
+    quantize_model(gpt.train(mode), bits)
+    layers = quantized_layers(gpt)
+    assert {layer.training for layer in layers.values()} == {mode}
+    assert not any(layer.bias.requires_grad for layer in layers.values())
+    if bits == 4:
+        added = add_qlora(gpt, LoraConfig(target_modules=["c_fc"]))
+        assert {m.training for layer in added.values() for m in layer.modules()} == {mode}
+
+
+def test_a_model_with_lora_layers_is_not_quantized(gpt):
+    add_lora(gpt, LoraConfig(target_modules=["c_attn"]))
+    with pytest.raises(ValueError, match="has an adapter: quantize it before adding one"):
+        quantize_model(gpt)
+    assert not quantized_layers(gpt)
 
 
 def test_a_lora_trained_on_a_4bit_base_loads_on_full_and_4bit_bases(gpt, ids, tmp_path):

@@ -217,3 +217,29 @@ def test_bfloat16_is_used_on_gpus_that_compute_in_it(monkeypatch, native):
     assert made == []
     autocast(torch.device("cuda"))
     assert made == ([("cuda", torch.bfloat16)] if native else [])
+
+
+def test_gradients_are_exchanged_once_per_step_and_only_one_process_shows_a_bar(monkeypatch, capfd):
+    """With the stand-in for several processes that says it sent 100 bytes in all."""
+    synced = []
+
+    class Replicas:
+        sent = 100
+
+        def __init__(self, model):
+            self.model = model
+
+        def __call__(self, **batch):
+            return self.model(**batch)
+
+        def sync_gradients_if(self, last):
+            synced.append(last)
+            return nullcontext()
+
+    monkeypatch.setattr(module.parallel, "Replicas", Replicas)
+    monkeypatch.setattr(module.parallel, "rank", lambda: 1)
+    batches = [[dict(BATCH), dict(BATCH), dict(BATCH)]] * 4
+    found = train(Flat(), batches, RunConfig(steps=4, learning_rate=0.1))
+    assert found.bytes_sent_per_step == 25
+    assert synced == [False, False, True] * 4
+    assert capfd.readouterr().err == ""
