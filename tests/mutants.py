@@ -279,6 +279,7 @@ def run_tests(files: list[str], limit: float, plugin=None) -> tuple[str, str]:
 def choose(m: dict, calls: dict[str, list[str]]) -> tuple[set[str], list[str]]:
     """The tests that may notice a mutant, and their files, the most likely ones first."""
     imported = set(calls["import"])  # what runs then may matter to every test of the file
+    calls = {test: called for test, called in calls.items() if test != "import"}
     if ":" in m["calls"][-1] and not imported & set(m["calls"]):
         hits = [test for test, called in calls.items() if set(called) & set(m["calls"])]
     else:
