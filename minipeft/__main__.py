@@ -1,6 +1,77 @@
-"""`python -m minipeft …`"""
+"""`python -m minipeft …`: runs a command. It ends with one line on standard error if it fails or is
+stopped, and then its exit status is 1; or 2 if the options are wrong."""
 
-from minipeft.lab.cli import main
+import os
+import sys
+from signal import SIG_IGN, SIGINT, SIGTERM, default_int_handler, getsignal, signal
+
+
+def on_stop(handler) -> None:
+    """Set what Ctrl-C and SIGTERM do, unless they are ignored, as in a script's background."""
+    for number in (SIGINT, SIGTERM):
+        if getsignal(number) != SIG_IGN:
+            signal(number, handler)
+
+
+def leave(*_, line: str = "stopped.") -> None:
+    """End at once: one more Ctrl-C cannot interrupt what Python does when it exits."""
+    on_stop(SIG_IGN)
+    os.write(2, f"{line}\n".encode())
+    os._exit(1)
+
+
+def flush() -> None:
+    """Write what was printed. If that fails, Python must not try again when it exits."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        sys.stdout = None
+        raise
+
+
+def work() -> None:
+    from minipeft.lab import cli
+
+    if sys.stdout is None:
+        raise OSError("standard output is closed")
+    sys.stdout.reconfigure(errors="backslashreplace")  # characters that a terminal does not have
+    args = cli.parser().parse_args()
+    import minipeft.lab.finetune  # noqa: F401  (torch, which takes seconds)
+
+    on_stop(default_int_handler)
+    cli.run(args)
+
+
+def run() -> None:
+    """Work, and make every error one line."""
+    from minipeft.lab.cli import one_line
+
+    try:
+        try:
+            work()
+        finally:
+            flush()
+        on_stop(SIG_IGN)  # nothing is left to stop
+    except BaseException as error:
+        on_stop(SIG_IGN)
+        if isinstance(error, KeyboardInterrupt):
+            how = " Continue with --resume." if getattr(error, "saved", False) else ""
+            leave(line=f"{one_line(str(error)) or 'stopped'}.{how}")
+        if isinstance(error, SystemExit) or os.environ.get("MINIPEFT_DEBUG") == "1":
+            raise
+        expected = isinstance(error, ValueError | FloatingPointError | OSError)
+        kind = "" if expected else f"{type(error).__name__}: "
+        sys.exit(f"error: {one_line(f'{kind}{error}')}")
+
+
+def main() -> None:
+    """Run the command that sys.argv names; with MINIPEFT_DEBUG=1, errors have a traceback."""
+    on_stop(leave)  # until the work begins
+    try:
+        run()
+    except KeyboardInterrupt:  # a second one, before the first was handled
+        leave()
+
 
 if __name__ == "__main__":
     main()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.base_model import guard_saving
+from minipeft.files import mismatch
 from minipeft.methods.adalora import RankAllocator
 
 
@@ -82,8 +83,8 @@ class Adapter:
         """What is saved, under peft's keys."""
         raise NotImplementedError
 
-    def load(self, saved: dict[str, Tensor]) -> None:
-        """Load saved tensors into a new adapter. Raises ValueError if they do not match it."""
+    def places(self) -> dict[str, Tensor]:
+        """The tensors of a new adapter that saved ones are copied to, under peft's keys."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
@@ -92,7 +93,7 @@ class Adapter:
 
     def check_state(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError for a state that `load_state` could not load."""
-        check_match(state, self.parameters())
+        check_match(state, self.state())
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Load a checked state. Merged layers are unmerged, which discards a W' made from the old
@@ -106,19 +107,8 @@ class Adapter:
 def check_match(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
     """Raises ValueError if names or shapes differ, or if one tensor is floating point and the other
     is not."""
-    wrong = [f"{key} is missing" for key in target if key not in source]
-    for key, tensor in source.items():
-        if key not in target:
-            wrong.append(f"{key} has no place in this model")
-            continue
-        found, wanted = (f"{tuple(t.shape)} of {t.dtype}" for t in (tensor, target[key]))
-        same_kind = tensor.is_floating_point() == target[key].is_floating_point()
-        if tensor.shape != target[key].shape or not same_kind:
-            wrong.append(f"{key} is {found}, not {wanted}")
-    if wrong:
-        raise ValueError(
-            f"adapter does not match this model: {'; '.join(wrong[:3])} ({len(wrong)} in all)"
-        )
+    if wrong := mismatch(source, target):
+        raise ValueError(f"adapter does not match this model: {wrong}")
 
 
 @torch.no_grad()

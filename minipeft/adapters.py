@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import Adapter, check_match, copy_tensors
+from minipeft.adapter import Adapter
 from minipeft.methods.adalora import AdaLoraConfig, RankAllocator, SVDLinear, orthogonality
 from minipeft.methods.bitfit import BitFitConfig, BitFitLayer
 from minipeft.methods.bottleneck import BottleneckConfig, BottleneckLayer
@@ -61,9 +61,8 @@ class WeightAdapter(Adapter):
         found = self.parameters().items()
         return {f"base_model.model.{key}": tensor.detach() for key, tensor in found}
 
-    def load(self, saved: dict[str, Tensor]) -> None:
-        check_match(saved, self.tensors())
-        copy_tensors(saved, self.tensors())  # which share memory with the layers
+    def places(self) -> dict[str, Tensor]:
+        return WeightAdapter.tensors(self)  # they share memory with the layers
 
 
 class AdaLoraAdapter(WeightAdapter):
@@ -138,8 +137,9 @@ class AdaLoraAdapter(WeightAdapter):
                 "AdaLoRA pruned all ranks to 0, because its scores were all equal: nothing that it "
                 "learned is left"
             )
-        trained = any(layer.lora_E.any() for layer in self.layers.values())  # E starts at 0
-        if allocator is None or not trained or total <= allocator.target:
+        if allocator is None or total <= allocator.target:
+            return
+        if not any(layer.lora_E.any() for layer in self.layers.values()):  # E starts at 0
             return
         step, last = allocator.step, c.total_step - c.tfinal
         last_call = "never called" if step is None else f"last called with step {step}"
@@ -160,38 +160,36 @@ class AdaLoraAdapter(WeightAdapter):
             found[f"{start}B"] = found[f"{start}B"][:, kept]
         return found
 
-    def allocator_tensors(self, allocator: RankAllocator) -> dict[str, Tensor]:
-        """An allocator's state by name: its own tensors, and initial ones where it has none yet."""
+    def allocator_tensors(self) -> dict[str, Tensor]:
+        """The allocator's state by name; before its first step, zeros and "all kept"."""
+        allocator = self.allocator
         found = {"allocator.step": torch.tensor(allocator.step or 0)}
         for name, layer in self.layers.items():
             all_kept = torch.ones_like(layer.lora_E[:, 0], dtype=torch.bool)  # (r,)
-            found[f"allocator.kept.{name}"] = allocator.kept.setdefault(name, all_kept)
+            found[f"allocator.kept.{name}"] = allocator.kept.get(name, all_kept)
             for letter in "AEB":
-                zeros = torch.zeros_like(getattr(layer, f"lora_{letter}"))
+                w = getattr(layer, f"lora_{letter}").detach()
                 for kind in ("importance", "uncertainty"):
-                    smoothed = getattr(allocator, kind).setdefault((name, letter), zeros.clone())
+                    smoothed = getattr(allocator, kind).get((name, letter), torch.zeros_like(w))
                     found[f"allocator.{kind}.{name}.{letter}"] = smoothed
         return found
 
     def state(self) -> dict[str, Tensor]:
-        if self.allocator is None or self.allocator.step is None:
-            return self.parameters()
-        return self.parameters() | self.allocator_tensors(self.allocator)
-
-    def check_state(self, state: dict[str, Tensor]) -> None:
-        wanted = self.parameters()
-        if self.allocator is not None and any(key.startswith("allocator.") for key in state):
-            wanted |= self.allocator_tensors(RankAllocator(self.layers, self.config))
-        check_match(state, wanted)
+        return self.parameters() | (self.allocator_tensors() if self.allocator else {})
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         super().load_state(state)
         if self.allocator is None:
             return
-        self.allocator = RankAllocator(self.layers, self.config)
-        if "allocator.step" in state:  # without it, the state is from before step 1
-            copy_tensors(state, self.allocator_tensors(self.allocator))
-            self.allocator.step = int(state["allocator.step"])
+        allocator = self.allocator = RankAllocator(self.layers, self.config)
+        allocator.step = int(state["allocator.step"]) or None
+        for key, tensor in self.allocator_tensors().items() if allocator.step else ():
+            kind, _, name = key.removeprefix("allocator.").partition(".")
+            layer, _, letter = name.rpartition(".")
+            if kind == "kept":
+                allocator.kept[name] = tensor.copy_(state[key])
+            elif kind != "step":
+                getattr(allocator, kind)[layer, letter] = tensor.copy_(state[key])
         self.write_rank_pattern()
 
 

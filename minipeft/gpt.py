@@ -12,18 +12,14 @@ followed by an MLP, each with a layer norm before it and a residual connection a
 Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Module names,
 defaults and files follow Hugging Face transformers: GPT-2 folders can be read and written.
 Difference: layers are `nn.Linear` with weight (out, in) instead of `Conv1D` with (in, out), so
-weights are transposed when they are read and written.
+weights are transposed when they are read and written (pretrained.py).
 Parameters: v d + n_positions d + n_layer (12 d² + 13 d) + 2 d, with the default MLP width 4 d.
 
 Shapes: b batch, t new tokens, p tokens in the cache, d width, h heads, k head width, v vocabulary.
 """
 
-import json
 import math
-import os
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,12 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-SUPPORTED = {  # settings in GPT-2's config.json, with the one value that this file implements
-    "model_type": "gpt2", "activation_function": "gelu_new", "add_cross_attention": False,
-    "reorder_and_upcast_attn": False, "scale_attn_by_inverse_layer_idx": False,
-    "scale_attn_weights": True, "tie_word_embeddings": True,
-}  # fmt: skip
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out)
 KeyValue = tuple[Tensor, Tensor]  # the cached keys and values of one layer, each (b, h, p, k)
 KeyValues = tuple[KeyValue, ...]  # the cache: one pair per layer
 
@@ -62,13 +52,18 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        if self.n_inner is not None and (type(self.n_inner) is not int or self.n_inner < 1):
+            raise ValueError(f"n_inner must be None or a positive integer, got {self.n_inner!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head must divide n_embd, got {self.n_head} and {self.n_embd}")
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
 
 
 class Output(dict):
@@ -345,25 +340,9 @@ class GPT(nn.Module):
 
         Raises ValueError, before anything is written, for quantized or adapted layers.
         """
-        from safetensors.torch import save_file
+        from minipeft import pretrained  # only these two methods need another file
 
-        with torch.device("meta"):
-            plain = GPT(self.config).state_dict()
-        tensors = self.state_dict()
-        if {k: w.shape for k, w in tensors.items()} != {k: w.shape for k, w in plain.items()}:
-            raise ValueError(
-                "this model has quantized or adapted layers; call merge_and_unload() first, or "
-                "save the adapter with PeftModel.save_pretrained"
-            )
-        del tensors["lm_head.weight"]  # the same tensor as wte.weight
-        for name, w in tensors.items():
-            tensors[name] = (w.t() if name.endswith(TRANSPOSED) else w).contiguous()
-        config = {"architectures": ["GPT2LMHeadModel"]} | asdict(self.config) | SUPPORTED
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        file = Path(path) / "model.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, lambda f: save_file(tensors, f, metadata={"format": "pt"}))
-        write_file(file.with_name("config.json"), lambda f: Path(f).write_text(text))
+        pretrained.save(self, Path(path))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "GPT":
@@ -372,88 +351,13 @@ class GPT(nn.Module):
         The model is in float32 and in eval mode. Raises ValueError, naming the file, if something
         is damaged, missing or unexpected, or if the architecture is not GPT-2.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            files = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
-            try:
-                from huggingface_hub import snapshot_download
+        from minipeft import pretrained
 
-                folder = Path(snapshot_download(str(path), allow_patterns=files))
-            except Exception as error:
-                raise ValueError(
-                    f"{path} is neither a local folder nor a model on the Hugging Face Hub: {error}"
-                ) from error
-        config, tensors = _read_config(folder / "config.json"), _read_tensors(folder)
-        try:
-            if config.n_layer > len(tensors):  # building them all could take forever
-                raise RuntimeError(f"{config.n_layer} layers, but only {len(tensors)} tensors")
-            with torch.device("meta"):
-                model = cls(config)
-            model.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"{folder}: weights and config.json do not match: {error}") from error
-        if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
-            raise ValueError(f"{folder}: an lm_head that differs from wte is not supported")
-        model.lm_head.weight = model.transformer.wte.weight
-        model.name_or_path = str(path)
-        return model.eval()
+        return pretrained.load(path)
 
 
 def _require_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> None:
     output.requires_grad_()
-
-
-def _read_config(file: Path) -> GPTConfig:
-    try:
-        settings = dict(json.loads(file.read_text()))
-        for name, value in SUPPORTED.items():
-            if settings.get(name, value) != value:
-                raise ValueError(f"{name} must be {value!r}, got {settings[name]!r}")
-        names = {field.name for field in fields(GPTConfig)}
-        return GPTConfig(**{name: value for name, value in settings.items() if name in names})
-    except (OSError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All weights of a folder, in float32, with our names and our (out, in) layout."""
-    from safetensors.torch import load_file
-
-    file = index = folder / "model.safetensors.index.json"
-    names, tensors = ["model.safetensors"], {}
-    try:
-        if index.exists():  # a large model is split into several files
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        for name in names:
-            file = folder / Path(name).name  # never outside the folder
-            tensors |= load_file(file)
-    except Exception as error:  # safetensors has its own exception class
-        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
-    found = {}
-    for name, w in tensors.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # mask buffers in OpenAI's files
-        if not w.is_floating_point():
-            raise ValueError(f"{folder}: {name} has dtype {w.dtype}, expected floating point")
-        own = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        w = w.to(torch.float32, copy=True)  # a copy, since safetensors maps the file into memory
-        found[own] = w.t().contiguous() if name.endswith(TRANSPOSED) else w
-    if "transformer.wte.weight" in found:
-        found.setdefault("lm_head.weight", found["transformer.wte.weight"])
-    return found
-
-
-def write_file(path: Path, write: Callable[[str], object]) -> None:
-    """Call `write` with a temporary file next to `path`, then rename it: never half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 if __name__ == "__main__":  # memorize a sentence, then recite it from its first five letters

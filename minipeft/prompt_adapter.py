@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.adapter import Adapter, check_match, copy_tensors
+from minipeft.adapter import Adapter
 
 # The inputs with one value per token that virtual tokens can be put in front of
 PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids")
@@ -149,16 +149,8 @@ class PromptAdapter(Adapter):
         prompt = self.encoder.prompt().detach()  # (p, d), or (1, p, 2 l d) for a prefix
         return {"prompt_embeddings": prompt.view(prompt.shape[-2:])} | self.network()
 
-    def load(self, saved: dict[str, Tensor]) -> None:
-        """Load a saved prompt, or the network if this encoder has one."""
-        if self.network():
-            target, ignored = self.network(), "prompt_embeddings"
-        else:
-            target = {"prompt_embeddings": self.encoder.embedding.weight.detach()}
-            ignored = "prompt_encoder."
-        saved = {key: tensor for key, tensor in saved.items() if not key.startswith(ignored)}
-        check_match(saved, target)
-        copy_tensors(saved, target)
+    def places(self) -> dict[str, Tensor]:
+        return self.network() or {"prompt_embeddings": self.encoder.embedding.weight.detach()}
 
 
 def after_prompt(p: int, attention_mask=None, position_ids=None, **inputs) -> dict:

@@ -6,21 +6,32 @@ their place and then renamed.
 """
 
 import abc
+import copy
 import enum
 import json
-import re
-import types
-import typing
-from dataclasses import asdict, fields
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minipeft.adapter import Adapter
+from minipeft.adapter import Adapter, copy_tensors
 from minipeft.adapters import METHODS, make_adapter
-from minipeft.gpt import write_file
+from minipeft.files import (
+    check_digest,
+    check_types,
+    digest,
+    empty_tensors,
+    mismatch,
+    one_line,
+    read_header,
+    read_json,
+    read_tensors,
+    show,
+    write_tensors,
+    write_text,
+)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -34,6 +45,12 @@ DEFAULTS = {
     "bias": "none", "num_transformer_submodules": 1, "r": 8, "init_lora_weights": True,
     "megatron_core": "megatron.core", "qalora_group_size": 16,
 }  # fmt: skip
+# Settings that do not change the output of a saved adapter:
+TRAINING_ONLY = (
+    "task_type", "inference_mode", "lora_dropout", "encoder_dropout", "init_weights",
+    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "target_r",
+    "total_step", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
+)  # fmt: skip
 
 
 class TaskType(str, enum.Enum):
@@ -55,30 +72,22 @@ class PeftConfig(abc.ABC):
         not implemented here, naming it.
         """
         file = Path(path) / CONFIG
-        try:
-            found = json.loads(file.read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
-        peft_type = found.get("peft_type") if isinstance(found, dict) else None
+        found = read_json(file)
+        peft_type = found.get("peft_type")
         if not isinstance(peft_type, str) or peft_type not in METHODS:
             known = ", ".join(METHODS)
-            raise ValueError(f"{file}: peft_type must be one of {known}, got {peft_type!r}")
+            raise ValueError(f"{file}: peft_type must be one of {known}, got {show(peft_type)}")
         new_config = METHODS[peft_type].config
-        kinds = {field.name: field.type for field in fields(new_config) if field.init}
-        own = {key: found.pop(key) for key in kinds if key in found}
-        for key, value in own.items():
-            if not has_type(value, kinds[key]):
-                wanted = getattr(kinds[key], "__name__", kinds[key])
-                raise ValueError(f"{file}: {key} must be of type {wanted}, got {value!r}")
-        other = {key: value for key, value in found.items() if key != "peft_type"}
+        own = check_types(found, new_config, file)
+        other = {key: found[key] for key in found if key not in own and key != "peft_type"}
         for key, value in other.items():
             is_default = value == DEFAULTS[key] if key in DEFAULTS else not value
             if not is_default and key not in FREE_KEYS:
-                raise ValueError(f"{file}: {key}={value!r} is not implemented here")
+                raise ValueError(f"{file}: {show(key)[1:-1]}={show(value)} is not implemented here")
         try:
             config = new_config(**own)
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+            raise ValueError(f"{file}: {one_line(error)}") from error
         config.other_keys = other  # written back by save_pretrained
         return config
 
@@ -87,62 +96,90 @@ for _method in METHODS.values():
     PeftConfig.register(_method.config)
 
 
-def has_type(value, kind) -> bool:
-    """Whether a value from JSON has an annotated type, such as `dict[str, list[bool]] | None`."""
-    inner = typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
-        return any(has_type(value, one) for one in inner)
-    if isinstance(value, dict | list) and inner:
-        items = value.values() if isinstance(value, dict) else value
-        right = isinstance(value, typing.get_origin(kind))
-        return right and all(has_type(item, inner[-1]) for item in items)
-    return type(value) is kind or (type(value) is int and kind is float)
-
-
 def read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter:
     """Build the adapter in a folder for a bare model, which does not change.
 
-    Raises ValueError, naming the file, for what is damaged or does not match the model.
+    Raises ValueError, naming the file, for what is damaged or does not match the model. Names and
+    shapes are compared with an adapter on the meta device, before memory is taken for it.
     """
     config, file = PeftConfig.from_pretrained(folder), folder / WEIGHTS
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"{file} is missing (a pickled adapter_model.bin is never read)")
+    shapes, header = read_header(file)
+    wanted = digest(config, TRAINING_ONLY)
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, list) and len(targets) > len(dict(model.named_modules())):
+        raise ValueError(f"{folder / CONFIG}: target_modules names more layers than the model has")
+    if isinstance(targets, str) and targets != "all-linear":
+        config.target_modules = layer_names(model, shapes)  # a stranger's pattern is never run
+    is_prompt = "prompt_embeddings" in shapes
+    has_network = is_prompt and len(shapes) > 1 and config.peft_type != "PROMPT_TUNING"
+    config.inference_mode = not has_network
     try:
-        found = load_file(file)
-    except Exception as error:  # safetensors raises a class of its own for damaged files
-        raise ValueError(f"{file} is damaged: {error}") from error
-    # A prompt without its network is loaded as it is, and so is one that will not be trained.
-    bare = "prompt_embeddings" in found and len(found) == 1
-    config.inference_mode = bare or not is_trainable
-    check_sizes(config, found, folder)
-    try:
-        with torch.random.fork_rng(devices=[]):  # the initial values drawn here are overwritten
-            adapter = make_adapter(model, config)
-    except (ValueError, TypeError, RuntimeError, re.error) as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
-    try:
-        adapter.load(found)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        check_sizes(config, shapes)
+        with empty_tensors():
+            empty = make_adapter(on_meta(model), copy.copy(config))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder / CONFIG}: {one_line(error)}") from error
+    if wrong := mismatch(shapes, empty.tensors()):
+        raise ValueError(f"{file}: adapter does not match this model: {wrong}")
+    check_digest(header, wanted, file, folder / CONFIG)
+    tensors = read_tensors(file)
+    # A prompt is loaded without its network if it will not be trained, or has none.
+    config.inference_mode = not is_trainable or (is_prompt and not has_network)
+    with torch.random.fork_rng(devices=[]):  # the initial values drawn here are overwritten
+        adapter = make_adapter(model, config)
+    copy_tensors(tensors, adapter.places())
     config.inference_mode = not is_trainable
-    if bare and is_trainable:
-        adapter.encoder.requires_grad_(True)
+    if isinstance(targets, str):
+        config.target_modules = targets
+    for tensor in adapter.parameters().values():
+        tensor.requires_grad_(is_trainable)
     return adapter
 
 
-def check_sizes(config, found: dict[str, Tensor], folder: Path) -> None:
-    """Raises ValueError for a size above any in the tensors, before memory is allocated for it."""
-    names = ["r", "init_r", "num_virtual_tokens", "bottleneck_size"]
-    if not config.inference_mode:  # the network of a prompt is only built for training
-        names += ["encoder_hidden_size", "encoder_num_layers"]
-    largest = max((n for tensor in found.values() for n in tensor.shape), default=0)
-    for name in names:
-        size = getattr(config, name, None) or 0
-        if size > largest:
+def check_sizes(config, shapes: dict[str, Tensor]) -> None:
+    """Raises ValueError for numbers of objects that would take too long to make."""
+    largest = max((n for t in shapes.values() if t.numel() for n in t.shape), default=0)
+    limits = {"num_virtual_tokens": largest, "encoder_num_layers": max(len(shapes), 2)}
+    for name, limit in limits.items():
+        size = getattr(config, name, 0)
+        if size > limit:
             raise ValueError(
-                f"{folder / CONFIG}: {name} is {size}, but no tensor in {WEIGHTS} has a dimension "
-                f"above {largest}"
+                f"{name} is {size}, but {WEIGHTS} has no tensors for more than {limit}"
             )
+
+
+def layer_names(model: nn.Module, keys: Iterable[str]) -> list[str]:
+    """The layers that an adapter's tensors belong to."""
+    modules, found = dict(model.named_modules()), set()
+    for key in keys:
+        name = key.removeprefix("base_model.model.")
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return sorted(n for n in found if n and not isinstance(modules[n], nn.Embedding))
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of a model whose tensors are on the meta device, where they take no memory."""
+    twins: dict[object, object] = {None: None}  # what was copied: shared things stay shared
+
+    def twin(thing):
+        if thing in twins:
+            return twins[thing]
+        if isinstance(thing, nn.Module):
+            twins[thing] = copy.copy(thing)  # shares everything; now the tensors are replaced
+            for kind in ("_parameters", "_buffers", "_modules"):
+                own = {name: twin(inner) for name, inner in vars(thing)[kind].items()}
+                vars(twins[thing])[kind] = own
+            return twins[thing]
+        empty = torch.empty(thing.shape, dtype=thing.dtype, device="meta")
+        is_parameter = isinstance(thing, nn.Parameter)
+        twins[thing] = nn.Parameter(empty, thing.requires_grad) if is_parameter else empty
+        return twins[thing]
+
+    return twin(model)
 
 
 def write_adapter(folder: Path, adapter: Adapter, tensors: dict[str, Tensor], base: str | None):
@@ -152,6 +189,5 @@ def write_adapter(folder: Path, adapter: Adapter, tensors: dict[str, Tensor], ba
     settings["base_model_name_or_path"] = base or settings.get("base_model_name_or_path")
     settings["inference_mode"] = True
     text = json.dumps(settings, indent=2, sort_keys=True, default=sorted) + "\n"  # sorts a set
-    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    write_file(folder / WEIGHTS, lambda to: save_file(tensors, to, metadata={"format": "pt"}))
-    write_file(folder / CONFIG, lambda to: Path(to).write_text(text))
+    write_tensors(folder / WEIGHTS, tensors, digest(adapter.config, TRAINING_ONLY))
+    write_text(folder / CONFIG, text)

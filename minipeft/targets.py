@@ -119,6 +119,8 @@ def is_linear(layer: nn.Module) -> bool:
 @torch.no_grad()
 def computes_wx(layer: nn.Linear) -> bool:
     w = layer.weight
+    if w.is_meta:  # nothing can be computed
+        return True
     x = torch.linspace(-1, 1, 2 * layer.in_features, device=w.device).view(2, -1)
     try:
         x = x.to(w.dtype)

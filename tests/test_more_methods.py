@@ -689,9 +689,9 @@ def test_compare_runs_the_swept_methods_by_default(tmp_path, monkeypatch):
     file = tmp_path / "sweep.json"
     file.write_text(json.dumps([{"method": "lora"}, {"method": "bitfit"}, {"method": "full"}]))
     monkeypatch.setattr(recipes, "SWEEPS", file)
-    assert parser().parse_args(["compare"]).methods == "frozen,full,lora,bitfit"
+    assert parser().parse_args(["compare"]).methods == ["frozen", "full", "lora", "bitfit"]
     file.unlink()
-    assert parser().parse_args(["compare"]).methods == "frozen"
+    assert parser().parse_args(["compare"]).methods == ["frozen"]
 
 
 # --- on transformers' models ---

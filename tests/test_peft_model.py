@@ -209,17 +209,17 @@ def test_bad_folders_raise_one_clear_error(gpt, tmp_path):
         ({"r": True}, "r must be of type int, got True"),
         ({"target_modules": [7]}, r"target_modules must be of type list\[str\].*, got \[7\]"),
         ({"rank_pattern": {"c_fc": 2.5}}, r"rank_pattern=\{'c_fc': 2.5\} is not implemented"),
-        ({"target_modules": "("}, r"is no regex: missing \)"),
-        ({"r": 10**15}, "adapter_config.json: "),  # more than any memory
-        ({"r": 10**40}, "adapter_config.json: "),  # more than a tensor's shape can be
+        ({"target_modules": "("}, r"was written with other settings than those in adapter_config"),
+        ({"r": 10**15}, r"lora_A.weight is \(3, 24\) .*, not \(1000000000000000, 24\)"),
+        ({"r": 10**40}, "adapter_config.json has a number that is not finite, or too large"),
     ]:
         config.write_text(json.dumps(described | change))
         refused(message)
     config.write_text("{")
-    refused("cannot be read")
+    refused("is not JSON")
     config.write_text(json.dumps(described))
     weights.write_bytes(whole[:-10])
-    refused("is damaged")
+    refused("cannot be read as safetensors")
     weights.rename(tmp_path / "adapter_model.bin")
     refused("never read")
 
@@ -877,7 +877,8 @@ def test_a_peft_model_inside_another_module_is_saved_and_loaded(gpt, ids, name, 
             model.add_adapter("b", LoraConfig(r=3, target_modules=["c_fc"]))
         models.append(model.eval())
     for parameter in models[0].state_dict().values():
-        parameter.normal_(std=0.1)
+        if parameter.is_floating_point():  # and not AdaLoRA's step and its masks
+            parameter.normal_(std=0.1)
     outer = [nn.Sequential(nn.ModuleDict({"model": model}), nn.Linear(2, 2)) for model in models]
     state = outer[0].state_dict()
     assert not any("wte" in key for key in state)

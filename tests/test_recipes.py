@@ -36,16 +36,82 @@ def test_the_learning_rate_warms_up_and_then_follows_a_cosine(settings, step, ra
     assert run.learning_rate_at(step) == pytest.approx(rate, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulation", "n_generate"])
-def test_counts_must_be_positive(name):
-    assert getattr(RunConfig(**{name: 1}), name) == 1
-    with pytest.raises(ValueError, match=f"{name} must be a positive integer, got 0"):
-        RunConfig(**{name: 0})
+POSITIVE = ("steps", "batch_size", "accumulation", "n_generate", "n_evaluations")
+FROM_0 = ("warmup", "seed", "checkpoint_every")
+
+
+@pytest.mark.parametrize("name", POSITIVE + FROM_0)
+def test_counts_are_integers_within_bounds(name):
+    low, what = (1, "a positive") if name in POSITIVE else (0, "a non-negative")
+    assert getattr(RunConfig(**{name: low}), name) == low
+    for value in (low - 1, 2.0, True, "3", [1]):
+        with pytest.raises(ValueError) as refused:
+            RunConfig(**{name: value})
+        assert str(refused.value) == f"{name} must be {what} integer, got {value!r}"
+    with pytest.raises(ValueError, match=f"{name} must be at most [0-9,]+, got {10**19}"):
+        RunConfig(**{name: 10**19})
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "low", "high"),
+    [
+        ("learning_rate", "positive", 1e-12, 1000),
+        ("max_grad_norm", "positive", 1e-12, 10**12),
+        ("weight_decay", "non-negative", 0, 1000),
+        ("lr_end", "non-negative", 0, 1),
+        ("beta2", "non-negative", 0, 0.999999),
+    ],
+)
+def test_other_numbers_are_finite_and_within_bounds(name, what, low, high):
+    for value in (low, high, float(high)):
+        assert getattr(RunConfig(**{name: value}), name) == value
+    for value in (low - 1e-9, -1.0, -math.inf, math.nan, "0.1", False):
+        with pytest.raises(ValueError) as refused:
+            RunConfig(**{name: value})
+        assert str(refused.value) == f"{name} must be a {what} number, got {value!r}"
+    for value in (high * 1.01, math.inf):
+        with pytest.raises(ValueError) as refused:
+            RunConfig(**{name: value})
+        assert str(refused.value) == f"{name} must be at most {high:,}, got {value}"
+
+
+def test_only_settings_with_that_default_may_be_none():
+    assert RunConfig(learning_rate=None, warmup=None) == RunConfig()
+    with pytest.raises(ValueError, match="steps must be a positive integer, got None"):
+        RunConfig(steps=None)
+    with pytest.raises(ValueError, match="decay_to must be one of zero, start, got None"):
+        RunConfig(decay_to=None)
 
 
 def test_decay_to_must_be_zero_or_start():
-    with pytest.raises(ValueError, match="decay_to must be zero or start, got 'base'"):
+    assert RunConfig(decay_to="start").decay_to == "start"
+    with pytest.raises(ValueError, match="decay_to must be one of zero, start, got 'base'"):
         RunConfig(decay_to="base")
+
+
+def test_a_batch_has_at_least_as_many_examples_as_micro_batches():
+    assert RunConfig(batch_size=4, accumulation=4).accumulation == 4
+    with pytest.raises(ValueError, match="accumulation must be at most the batch size 4, got 5"):
+        RunConfig(batch_size=4, accumulation=5)
+
+
+def test_a_bad_value_is_cut_in_the_message():
+    with pytest.raises(ValueError) as refused:
+        RunConfig(steps="9" * 10_000)
+    assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("7", 7), (" 7 ", 7), ("7.0", None), ("1e2", None), ("", None), ("x", None)]
+)
+def test_a_text_is_parsed_as_its_kind_of_number(text, value):
+    bounds = recipes.Bounds(int, 2, 9)
+    if value is None:
+        message = f"must be an integer of at least 2, got {text!r}"
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            bounds.parse(text)
+    else:
+        assert bounds.parse(text) == value
 
 
 def entry(**changes) -> dict:
@@ -101,17 +167,3 @@ def test_changing_a_recipe_leaves_the_shared_one_unchanged():
     changed = RECIPES["lora"].with_size(2).placed("mlp")
     assert (changed.size, changed.targets) == (2, "mlp")
     assert RECIPES["lora"] == before
-
-
-@pytest.mark.parametrize("name", ["learning_rate", "max_grad_norm"])
-@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
-def test_rates_and_norms_must_be_positive(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be positive, got {value}"):
-        RunConfig(**{name: value})
-
-
-@pytest.mark.parametrize("name", ["weight_decay", "warmup", "lr_end", "checkpoint_every"])
-def test_settings_that_may_be_zero_must_not_be_negative(name):
-    RunConfig(**{name: 0})
-    with pytest.raises(ValueError, match=f"{name} must not be negative, got -1"):
-        RunConfig(**{name: -1})

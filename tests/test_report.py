@@ -64,6 +64,18 @@ def test_the_comparison_has_a_log_axis_and_readable_names():
     assert "2 seeds, 95 % t intervals" in right.get_xlabel()
 
 
+def test_dollar_signs_in_a_tasks_name_are_no_formula(tmp_path):
+    found = records("lora", [0.5])
+    task = Task("a$\\b$", [], [], [])
+    figure = report.compare_figure(compare.rows(found), task)
+    report.save_figure(figure, tmp_path / "a.png")
+    assert figure.get_suptitle() == "Task a$\\b$: 10 steps"
+    points = [{"learning_rate": rate, "loss": rate} for rate in (1.0, 2.0, 4.0)]
+    entry = {"method": "lora", "random_base": False, "base": "$\\b$", "task": "$", "steps": 1}
+    entry |= {"examples": 4, "size": 8, "best": 1.0, "points": points}
+    report.save_figure(report.sweep_figure([entry]), tmp_path / "b.png")
+
+
 def test_error_bars_are_the_interval_cut_at_0_and_1():
     found = records("full", [0.8, 0.9, 1.0]) + records("lora", [0.50, 0.51, 0.52])
     figure = report.compare_figure(compare.rows(found), TOY)

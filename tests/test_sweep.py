@@ -46,6 +46,18 @@ def test_a_new_sweep_replaces_the_old_one_of_the_same_runs(tmp_path):
     assert [(e["size"], e["best"]) for e in json.loads(file.read_text())] == [(2, 1e-2), (8, 2e-2)]
 
 
+def test_a_file_of_something_else_is_not_overwritten(tmp_path):
+    file, good = tmp_path / "notes.json", entry({1e-3: 0.2, 1e-2: 0.1, 1e-1: 0.3})
+    other_best = json.dumps([good | {"best": 0.5}])  # no point has this rate
+    no_rate = json.dumps([good | {"points": [{"loss": 0.5}]}])
+    for text in ('{"mine": 1}', json.dumps([good, {}]), other_best, no_rate, '["method"]'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"notes\.json "):
+            sweep.save([good], file)
+        assert file.read_text() == text
+    assert sweep.load(tmp_path / "missing.json") == []
+
+
 def test_a_sweep_end_to_end(base, task):
     blind = replace(task, test=[])  # a sweep must not look at the test examples
     grid = Grid([1e-4, 3e-3], [1, 4])

@@ -410,16 +410,14 @@ assert (
 # %%
 alphas, by_alpha = (2, 4, 8, 16, 32, 64), []
 for alpha in alphas:
-    shutil.copytree(folder, OUT / "alpha", dirs_exist_ok=True)
-    (OUT / "alpha" / saving.CONFIG).write_text(json.dumps(config | {"lora_alpha": alpha}))
-    other = PeftModel.from_pretrained(base.model(), OUT / "alpha")
+    other = PeftModel.from_pretrained(base.model(), folder)
+    for layer in other.adapters["default"].layers.values():
+        layer.scaling = alpha / config["r"]
     by_alpha.append(cell(other, ten["owner"]))
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
 left.plot(alphas, by_alpha, "s-", color=ORANGE)
 left.axvline(16, color="black", linewidth=1, linestyle=":")
-left.set(
-    xscale="log", xlabel="α in the config (dotted: as trained)", ylabel="score", title="owner alone"
-)
+left.set(xscale="log", xlabel="α (dotted: as trained)", ylabel="score", title="owner alone")
 left.set_xticks(alphas, alphas)
 left.minorticks_off()
 for (way, name), scores in sums.items():
@@ -439,16 +437,21 @@ assert by_alpha[alphas.index(16)] > 0.7 > 0.5 > by_alpha[-1]
 # So do skills add? Two with *different prompts* mostly do, if the sum is exact; the cross terms of *linear* spoil it. Two that answer the *same
 # prompts* do not: owner and cook together say neither well, and six one-sentence skills do not make the description of four sentences. A sum of changes is not a sum of skills.
 #
-# A damaged folder is refused, with one error, before anything changes:
+# A damaged folder is refused, with one error, before anything changes. So is one whose config was edited: the header of the
+# weights holds a checksum of the settings that they were trained with. (A folder that peft wrote has no checksum.)
 
 # %%
-shutil.copytree(folder, OUT / "damaged", dirs_exist_ok=True)
-(OUT / "damaged" / saving.WEIGHTS).write_bytes(raw[:-1000])
-try:
-    model.load_adapter(OUT / "damaged", "damaged")
-except ValueError as error:
-    print("ValueError:", str(error).replace(str(OUT), "out/08"))
-assert "damaged" not in model.adapters
+for change in ("damaged", "edited"):
+    shutil.copytree(folder, OUT / change, dirs_exist_ok=True)
+    if change == "damaged":
+        (OUT / change / saving.WEIGHTS).write_bytes(raw[:-1000])
+    else:
+        (OUT / change / saving.CONFIG).write_text(json.dumps(config | {"lora_alpha": 32}))
+    try:
+        model.load_adapter(OUT / change, change)
+    except ValueError as error:
+        print("ValueError:", str(error).replace(str(OUT), "out/08"))
+    assert change not in model.adapters
 
 # %% [markdown]
 # ## Exercises

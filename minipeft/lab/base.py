@@ -3,19 +3,20 @@
 import copy
 import hashlib
 import json
-import shutil
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from minipeft.gpt import GPT, write_file
+from minipeft import files
+from minipeft.gpt import GPT
 
 END = "<|endoftext|>"  # ends every document and every completion; also used as padding
+ADDED = ("content", "prepend")  # settings of a normalizer: text that it puts into every text
 WINDOW = 100  # tokens per window of held-out text, so that virtual tokens fit in front of it
 
 
@@ -49,33 +50,74 @@ class Base:
 def load_base(folder: str | Path) -> Base:
     """Open a GPT-2 folder. A `held_out.txt` in it, or next to it, serves to measure forgetting."""
     tokenizer, model = load_tokenizer(folder), GPT.from_pretrained(folder)
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
+    trial = tokenizer.encode("Some text").ids  # post-processing may add tokens of its own
+    highest = max((*tokenizer.get_vocab().values(), *trial), default=0)
+    if highest >= model.config.vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, "
-            f"but the model only {model.config.vocab_size}"
+            f"{folder}/tokenizer.json: there is a token with id {highest}, "
+            f"but the model has only {model.config.vocab_size} tokens"
         )
     end = model.config.eos_token_id = find_end(folder, tokenizer, model.config.eos_token_id)
     texts = [path / "held_out.txt" for path in (Path(folder), Path(folder).resolve().parent)]
     text = next((text for text in texts if text.is_file()), None)
     held_out = None
     if text is not None:
-        encoded = [e.ids for e in tokenizer.encode_batch(read_text(text))]
-        held_out = windows(encoded, min(WINDOW, model.config.n_positions), end)
+        documents = read_text(text, 16)
+        try:
+            encoded = [e.ids for e in tokenizer.encode_batch(documents)]
+            held_out = windows(encoded, min(WINDOW, model.config.n_positions), end)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ValueError(f"{text}: {files.one_line(error)}") from error
     return Base(str(folder), model, tokenizer, end, held_out)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The `tokenizer.json` of a base's folder. Raises ValueError if it cannot be read."""
+    """The `tokenizer.json` of a base's folder. Raises ValueError if it cannot be read or used."""
     file = Path(folder) / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: a base needs its tokenizer")
+    text = files.read_text(file, 256 * files.MEBIBYTE)
+    check_tokenizer(files.parse_json(text, dict, str(file)), file)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    tokenizer.no_padding()  # the file may ask for both; here the lab pads and checks lengths
-    tokenizer.no_truncation()
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.no_padding()  # the file may ask for both; here the lab pads and checks lengths
+        tokenizer.no_truncation()
+        added = len(tokenizer.encode("").ids)
+        tokenizer.encode("Some text, and 1 number.")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # tokenizers raises Exception, and its panics are not even that
+        raise ValueError(f"{file} cannot be used: {files.one_line(error)}") from error
+    if added > 8:
+        raise ValueError(f"{file} adds {added} tokens to every text")
     return tokenizer
+
+
+def check_tokenizer(found: dict, file: Path) -> None:
+    """Raises ValueError for settings with which encoding could take forever or be random."""
+    if isinstance(found.get("model"), dict) and found["model"].get("dropout"):
+        raise ValueError(f"{file}: with dropout, a text would get other tokens every time")
+    added = [part.get(key) for part in objects(found.get("normalizer")) for key in ADDED]
+    if sum(len(text) for text in added if isinstance(text, str)) > 20:
+        raise ValueError(f"{file}: its normalizer makes texts longer: {files.show(added)}")
+    for part in objects({name: found[name] for name in found if name != "model"}):
+        pattern = part.get("Regex")
+        if isinstance(pattern, str) and may_hang(pattern):
+            raise ValueError(f"{file}: the pattern {files.show(pattern)} may take too long")
+
+
+def objects(found) -> Iterator[dict]:
+    """All JSON objects in a value from a JSON file."""
+    if isinstance(found, dict):
+        yield found
+    for inner in files.members(found):
+        yield from objects(inner)
+
+
+def may_hang(pattern: str) -> bool:
+    """Whether a pattern repeats a group, or has more than three repetitions in one alternative.
+    Then the time for a match may grow exponentially, or with a high power of a text's length."""
+    plain = re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]", "x", pattern)  # escapes and classes of characters
+    most = max(len(re.findall(r"[*+]|\{\d", part)) for part in plain.split("|"))
+    return most > 3 or bool(re.search(r"\)[*+{]", plain))
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -94,12 +136,12 @@ def find_end(folder: str | Path, tokenizer: Tokenizer, eos: int | None) -> int:
     (A GPT2Config made without one has GPT-2's 50256, which a small vocabulary does not have.)
     Raises ValueError if neither is a token.
     """
-    if isinstance(eos, int) and tokenizer.id_to_token(eos) is not None:
+    if eos is not None and 0 <= eos < 2**31 and tokenizer.id_to_token(eos) is not None:
         return eos
     try:
-        named = json.loads((Path(folder) / "tokenizer_config.json").read_text())["eos_token"]
+        named = files.read_json(Path(folder) / "tokenizer_config.json")["eos_token"]
         end = tokenizer.token_to_id(named["content"] if isinstance(named, dict) else named)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         end = None
     if end is None:
         raise ValueError(
@@ -114,19 +156,19 @@ def copy_tokenizer(base: Base, folder: str | Path) -> None:
     tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     for name in (*tokenizer, "chat_template.jinja"):
         if (file := Path(base.folder) / name).is_file():
-            write_file(Path(folder) / name, partial(shutil.copyfile, file))
+            files.write_text(Path(folder) / name, files.read_text(file, 256 * files.MEBIBYTE))
     if (file := Path(base.folder) / "generation_config.json").is_file():
-        settings = json.loads(file.read_text())
+        settings = files.read_json(file)
         ends = settings.get("eos_token_id")
         if base.end not in (ends if isinstance(ends, list) else [ends]):
             settings["eos_token_id"] = base.end
-        text = json.dumps(settings, indent=2) + "\n"
-        write_file(Path(folder) / file.name, lambda to: Path(to).write_text(text))
+        files.write_text(Path(folder) / file.name, json.dumps(settings, indent=2) + "\n")
 
 
-def read_text(file: str | Path) -> list[str]:
-    """The documents of a plain text file, separated by <|endoftext|>."""
-    documents = [part.strip() for part in Path(file).read_text(encoding="utf-8").split(END)]
+def read_text(file: str | Path, mebibytes: int = 1024) -> list[str]:
+    """The documents of a plain text file of limited size, separated by <|endoftext|>."""
+    text = files.read_text(Path(file), mebibytes * files.MEBIBYTE)
+    documents = [part.strip() for part in text.split(END)]
     documents = [document for document in documents if document]
     if not documents:
         raise ValueError(f"{file} contains no text")

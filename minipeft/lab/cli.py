@@ -1,45 +1,152 @@
-"""`python -m minipeft …`: parses arguments and calls the lab. torch is imported only to do work."""
+"""The commands: their options, and what each does. torch is imported only to do work."""
 
 import argparse
 import json
 import os
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import fields
+from itertools import product
 from pathlib import Path
 
 from minipeft import __version__
 from minipeft.lab import DATA
-from minipeft.lab.recipes import RECIPES, TARGETS, RunConfig, swept_methods
+from minipeft.lab.recipes import RATE, RECIPES, TARGETS, Bounds, Choice, RunConfig, swept_methods
 
 ONE_RUN = {  # fields of RunConfig that are options of `finetune`, but not of `compare` and `sweep`
     "learning_rate", "seed", "n_evaluations", "random_base", "shard", "output", "checkpoint_every",
     "resume", "quiet", "lr_end", "beta2",
 }  # fmt: skip
+NOT_WITH = {  # flags, and those that contradict them
+    "--task": {"--train", "--validation", "--test"},
+    "--full": {"--base", "--seeds", "--n-generate"},
+    "--shard": {"--resume", "--checkpoint-every"},
+}
+ONLY_WITH = {  # flags, and the one that they need
+    "--train": "--validation", "--validation": "--train", "--test": "--train",
+    "--decay-to": "--weight-decay",
+}  # fmt: skip
+INPUTS = ("base", "adapter", "train", "validation", "test", "text")
+WRITTEN = (  # what the commands write into their output folders
+    "config.json", "model.safetensors", "generation_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "adapter_config.json", "adapter_model.safetensors", "checkpoint.safetensors", "log.csv",
+    "record.json", "compare.json", "compare.png", "ranks.png", "sweep.json", "sweep.png",
+    "memory.json", "memory.png",
+)  # fmt: skip
+SIZE, SEEDS = Bounds(int, 1, 1024), Bounds(int, 1, 1000)
+SHAPE = {  # of a GPT to pretrain: default, bounds, help
+    "vocab-size": (2048, Bounds(int, 257, 65_536), "256 bytes, the end token, and merged tokens"),
+    "n-positions": (256, Bounds(int, 2, 1024), "tokens that the context holds"),
+    "n-embd": (128, Bounds(int, 1, 1024), "width"),
+    "n-layer": (4, Bounds(int, 1, 48), "blocks"),
+    "n-head": (4, Bounds(int, 1, 64), "attention heads per block; must divide the width"),
+}
 
 
-def add_option(parser: argparse.ArgumentParser, flag: str, default, help: str, **more) -> None:
-    """Add an option with the type of its default, which the help text shows."""
+class Parser(argparse.ArgumentParser):
+    """Flags are written in full and must go together; an error is one line."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        found, unknown = super().parse_known_args(words, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        try:
+            check(found, {word.partition("=")[0] for word in words})
+        except ValueError as error:
+            self.error(str(error))
+        return found, unknown
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
+
+
+def check(args, given: set[str]) -> None:
+    """Raises ValueError if the given flags, or their values, do not go together."""
+    for flag, others in NOT_WITH.items():
+        if flag in given and others & given:
+            raise ValueError(f"{flag} cannot be used with {', '.join(sorted(others & given))}")
+    for flag, other in ONLY_WITH.items():
+        if flag in given and other not in given:
+            raise ValueError(f"{flag} needs {other}")
+    value = vars(args).get
+    if "accumulation" in args:
+        run_config(args)
+    if "method" in args:
+        recipe_of(args)
+    methods = value("methods") if value("targets") else None
+    if methods and not any(RECIPES[method].has_rank for method in methods):
+        raise ValueError(f"--targets needs a method with a rank, got {', '.join(methods)}")
+    if value("shard") and os.environ.get("WORLD_SIZE", "1") == "1":
+        raise ValueError("--shard needs several processes: start them with torchrun")
+    if "learning_rates" in args and len(args.learning_rates) < 3:
+        raise ValueError("--learning-rates needs at least three: the best must not be at an edge")
+    if value("results") and Path(args.results).suffix != ".json":
+        raise ValueError(f"--results must be a .json file, got {args.results}")
+    if value("top_k") and not args.temperature:
+        raise ValueError("--top-k needs a --temperature above 0: greedy decoding does not sample")
+    if "n_head" in args and args.n_embd % args.n_head:
+        raise ValueError(f"--n-head must divide --n-embd, got {args.n_head} and {args.n_embd}")
+
+
+def text(value: str) -> str:
+    """A text that is neither empty nor bytes that are not UTF-8."""
+    if not value:
+        raise ValueError("must not be empty")
+    value.encode()
+    return value
+
+
+def listed(kind: Callable) -> Callable[[str], list]:
+    """A list: entries of a kind with commas between them, none of them twice."""
+
+    def parse(value: str) -> list:
+        entries = [kind(entry.strip()) for entry in value.split(",")]
+        if len(set(entries)) < len(entries):
+            raise ValueError(f"has an entry twice: {value!r:.200}")
+        return entries
+
+    return parse
+
+
+def add_option(
+    parser: argparse.ArgumentParser, flag: str, default, help: str, kind: Callable = text, **more
+) -> None:
+    """Add an option. `kind` turns its text into a value, or raises ValueError."""
+
+    def parse(value: str):
+        try:
+            return kind(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(error) from None
+
     if default is False:
         parser.add_argument(flag, action="store_true", help=help)
         return
     if default is not None:
-        more = {"type": type(default)} | more
         help += " (default: %(default)s)"
-    parser.add_argument(flag, default=default, help=help, **more)
+    parser.add_argument(flag, default=default, help=help, type=parse, **more)
 
 
 def add_fields(parser: argparse.ArgumentParser, names: set[str], **defaults) -> None:
     """Add an option for each of these fields of RunConfig."""
     for field in fields(RunConfig):
         if field.name in names:
-            flag = f"--{field.name.replace('_', '-')}"
-            kind = next(k for k in (bool, int, float, str) if k.__name__ in str(field.type))
-            default = defaults.get(field.name, field.default)
-            add_option(parser, flag, default, field.metadata["help"], type=kind)
+            flag, values = f"--{field.name.replace('_', '-')}", field.metadata["values"]
+            default, more = defaults.get(field.name, field.default), {}
+            if field.name == "output":
+                more = {"required": True, "metavar": "FOLDER"}
+            kind = values.parse if values else text
+            add_option(parser, flag, default, field.metadata["help"], kind, **more)
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser("minipeft", description="PEFT methods, trained and measured.")
+    top = Parser("minipeft", description="PEFT methods, trained and measured.")
     top.add_argument("--version", action="version", version=f"minipeft {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -57,54 +164,61 @@ def parser() -> argparse.ArgumentParser:
     add_option(job, "--test", None, "its test examples; without this file, every second validation "
                "example is kept for the test", metavar="FILE")  # fmt: skip
     common = {field.name for field in fields(RunConfig)} - ONE_RUN
-    add_fields(job, common, steps=int(os.environ.get("MINIPEFT_STEPS", 100)))
+    add_fields(job, common, steps=os.environ.get("MINIPEFT_STEPS") or 100)
     trainable = [method for method in RECIPES if method != "frozen"]
+    place, name = Choice(tuple(TARGETS)), Choice(tuple(swept_methods()))
 
     command = add_command("compare", "methods against full fine-tuning", job)
-    add_option(command, "--methods", ",".join(swept_methods()), "a list of methods")
-    add_option(command, "--seeds", 1, "seeds per method")
+    add_option(command, "--methods", ",".join(swept_methods()), "a list of methods",
+               listed(name.parse))  # fmt: skip
+    add_option(command, "--seeds", 1, "seeds per method", SEEDS.parse)
     add_option(command, "--targets", None, "put adapters there, with equal numbers of parameters; "
-               f"a list from {', '.join(TARGETS)}", metavar="PLACES")  # fmt: skip
+               f"a list from {', '.join(TARGETS)}", listed(place.parse))  # fmt: skip
     add_option(command, "--full", False, "the README's run: 3M base, three seeds, the whole test")
     add_option(command, "--output", "out/compare", "the folder to write")
 
     command = add_command("finetune", "train one method and save the result", job)
     add_option(command, "--method", "lora", "the method", choices=trainable)
-    add_option(command, "--size", None, "rank, width or virtual tokens", type=int)
+    add_option(command, "--size", None, "rank, width or virtual tokens", SIZE.parse)
     add_option(command, "--targets", None, "where a weight method's adapters go", choices=TARGETS)
     add_fields(command, ONE_RUN)
 
     command = add_command("sweep", "learning rates and sizes of a method, on a grid", job)
     add_option(command, "--method", "lora", "the method", choices=trainable)
-    add_option(command, "--learning-rates", "2.5e-3,5e-3,1e-2,2e-2,4e-2", "a list")
-    add_option(command, "--sizes", None, "a list of ranks, widths or numbers of virtual tokens")
-    add_option(command, "--seeds", 1, "seeds per point")
+    add_option(command, "--learning-rates", "2.5e-3,5e-3,1e-2,2e-2,4e-2", "a list",
+               listed(RATE.parse))  # fmt: skip
+    add_option(command, "--sizes", None, "a list of ranks, widths or numbers of virtual tokens",
+               listed(SIZE.parse))  # fmt: skip
+    add_option(command, "--seeds", 1, "seeds per point", SEEDS.parse)
     add_option(command, "--output", "out/sweep", "the folder for sweep.png")
-    add_option(command, "--results", None, "add to this file; without it, OUTPUT/sweep.json")
+    add_option(command, "--results", None, "add to this .json file; without it, OUTPUT/sweep.json")
     add_fields(command, {"random_base"})
 
     command = add_command("pretrain", "a small GPT and its tokenizer from a text file")
     add_option(command, "--text", None, "documents with <|endoftext|> between them", required=True)
     add_option(command, "--output", None, "the folder to write", required=True)
-    sizes = {"vocab-size": 2048, "n-positions": 256, "n-embd": 128, "n-layer": 4, "n-head": 4}
-    for name, size in sizes.items():
-        add_option(command, f"--{name}", size, "of the GPT")
+    for name, (default, bounds, help) in SHAPE.items():
+        add_option(command, f"--{name}", default, help, bounds.parse)
     add_fields(command, {"steps", "seed", "device"}, steps=2000)
 
     command = add_command("generate", "continue a prompt", any_base)
     add_option(command, "--adapter", None, "an adapter to add to the base", metavar="FOLDER")
     add_option(command, "--prompt", None, "the text to continue", required=True)
-    add_option(command, "--max-new-tokens", 60, "tokens to generate at most")
-    add_option(command, "--temperature", None, "sample; without it, greedy decoding", type=float)
-    add_option(command, "--top-k", None, "sample from the k most likely tokens", type=int)
+    add_option(command, "--max-new-tokens", 60, "tokens to generate at most",
+               Bounds(int, 0, 1_000_000).parse)  # fmt: skip
+    add_option(command, "--temperature", None, "sample; without it or with 0, greedy decoding",
+               Bounds(float, 0, 1000).parse)  # fmt: skip
+    add_option(command, "--top-k", None, "sample from the k most likely tokens",
+               Bounds(int, 1, 1_000_000).parse)  # fmt: skip
     add_fields(command, {"seed", "device"})
 
     command = add_command("memory", "where the bytes go, by model shape and method")
-    add_option(command, "--shapes", None, "a list of shapes; without it, all")
-    add_option(command, "--methods", None, "a list from full, lora, qlora; without it, all")
-    add_option(command, "--rank", 8, "of the adapters")
-    add_option(command, "--batch-size", 1, "sequences")
-    add_option(command, "--length", 256, "tokens per sequence")
+    add_option(command, "--shapes", None, "a list of shapes; without it, all", listed(text))
+    add_option(command, "--methods", None, "a list from full, lora, qlora; without it, all",
+               listed(text))  # fmt: skip
+    add_option(command, "--rank", 8, "of the adapters", SIZE.parse)
+    add_option(command, "--batch-size", 1, "sequences", SIZE.parse)
+    add_option(command, "--length", 256, "tokens per sequence", Bounds(int, 2, 65_536).parse)
     add_option(command, "--no-checkpointing", False, "keep all activations for the backward pass")
     add_option(command, "--output", "out/memory", "the folder to write")
 
@@ -122,17 +236,23 @@ def run_config(args, **changes) -> RunConfig:
     return RunConfig(**{k: v for k, v in vars(args).items() if k in names} | changes)
 
 
+def recipe_of(args):
+    """The recipe that --method, --size and --targets (or the first of --sizes) name."""
+    recipe = RECIPES[args.method]
+    sizes = args.sizes if "sizes" in args else args.size and [args.size]
+    recipe = recipe.with_size(sizes[0]) if sizes else recipe
+    places = vars(args).get("targets")
+    return recipe.placed(places) if places else recipe
+
+
 def open_job(args):
     """The base and the task that the options name."""
     from minipeft.lab import base, tasks
 
     opened = base.load_base(args.base)
-    files = [args.train, args.validation, args.test]
-    if not any(files):
-        return opened, tasks.load_task(opened, args.task or "describe")
-    if args.task or not (args.train and args.validation):
-        raise ValueError("give --task NAME, or --train FILE and --validation FILE")
-    return opened, tasks.load_files(opened, *files)
+    if args.train:
+        return opened, tasks.load_files(opened, args.train, args.validation, args.test)
+    return opened, tasks.load_task(opened, args.task or "describe")
 
 
 def compare(args) -> None:
@@ -140,37 +260,35 @@ def compare(args) -> None:
 
     if args.full:
         args.base, args.seeds, args.n_generate = str(DATA / "base" / "3m"), 3, 200
-    places = args.targets.split(",") if args.targets else []
-    methods = args.methods.split(",")
-    for names, known in ((methods, RECIPES), (places, TARGETS)):
-        for name in set(names) - set(known):
-            raise ValueError(f"there is no {name!r}; choose from {', '.join(known)}")
     recipes = []
-    for recipe in (RECIPES[method] for method in methods):
-        recipes += [recipe.placed(p) for p in places] if places and recipe.has_rank else [recipe]
+    for recipe in (RECIPES[method] for method in args.methods):
+        places = (args.targets or []) if recipe.has_rank else []
+        recipes += [recipe.placed(place) for place in places] or [recipe]
     base, task = open_job(args)
     records = compare.compare(base, task, recipes, run_config(args, output=None), args.seeds)
-    print(compare.show_examples(records))
-    print(f"\n{compare.table(records, task)}\n")
-    compare.save(records, task, args.output)
+    try:
+        print(compare.show_examples(records))
+        print(f"\n{compare.table(records, task)}\n")
+    finally:  # also if nobody reads them
+        compare.save(records, task, args.output)
     print(f"wrote {args.output}/compare.json and compare.png")
 
 
 def finetune(args) -> None:
-    from minipeft.gpt import write_file
+    from minipeft.files import write_text
     from minipeft.lab import finetune, parallel
 
-    if args.output is None:
-        raise ValueError("--output is missing: name the folder to write")
+    if not args.resume and (Path(args.output) / "checkpoint.safetensors").exists():
+        raise ValueError(
+            f"{args.output} has a stopped run: continue it with --resume, or delete "
+            "checkpoint.safetensors"
+        )
     args.device = parallel.start(args.device)
-    recipe = RECIPES[args.method]
-    recipe = recipe if args.size is None else recipe.with_size(args.size)
-    recipe = recipe if args.targets is None else recipe.placed(args.targets)
     base, task = open_job(args)
-    record = finetune.finetune(base, task, recipe, run_config(args))
+    record = finetune.finetune(base, task, recipe_of(args), run_config(args))
     text = json.dumps(record.to_json(), indent=1) + "\n"
     if parallel.rank() == 0:
-        write_file(Path(args.output) / "record.json", lambda file: Path(file).write_text(text))
+        write_text(Path(args.output) / "record.json", text)
         print(f"{task.metric} {record.score:.3f}; wrote {args.output}")
     parallel.stop()
 
@@ -179,16 +297,15 @@ def sweep(args) -> None:
     from minipeft.lab import report, sweep
 
     results = Path(args.results or Path(args.output) / "sweep.json")
-    check_folder(results.parent)
-    if results.is_dir():
-        raise ValueError(f"--results {results} is a folder: name a file")
+    sweep.load(results)  # raises ValueError for a file of something else
     base, task = open_job(args)
-    rates = [float(rate) for rate in args.learning_rates.split(",")]
-    sizes = [int(size) for size in args.sizes.split(",")] if args.sizes else []
-    run, grid = run_config(args, output=None), sweep.Grid(rates, sizes, args.seeds)
+    run = run_config(args, output=None)
+    grid = sweep.Grid(args.learning_rates, args.sizes or [], args.seeds)
     entries = sweep.sweep(base, task, RECIPES[args.method], run, grid)
-    print(sweep.table(entries))
-    sweep.save(entries, results)
+    try:
+        print(sweep.table(entries))
+    finally:
+        sweep.save(entries, results)
     report.save_figure(report.sweep_figure(entries), Path(args.output) / "sweep.png")
     print(f"wrote {args.output}/sweep.png and {results}")
 
@@ -196,14 +313,15 @@ def sweep(args) -> None:
 def memory(args) -> None:
     from minipeft.lab import memory
 
-    shapes = args.shapes.split(",") if args.shapes else list(memory.SHAPES)
-    methods = args.methods.split(",") if args.methods else list(memory.METHODS)
+    shapes, methods = args.shapes or list(memory.SHAPES), args.methods or list(memory.METHODS)
     settings = args.rank, args.batch_size, args.length, not args.no_checkpointing
     found, measured = memory.of(shapes, methods, *settings)
-    print(f"{memory.table(found)}\n")
-    if measured:
-        print(f"the same, measured in one step on the CPU:\n\n{memory.table(measured)}\n")
-    memory.save(found, measured, args.output)
+    try:
+        print(f"{memory.table(found)}\n")
+        if measured:
+            print(f"the same, measured in one step on the CPU:\n\n{memory.table(measured)}\n")
+    finally:
+        memory.save(found, measured, args.output)
     print(f"wrote {args.output}/memory.json and memory.png")
 
 
@@ -218,18 +336,19 @@ def targets(args) -> None:
 
 
 def pretrain(args) -> None:
+    from minipeft.files import write_file
     from minipeft.gpt import GPTConfig
-    from minipeft.lab import base, pretrain
+    from minipeft.lab import base, pretrain, train
 
+    train.pick_device(args.device)
     documents = base.read_text(args.text)
     tokenizer = pretrain.train_tokenizer(documents, args.vocab_size)
-    names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-    size = {name: getattr(args, name) for name in names}
+    size = {name: getattr(args, name) for name in (flag.replace("-", "_") for flag in SHAPE)}
     run = pretrain.pretraining_run(args.steps, seed=args.seed, device=args.device)
     config = GPTConfig(**size, **pretrain.SETTINGS)
     model, training, _ = pretrain.pretrain(documents, config, tokenizer, run)
     model.save_pretrained(args.output)
-    tokenizer.save(str(Path(args.output) / "tokenizer.json"))
+    write_file(Path(args.output) / "tokenizer.json", tokenizer.save)
     print(f"last loss {training.losses[-1]:.3f}; wrote {args.output}")
 
 
@@ -252,11 +371,9 @@ def generate(args) -> None:
     base, model = open_model(args, args.device)
     ids = torch.tensor([encode_prompt(base.tokenizer, args.prompt)], device=model.device)
     sampling = {"max_new_tokens": args.max_new_tokens, "top_k": args.top_k}
-    if args.temperature is not None:
+    if args.temperature:
         torch.manual_seed(args.seed)
         sampling |= {"do_sample": True, "temperature": args.temperature}
-    elif args.top_k is not None:
-        raise ValueError("--top-k needs --temperature: greedy decoding does not sample")
     print(base.tokenizer.decode(model.generate(ids, **sampling)[0].tolist()))
 
 
@@ -269,29 +386,40 @@ def merge(args) -> None:
     print(f"wrote {args.output}")
 
 
-def check_folder(folder: Path) -> None:
-    """Raises ValueError, before any work, if results could not be written to a folder."""
-    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not existing.is_dir():
-        raise ValueError(f"cannot write to {folder}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"cannot write to {folder}: no permission to write to {existing}")
+def check_output(output: Path, files: list[Path], inputs: list) -> None:
+    """Raises ValueError, before any work, if files could not be written, or are inputs."""
+    for folder in {output, *(file.parent for file in files)}:
+        existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not existing.is_dir():
+            raise ValueError(f"cannot write to {folder}: {existing} is not a folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ValueError(f"cannot write to {folder}: no permission to write to {existing}")
+    for file in files:
+        if file.is_dir():
+            raise ValueError(f"cannot write {file}: it is a folder")
+    for source, file in product(inputs, [output, *files]):
+        if os.path.exists(source) and os.path.exists(file) and os.path.samefile(source, file):
+            raise ValueError(f"{source} would be overwritten: choose another output")
 
 
-def main() -> None:
-    args = parser().parse_args()
-    try:
-        if getattr(args, "output", None) is not None:
-            check_folder(Path(args.output))
-        globals()[args.command](args)
-    except (ValueError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt as stopped:
-        saved = Path(getattr(args, "output", None) or "") / "checkpoint.safetensors"
-        how = " Its state is saved: continue with --resume." if saved.is_file() else ""
-        print(f"\n{stopped or 'stopped'}.{how}", file=sys.stderr)
-        sys.exit(130)
+def run(args) -> None:
+    """Do what a command says."""
+    command, value = globals()[args.command], vars(args).get
+    if "output" not in args:
+        return command(args)
+    output = Path(args.output)
+    files = [output / name for name in WRITTEN]
+    files += [Path(args.results)] if value("results") else []
+    check_output(output, files, [*filter(None, map(value, INPUTS)), *DATA.glob("base/*")])
+    if args.command == "finetune":  # which locks the folder itself, for all of its processes
+        return command(args)
+    from minipeft.lab.checkpoint import locked
+
+    with locked(output):
+        command(args)
 
 
-if __name__ == "__main__":
-    main()
+def one_line(text: str) -> str:
+    """A text as one line of at most 1,000 printable characters."""
+    text = re.sub(r"\s*\n\s*", " ", text.strip())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:1000]

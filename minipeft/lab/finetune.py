@@ -3,9 +3,10 @@
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,12 +14,13 @@ from torch import nn
 
 from minipeft import get_peft_model, quantize_model
 from minipeft.base_model import count_parameters
+from minipeft.files import MEBIBYTE, read_text, write_text
 from minipeft.gpt import GPT
 from minipeft.lab import evaluate, parallel, tasks
 from minipeft.lab.base import Base, copy_tokenizer
-from minipeft.lab.checkpoint import Checkpoint
+from minipeft.lab.checkpoint import Checkpoint, locked
 from minipeft.lab.recipes import TARGETS, Recipe, RunConfig, swept_learning_rate
-from minipeft.lab.tasks import Task
+from minipeft.lab.tasks import Example, Task
 from minipeft.lab.train import pick_device, train
 from minipeft.methods.qlora import bits_per_weight
 from minipeft.peft_model import PeftModel
@@ -58,7 +60,9 @@ class Record:
     weight_bytes: int | None = None
     bits: float | None = None  # per weight of quantized layers
     losses: list[float] | None = None
-    validation: list[dict] = field(default_factory=list)  # step, loss, slot_loss, template_loss
+    validation: list[dict[str, float]] = field(
+        default_factory=list
+    )  # step, loss, slot_loss, template_loss
     seconds_per_step: float | None = None
     activation_bytes: int | None = None
     gradient_bytes: int | None = None
@@ -84,11 +88,6 @@ class Record:
 
     def to_json(self) -> dict:
         return {name: value for name, value in asdict(self).items() if value is not None}
-
-    @classmethod
-    def from_json(cls, found: dict) -> "Record":
-        known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in found.items() if name in known})
 
 
 def build_model(base: Base, recipe: Recipe, run: RunConfig) -> nn.Module:
@@ -136,9 +135,12 @@ def finetune(base: Base, task: Task, recipe: Recipe, run: RunConfig) -> Record:
 
     The learning rate is the committed sweep's if `run` has none. With `run.output`, the adapter (or
     the whole model with its tokenizer) is saved there before it is evaluated. Next to it are
-    `log.csv` and, while it trains, a checkpoint from which `run.resume` continues to exactly the
-    same end. A sharded run keeps neither log nor checkpoint.
+    `log.csv` and, while it trains, a checkpoint. With `run.resume` the run continues from it, to
+    exactly the same end; without, it starts over. A sharded run keeps neither log nor checkpoint.
     """
+    output = run.output or os.devnull
+    if os.path.exists(output) and os.path.samefile(output, base.folder):
+        raise ValueError(f"output {output} is the base's own folder: name another one")
     parallel.share([None] * run.batch_size)  # raises if processes would get unequal shares
     model = build_model(base, recipe, run)
     check_lengths(model, base, task)
@@ -163,7 +165,9 @@ def finetune(base: Base, task: Task, recipe: Recipe, run: RunConfig) -> Record:
         weight_bytes=evaluate.weight_bytes(model), bits=bits_per_weight(model),
     )  # fmt: skip
     if trains:
-        train_and_save(model, base, task, recipe, run, record)
+        writes = run.output is not None and parallel.rank() == 0
+        with locked(Path(run.output)) if writes else nullcontext():
+            train_and_save(model, base, task, recipe, run, record)
     else:
         validate(record, model, base, task, step=0)
         measure_forgetting(record, model, base, "base", None)
@@ -187,17 +191,17 @@ def train_and_save(
     """Train, validate on the way, save; what is measured goes into the record."""
     checkpoint, log = None, None
     if run.output is not None and not run.shard:
-        checkpoint = open_checkpoint(base, task, recipe, run)
+        checkpoint = make_checkpoint(base, task, recipe, run)
         checkpoint.lists["validation"] = record.validation
-        if parallel.rank() == 0:
-            log = open_log(Path(run.output) / "log.csv", checkpoint.read()[0]["step"])
 
     def after_step(row: dict) -> None:
+        nonlocal log
         step = row["step"]
         if step % max(run.steps // run.n_evaluations, 1) == 0 or step == run.steps:
             losses = validate(record, model, base, task, step)
             row |= {f"validation_{name}": loss for name, loss in losses.items()}
-        if log is not None:
+        if checkpoint is not None and parallel.rank() == 0:
+            log = log or open_log(Path(run.output) / "log.csv", step - 1)  # not if it is refused
             log(row)
 
     validate(record, model, base, task, step=0)
@@ -259,35 +263,37 @@ def micro_batches(task: Task, run: RunConfig, end: int, device):
         yield [tasks.collate(part, end, device) for part in parts if part]
 
 
-def open_checkpoint(base: Base, task: Task, recipe: Recipe, run: RunConfig) -> Checkpoint:
-    """The run's checkpoint. Raises ValueError if the output folder has one and `run` does not
-    resume it."""
-    examples = [json.dumps([e.prompt_ids, e.completion_ids]).encode() for e in task.train]
+def make_checkpoint(base: Base, task: Task, recipe: Recipe, run: RunConfig) -> Checkpoint:
+    """The run's checkpoint. Raises ValueError if the run is to be resumed, but has ended."""
     identity = {name: value for name, value in asdict(run).items() if name not in NOT_IDENTITY}
     identity |= {name: getattr(recipe, name) for name in ("method", "size", "targets", "bits")}
     identity |= {"base": base.digest(), "task": task.name, "n_train": len(task.train)}
-    identity["data"] = hashlib.sha256(b"".join(examples)).hexdigest()[:16]
+    identity |= {"data": checksum(task.train), "validation": checksum(task.validation)}
     file = Path(run.output) / "checkpoint.safetensors"
-    if file.is_file() and not run.resume:
-        raise ValueError(f"{file} is of a run that was stopped: resume it, or delete the file")
     finished = [n for n in ("adapter_config.json", "config.json") if (file.parent / n).is_file()]
     if run.resume and finished and not file.is_file():
         raise ValueError(f"there is nothing to resume in {file.parent}: this run has ended")
-    return Checkpoint(file, run.checkpoint_every, identity)
+    return Checkpoint(file, run.checkpoint_every, identity, resume=run.resume)
+
+
+def checksum(examples: list[Example]) -> str:
+    tokens = json.dumps([[e.prompt_ids, e.completion_ids] for e in examples])
+    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
 
 
 def open_log(file: Path, start: int) -> Callable[[dict], object]:
     """A function that appends a row to a CSV file, at once.
 
-    Rows after step `start`, which a stopped run has left, are dropped.
+    Rows after step `start`, which a stopped run has left, are dropped. The old file is replaced,
+    not overwritten, in case it is a link.
     """
-    rows = []
+    lines = [",".join(LOGGED)]
     if start and file.is_file():
-        with file.open(newline="") as old:
-            rows = [row for row in csv.DictReader(old) if int(row["step"]) <= start]
+        for line in read_text(file, 256 * MEBIBYTE).splitlines():
+            step = line.split(",")[0]
+            if step.isdecimal() and int(step) <= start:
+                lines.append(line)
     file.parent.mkdir(parents=True, exist_ok=True)
-    opened = file.open("w", newline="", buffering=1)  # each line is written when it is complete
-    writer = csv.DictWriter(opened, LOGGED)
-    writer.writeheader()
-    writer.writerows(rows)
-    return writer.writerow
+    write_text(file, "\n".join(lines) + "\n")
+    opened = file.open("a", newline="", buffering=1)  # each line is written when it is complete
+    return csv.DictWriter(opened, LOGGED, lineterminator="\n").writerow

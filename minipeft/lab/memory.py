@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from minipeft.gpt import write_file
+from minipeft.files import write_text
 from minipeft.lab import DATA, report
 from minipeft.lab.base import Base, load_base
 from minipeft.lab.evaluate import activation_bytes, weight_bytes
@@ -32,6 +32,7 @@ from minipeft.lab.train import train
 
 PARTS = ("weights", "gradients", "optimizer", "activations")
 METHODS = ("full", "lora", "qlora")
+MEASURED_TOKENS = 2**14  # in a step on one of our own bases: up to 2 GB
 Found = dict[str, dict[str, dict[str, int]]]  # by shape, method and part: bytes
 
 
@@ -143,12 +144,27 @@ def measure(base: Base, method: str, r: int, batch_size: int, length: int) -> di
 def of(
     shapes: list[str], methods: list[str], r: int, batch_size: int, length: int, checkpointing: bool
 ) -> tuple[Found, Found]:
-    """Computed figures for shapes and methods, and measured ones for our own bases."""
+    """Computed figures for shapes and methods, and measured ones for our own bases.
+
+    Raises ValueError for unknown names, for sequences that are longer than a shape's context, and
+    for batches that are too large to be measured.
+    """
     found, measured = {}, {}
+    tokens = batch_size * length
     for name in shapes:
         if name not in SHAPES:
             raise ValueError(f"there is no shape {name!r}; known shapes: {', '.join(SHAPES)}")
-        shape, tokens = SHAPES[name], batch_size * length
+        shape = SHAPES[name]
+        if 0 < shape.positions < length:
+            raise ValueError(
+                f"the context of {name} holds {shape.positions} tokens, got {length}: choose "
+                "other shapes, or a smaller length"
+            )
+        if shape.ours and tokens > MEASURED_TOKENS:
+            raise ValueError(
+                f"{name} is measured with at most {MEASURED_TOKENS:,} tokens in a batch, got "
+                f"{tokens:,}: choose other shapes, or a smaller batch"
+            )
         found[name] = {m: memory(shape, m, r, tokens, checkpointing) for m in methods}
     for name in [name for name in shapes if SHAPES[name].ours]:
         base = load_base(DATA / "base" / name)
@@ -175,5 +191,7 @@ def table(found: Found) -> str:
 def save(found: Found, measured: Found, folder: str | Path) -> None:
     """Write memory.json and memory.png."""
     text = json.dumps({"computed": found, "measured": measured}, indent=1) + "\n"
-    report.save_figure(report.memory_figure(found), Path(folder) / "memory.png")
-    write_file(Path(folder) / "memory.json", lambda file: Path(file).write_text(text))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "memory.json", text)
+    report.save_figure(report.memory_figure(found), folder / "memory.png")

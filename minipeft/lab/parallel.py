@@ -24,14 +24,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def start(device: str | None) -> str | None:
-    """Join the other processes, if torchrun started any; returns this process's device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    """Join the other processes, if torchrun started any; returns this process's device.
+
+    Raises ValueError if torchrun's variables are wrong, and for a device that is not there.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return device
-    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    if not on_gpu:
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+    found = {name: os.environ.get(name, "") for name in names}
+    numbers = [int(text) if text.isdecimal() else -1 for text in found.values()]
+    size, rank, local = numbers
+    if min(numbers) < 0 or rank >= size or "MASTER_ADDR" not in os.environ:
+        given = ", ".join(f"{name}={text!r:.20}" for name, text in found.items())
+        raise ValueError(f"start several processes with torchrun, got {given}")
+    kind = (device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"several processes need cpu or cuda, got --device {device}")
+    if kind == "cuda" and local >= torch.cuda.device_count():
+        raise ValueError(f"process {local} has no GPU: there are {torch.cuda.device_count()}")
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    if kind == "cpu":
         return "cpu"
-    local = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(local)
     return f"cuda:{local}"
 

@@ -7,7 +7,7 @@ method's config class when a recipe calls it.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import minipeft
 from minipeft.lab import DATA
@@ -82,28 +82,90 @@ RECIPES = {
 }
 
 
-def option(default, help: str):
-    """A field of RunConfig with the help text of its command-line option."""
-    return field(default=default, metadata={"help": help})
+class Values:
+    """What an option takes: values of a `kind` for which `fault` returns None."""
+
+    def parse(self, text: str):
+        """The value that a text means. Raises ValueError if it has a fault."""
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = text
+        if fault := self.fault(value):
+            raise ValueError(fault)
+        return value
+
+
+@dataclass(frozen=True)
+class Bounds(Values):
+    """Integers or other numbers from `low` to `high`."""
+
+    kind: type  # int or float
+    low: float
+    high: float
+
+    def fault(self, value) -> str | None:
+        name, kinds = ("integer", int) if self.kind is int else ("number", (int, float))
+        if not isinstance(value, kinds) or type(value) is bool or not value >= self.low:
+            what = f"a {'positive' if self.low else 'non-negative'} {name}"
+            what = what if self.low <= 1 else f"an {name} of at least {self.low}"
+            return f"must be {what}, got {value!r:.200}"
+        return f"must be at most {self.high:,}, got {value!r:.200}" if value > self.high else None
+
+
+@dataclass(frozen=True)
+class Choice(Values):
+    """One of these names."""
+
+    names: tuple[str, ...]
+    kind = str
+
+    def fault(self, value) -> str | None:
+        if value in self.names:
+            return None
+        return f"must be one of {', '.join(self.names)}, got {value!r:.200}"
+
+
+def option(default, help: str, values: Values | None = None):
+    """A field of RunConfig with the help text and the values of its command-line option."""
+    return field(default=default, metadata={"help": help, "values": values})
+
+
+COUNT = Bounds(int, 1, 10_000_000)
+COUNT_OR_0 = Bounds(int, 0, 10_000_000)
+EXAMPLES = Bounds(int, 1, 4096)  # more in one batch would be a mistake
+RATE = Bounds(float, 1e-12, 1000)
+SEED = Bounds(int, 0, 2**63 - 1)
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """One run. Every field is also an option of the command line."""
 
-    steps: int = option(100, "training steps")
-    learning_rate: float | None = option(None, "peak learning rate; without it, the swept one")
-    batch_size: int = option(16, "examples per step")
-    accumulation: int = option(1, "micro-batches per step")
-    weight_decay: float = option(0.0, "decoupled weight decay, as in AdamW")
-    decay_to: str = option("zero", "what weights decay towards: zero, or start (initial weights)")
-    warmup: int | None = option(None, "steps of linear warm-up; without it, a tenth of the steps")
-    lr_end: float = option(0.0, "share of the learning rate left at the end of the cosine")
-    beta2: float = option(0.999, "AdamW's decay rate of the second moment")
-    max_grad_norm: float = option(1.0, "clip gradients to this norm")
-    seed: int = option(0, "seed of the initial values and of the order of the examples")
-    n_generate: int = option(64, "test examples to complete and score")
-    n_evaluations: int = option(8, "how often to compute the validation loss on the way")
+    steps: int = option(100, "training steps", COUNT)
+    learning_rate: float | None = option(
+        None, "peak learning rate; without it, the swept one", RATE
+    )
+    batch_size: int = option(16, "examples per step", EXAMPLES)
+    accumulation: int = option(1, "micro-batches per step", EXAMPLES)
+    weight_decay: float = option(0.0, "decoupled weight decay, as in AdamW", Bounds(float, 0, 1000))
+    decay_to: str = option(
+        "zero", "what weights decay towards: zero, or start (initial weights)",
+        Choice(("zero", "start")),
+    )  # fmt: skip
+    warmup: int | None = option(
+        None, "steps of linear warm-up; without it, a tenth of the steps", COUNT_OR_0
+    )
+    lr_end: float = option(
+        0.0, "share of the learning rate left at the end of the cosine", Bounds(float, 0, 1)
+    )
+    beta2: float = option(
+        0.999, "AdamW's decay rate of the second moment", Bounds(float, 0, 0.999999)
+    )
+    max_grad_norm: float = option(1.0, "clip gradients to this norm", Bounds(float, 1e-12, 10**12))
+    seed: int = option(0, "seed of the initial values and of the order of the examples", SEED)
+    n_generate: int = option(64, "test examples to complete and score", COUNT)
+    n_evaluations: int = option(8, "how often to compute the validation loss on the way", COUNT)
     random_base: bool = option(False, "train a model of the same shape that was never pretrained")
     gradient_checkpointing: bool = option(
         False, "keep only the blocks' inputs for the backward pass: less memory, more time"
@@ -111,25 +173,23 @@ class RunConfig:
     shard: bool = option(False, "shard the model over torchrun's processes (full, lora)")
     device: str | None = option(None, "cpu, cuda or mps; without it, the best available")
     output: str | None = option(None, "folder for the adapter or model, its log and checkpoints")
-    checkpoint_every: int = option(100, "steps between two checkpoints in the output folder")
+    checkpoint_every: int = option(
+        100, "steps between two checkpoints in the output folder; 0: only when stopped", COUNT_OR_0
+    )
     resume: bool = option(False, "continue the run in the output folder, if it saved anything")
     quiet: bool = option(False, "no progress bars and no announcements")
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulation", "n_generate", "n_evaluations"):
-            n = getattr(self, name)
-            if n < 1:
-                raise ValueError(f"{name} must be a positive integer, got {n}")
-        for name in ("learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("weight_decay", "warmup", "lr_end", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must not be negative, got {value}")
-        if self.decay_to not in ("zero", "start"):
-            raise ValueError(f"decay_to must be zero or start, got {self.decay_to!r}")
+        for f in fields(self):
+            value, values = getattr(self, f.name), f.metadata["values"]
+            is_set = values is not None and not (value is None and f.default is None)
+            if is_set and (fault := values.fault(value)):
+                raise ValueError(f"{f.name} {fault}")
+        if self.accumulation > self.batch_size:
+            raise ValueError(
+                f"accumulation must be at most the batch size {self.batch_size}, "
+                f"got {self.accumulation}"
+            )
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine down to `lr_end`; steps count from 1."""

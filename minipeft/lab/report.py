@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from minipeft.gpt import write_file
+from minipeft.files import write_file
 
 NAMES = {
     "frozen": "frozen base", "full": "full", "lora": "LoRA", "adalora": "AdaLoRA",
@@ -95,7 +95,7 @@ def compare_figure(rows: dict[str, list], task) -> Figure:
     right.set(xlabel=f"{task.metric} on the test examples\n({seeds})", xlim=(0, 1.15))
     right.invert_yaxis()
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(f"Task {task.name}: {steps} steps")
+    figure.suptitle(f"Task {task.name}: {steps} steps", parse_math=False)
     return figure
 
 
@@ -141,7 +141,7 @@ def sweep_figure(entries: list[dict]) -> Figure:
     figure.suptitle(
         f"{name_of(first['method'])}{', random base' if first['random_base'] else ''}: "
         f"{first['task']}, {first['base']} base, {first['steps']} steps, "
-        f"{first['examples']} examples", fontsize=10,
+        f"{first['examples']} examples", fontsize=10, parse_math=False,
     )  # fmt: skip
     return figure
 

@@ -6,7 +6,6 @@ the facts in a prompt and which phrasings may state them: then slots are scored,
 whether the greedy completion equals the reference.
 """
 
-import json
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from minipeft.files import MEBIBYTE, one_line, parse_json, read_json, read_text
 from minipeft.lab import DATA
 from minipeft.lab.base import Base, encode_prompt
 
@@ -67,10 +67,7 @@ class Task:
 def load_jsonl(file: str | Path, base: Base, fact: str | None = None) -> list[Example]:
     """Read and encode a task file. Raises ValueError naming file, line and fault."""
     examples = []
-    try:
-        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+    lines = read_text(Path(file), 256 * MEBIBYTE).split("\n")
     for number, line in enumerate(lines, 1):
         if line.strip():
             examples.append(_encode(f"{file}, line {number}", line, base, fact))
@@ -80,19 +77,16 @@ def load_jsonl(file: str | Path, base: Base, fact: str | None = None) -> list[Ex
 
 
 def _encode(where: str, line: str, base: Base, fact: str | None) -> Example:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+    row = parse_json(line, dict, where)
     for name in ("prompt", "completion"):
-        if not (isinstance(row, dict) and isinstance(row.get(name), str) and row[name]):
+        if not (isinstance(row.get(name), str) and row[name]):
             raise ValueError(f'{where} needs a "{name}": a string that is not empty')
     prompt, completion = row["prompt"], row["completion"]
     try:
         prompt_ids = encode_prompt(base.tokenizer, prompt)
         encoded = base.tokenizer.encode(completion, add_special_tokens=False)
-    except TypeError as error:  # half of a surrogate pair, for one
-        raise ValueError(f"{where} has text that cannot be encoded: {error}") from error
+    except Exception as error:  # half of a surrogate pair, for one
+        raise ValueError(f"{where} has text that cannot be encoded: {one_line(error)}") from error
     if not prompt_ids or not encoded.ids:
         raise ValueError(f"{where}: the tokenizer finds no token in the prompt or completion")
     limit = base.pretrained.config.n_positions
@@ -114,7 +108,7 @@ def load_task(base: Base, name: str) -> Task:
     if not (folder / "task.json").is_file():
         known = ", ".join(sorted(path.parent.name for path in DATA.glob("tasks/*/task.json")))
         raise ValueError(f"there is no task {name!r}; known tasks: {known}")
-    how = json.loads((folder / "task.json").read_text())
+    how = read_json(folder / "task.json")
     fact, parts = how.get("fact"), ("train", "validation", "test")
     examples = [load_jsonl(folder / f"{part}.jsonl", base, fact) for part in parts]
     return Task(name, *examples, fact, how.get("phrasings", {}))

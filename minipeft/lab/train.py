@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minipeft.lab import parallel
-from minipeft.lab.checkpoint import Checkpoint, delayed_interrupt
+from minipeft.lab.checkpoint import Checkpoint, Stopped, delayed_interrupt
 from minipeft.lab.recipes import RunConfig
 from minipeft.peft_model import PeftModel
 
@@ -51,7 +51,7 @@ def train(
     make_optimizer(groups, lr=…, betas=…); AdamW by default. after_step: called with a dict: step,
     loss, learning_rate, seconds. checkpoint: if it has a saved state, training continues from it.
     Raises ValueError if no parameter is trainable or a micro-batch has no labelled tokens;
-    FloatingPointError if a loss is not finite; KeyboardInterrupt after Ctrl-C, once the step is
+    FloatingPointError if a loss is not finite; Stopped after Ctrl-C or SIGTERM, once the step is
     finished and the checkpoint (if any) written, unless it was the last step.
     """
     replicas = parallel.Replicas(model)  # called like the model; averages gradients over processes
@@ -106,10 +106,12 @@ def train(
             bar.set_postfix(loss=f"{loss:.3f}", lr=f"{learning_rate:.1e}", refresh=False)
             row = {"step": step, "loss": loss, "learning_rate": learning_rate}
             after_step(row | {"seconds": seconds[-1]})  # the caller may log and validate
+            stopping = parallel.mean(len(interrupts), device) > 0  # all processes stop together
             if checkpoint is not None:
-                checkpoint.save_if_due(model, optimizer, step, bool(interrupts))
-            if interrupts and step < run.steps:
-                raise KeyboardInterrupt(f"stopped after step {step} of {run.steps}")
+                checkpoint.save_if_due(model, optimizer, step, stopping)
+            if stopping and step < run.steps:
+                where = f"; its state is in {checkpoint.file}" if checkpoint else ""
+                raise Stopped(f"stopped after step {step} of {run.steps}{where}", bool(checkpoint))
     state = optimizer.state_dict()["state"].values()
     tensors = [t for entry in state for t in entry.values() if torch.is_tensor(t)]
     return TrainingResult(
@@ -159,17 +161,18 @@ def without_penalty(loss: Tensor, model: nn.Module) -> float:
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, else cuda, else mps, else cpu. Raises ValueError if it cannot be used."""
-    if name is None:
-        gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        name = next((name for name, found in gpus.items() if found), "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
-    return device
+    """The named device; without a name, the first of cuda, mps and cpu that works.
+
+    Raises ValueError if a tensor cannot be made and read there.
+    """
+    for candidate in ("cuda", "mps", "cpu") if name is None else (name,):
+        try:
+            device = torch.device(candidate)
+            torch.ones(1, device=device).item()
+            return device
+        except Exception as error:  # every kind of device has its own
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise ValueError(f"device {name!r} cannot be used: {reason:.200}")
 
 
 def autocast(device: torch.device):
