@@ -385,10 +385,10 @@ def gradient_of_another_dtype(p):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (cast, "a parameter was .*float32.* and is .*float64.* now"),
-        (cast_with_gradient, "a parameter was .*float32.* and is .*bfloat16.* now"),
-        (move, "a parameter was .*'cpu'.* and is .*'meta'.* now"),
-        (resize, r"a parameter was .*\(4, 4\)\) and is .*\(6, 6\)\) now"),
+        (cast, "a parameter of .*float32.* became .*float64.*: make a new"),
+        (cast_with_gradient, "a parameter of .*float32.* became .*bfloat16"),
+        (move, "a parameter of .*'cpu'.* became .*'meta'"),
+        (resize, r"a parameter of .*\(4, 4\)\) became .*\(6, 6\)\)"),
         (transpose, "a parameter must be floating-point and contiguous"),
         (sparse_gradient, "a gradient must be .*strided.*, got .*sparse_coo"),
         (gradient_of_another_dtype, "a gradient must be .*float32.*, got .*float64"),
@@ -417,7 +417,7 @@ def test_a_parameter_that_was_put_into_a_group_by_hand_is_refused():
     optimizer = trained()
     optimizer.param_groups[0]["params"].append(parameter(3))
     parameters(optimizer)[1].grad = torch.ones(3)
-    with pytest.raises(ValueError, match="a parameter was None and is"):
+    with pytest.raises(ValueError, match="a parameter of None became"):
         optimizer.step()
 
 

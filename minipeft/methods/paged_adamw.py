@@ -82,8 +82,8 @@ class PagedAdamW(torch.optim.Optimizer):
         groups = {p: g for g in self.param_groups for p in g["params"] if p.grad is not None}
         for p, group in groups.items():
             check_group(group, [p])
-            if kind(p) != self.kinds.get(p):
-                raise ValueError(f"a parameter was {self.kinds.get(p)} and is {kind(p)} now")
+            if (was := self.kinds.get(p)) != kind(p):
+                raise ValueError(f"a parameter of {was} became {kind(p)}: make a new PagedAdamW")
             if kind(p.grad) != kind(p):
                 raise ValueError(f"a gradient must be {kind(p)}, got {kind(p.grad)}")
         for p in groups:
