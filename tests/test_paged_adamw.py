@@ -211,8 +211,8 @@ OPTIONS = [
 
 
 def parameter(*shape, dtype=torch.float32) -> nn.Parameter:
-    generator = torch.Generator().manual_seed(math.prod(shape))
-    return nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+    generator, options = torch.Generator().manual_seed(math.prod(shape)), {"dtype": torch.float64}
+    return nn.Parameter(torch.randn(shape, generator=generator, device="cpu", **options).to(dtype))
 
 
 def trained(**options) -> PagedAdamW:
@@ -583,6 +583,44 @@ def test_a_copied_optimizer_alone_has_parameters_of_its_own():
 
 
 # --- paging ---
+
+
+def test_the_default_settings_are_those_of_adamw_and_pages_of_2_mib():
+    paged, adamw = PagedAdamW([parameter(3)]), torch.optim.AdamW([parameter(3)])
+    assert paged.defaults == {name: adamw.defaults[name] for name in paged.defaults}
+    assert set(paged.defaults) == {"lr", "betas", "eps", "weight_decay"}
+    assert (paged.page_bytes, paged.budget, paged.alternate) == (2 * 1024**2, 16 * 1024**2, True)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (63, "fetch 0, update 0, fetch 1, update 1, fetch 2, update 2"),
+        (64, "fetch 0, fetch 1, update 0, fetch 2, update 1, update 2"),
+    ],
+)
+def test_the_next_page_is_fetched_before_an_update_if_there_is_room_for_two(budget, expected):
+    p, calls = parameter(12), []
+    optimizer = PagedAdamW([p], page_bytes=32, device_budget_bytes=budget)  # 4 float32s per page
+    fetch, update = optimizer.fetch, optimizer.update
+    optimizer.fetch = lambda i: calls.append(f"fetch {i}") or fetch(i)
+    optimizer.update = lambda index, groups: (
+        calls.append(f"update {index}") or update(index, groups)
+    )
+    p.grad = torch.ones(12)
+    optimizer.step()
+    assert ", ".join(calls) == expected
+
+
+def test_pages_and_states_are_in_host_memory_whatever_the_default_device_is():
+    expected = trained().state_dict()
+    with torch.device("meta"):
+        optimizer = trained()
+        state = optimizer.state_dict()
+        assert_same(state, expected)
+        state["state"][0]["step"] = 2
+        optimizer.load_state_dict(state)
+    assert_same(optimizer.state_dict(), expected)
 
 
 def test_a_page_is_written_back_when_it_is_evicted():
