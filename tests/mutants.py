@@ -271,15 +271,15 @@ def run_tests(files: list[str], limit: float, plugin=None) -> tuple[str, str]:
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         return "timeout", files[0]
-    lines = Path("output.txt").read_text(errors="replace").splitlines()
+    output = Path("output.txt").read_text(errors="replace")
+    assert code != 4 or "while loading conftest" in output, output  # 4: pytest was called wrongly
+    lines = output.splitlines()
     said = [line for line in lines if line.startswith(("FAILED", "ERROR"))] or lines[-1:]
     return "passed" if code == 0 else "failed", "".join(said)[:200]
 
 
-def choose(m: dict, calls: dict[str, list[str]]) -> tuple[set[str], list[str]]:
+def choose(m: dict, calls: dict[str, list[str]], imported: set[str]) -> tuple[set[str], list[str]]:
     """The tests that may notice a mutant, and their files, the most likely ones first."""
-    imported = set(calls["import"])  # what runs then may matter to every test of the file
-    calls = {test: called for test, called in calls.items() if test != "import"}
     if ":" in m["calls"][-1] and not imported & set(m["calls"]):
         hits = [test for test, called in calls.items() if set(called) & set(m["calls"])]
     else:
@@ -305,6 +305,7 @@ def work(number: int, arguments) -> None:
         assert run_tests(files, 1000, Recorder())[0] == "passed", "the tests must pass first"
         return recorded.write_bytes(Path("calls.json").read_bytes())
     calls = json.loads(recorded.read_text())
+    imported = set(calls.pop("import"))
     log = [json.loads(line) for line in arguments.log.read_text().splitlines()]
     drawn = draw(arguments.files, arguments.count, arguments.seed, log)
     done = {key(m) for m in log}
@@ -316,7 +317,7 @@ def work(number: int, arguments) -> None:
         source = (ROOT / target).read_bytes()
         target.write_bytes(source[: m["start"]] + m["new"].encode() + source[m["end"] :])
         shutil.rmtree(target.parent / "__pycache__", ignore_errors=True)  # same size, same second
-        tests, where = choose(m, calls)
+        tests, where = choose(m, calls, imported)
         result, by = run_tests(where, 400, Chosen(tests))
         target.write_bytes(source)
         shutil.rmtree(target.parent / "__pycache__", ignore_errors=True)
