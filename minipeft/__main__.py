@@ -14,10 +14,17 @@ def on_stop(handler) -> None:
 
 
 def leave(*_, line: str = "stopped.") -> None:
-    """End at once: one more Ctrl-C cannot interrupt what Python does when it exits."""
+    """End the process at once: what Python does when it exits can be interrupted."""
     on_stop(SIG_IGN)
     os.write(2, f"{line}\n".encode())
     os._exit(1)
+
+
+def unraisable(found) -> None:
+    """Ctrl-C where Python could only print it, as in a destructor, is not lost."""
+    if issubclass(found.exc_type, KeyboardInterrupt):
+        leave()
+    sys.__unraisablehook__(found)
 
 
 def flush() -> None:
@@ -42,8 +49,8 @@ def work() -> None:
     cli.run(args)
 
 
-def run() -> None:
-    """Work, and make every error one line."""
+def run() -> str | None:
+    """Do the work, and return the line that tells how it failed."""
     from minipeft.lab.cli import one_line
 
     try:
@@ -52,25 +59,31 @@ def run() -> None:
         finally:
             flush()
         on_stop(SIG_IGN)  # nothing is left to stop
+        return None
+    except SystemExit:  # after --help, or a usage error
+        raise
     except BaseException as error:
         on_stop(SIG_IGN)
         if isinstance(error, KeyboardInterrupt):
             how = " Continue with --resume." if getattr(error, "saved", False) else ""
-            leave(line=f"{one_line(str(error)) or 'stopped'}.{how}")
-        if isinstance(error, SystemExit) or os.environ.get("MINIPEFT_DEBUG") == "1":
+            return f"{one_line(str(error)) or 'stopped'}.{how}"
+        if os.environ.get("MINIPEFT_DEBUG") == "1":
             raise
         expected = isinstance(error, ValueError | FloatingPointError | OSError)
         kind = "" if expected else f"{type(error).__name__}: "
-        sys.exit(f"error: {one_line(f'{kind}{error}')}")
+        return f"error: {one_line(f'{kind}{error}')}"
 
 
 def main() -> None:
     """Run the command that sys.argv names; with MINIPEFT_DEBUG=1, errors have a traceback."""
+    sys.unraisablehook = unraisable
     on_stop(leave)  # until the work begins
     try:
-        run()
+        line = run()
     except KeyboardInterrupt:  # a second one, before the first was handled
-        leave()
+        line = "stopped."
+    if line is not None:  # by now, progress bars have ended their lines
+        leave(line=line)
 
 
 if __name__ == "__main__":
