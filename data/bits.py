@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minipeft.files import write_file
+from minipeft.files import write_text
 from minipeft.lab import DATA, report
 from minipeft.lab.base import load_base
 from minipeft.methods.qlora import NF4_CODEBOOK, in_blocks
@@ -98,6 +98,6 @@ def table(records: list[dict], base: str = "3m") -> str:
 if __name__ == "__main__":
     found = [r for name in ("0.3m", "1m", "3m") for r in measure(DATA / "base" / name)]
     text = "[\n" + ",\n".join(json.dumps(record) for record in found) + "\n]\n"
-    write_file(RESULTS, lambda file: Path(file).write_text(text))
+    write_text(RESULTS, text)
     report.save_figure(report.bits_figure(found), RESULTS.with_suffix(".png"), dpi=80)
     print(table(found))

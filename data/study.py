@@ -10,9 +10,8 @@ Writes results/study.json and results/study.png. The learning rates are those of
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 
-from minipeft.files import write_file
+from minipeft.files import write_text
 from minipeft.lab import DATA, compare, report, tasks
 from minipeft.lab.base import load_base
 from minipeft.lab.finetune import Record
@@ -116,7 +115,7 @@ if __name__ == "__main__":
         at = (new[0]["steps"], new[0]["n_train"])
         kept = [r for r in old if (r["steps"], r["n_train"]) != at]
         text = json.dumps(kept + new, indent=1) + "\n"
-        write_file(file, lambda path, text=text: Path(path).write_text(text))
+        write_text(file, text)
     records, curves = load(), [e for e in rate_curves(load_sweeps()) if e["size"] in (None, 8)]
     report.save_figure(report.study_figure(records, curves), RESULTS / "study.png", dpi=90)
     print(f"{table(records)}\n\n{equal_score(load_sweeps())}\n\n{rank_table(load_sweeps())}")

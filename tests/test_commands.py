@@ -320,13 +320,22 @@ def test_a_folder_without_write_permission_is_refused(monkeypatch, capfd, tmp_pa
     assert error.endswith(f"no permission to write to {tmp_path}")
 
 
-@pytest.mark.parametrize("found", ["mine", "{}", "[1]", '[{"method": "lora"}]', "[" * 10**5])
-def test_a_sweep_adds_only_to_a_file_of_results(monkeypatch, capfd, tmp_path, idle, found):
+OTHER = "is not a file of a sweep's results: name another file"
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ("mine", "is not JSON: "), ("{}", "must be a JSON array, got {}"), ("[1]", OTHER),
+        ('[{"method": "lora"}]', OTHER), ("[" * 10**5, "is not JSON: "),
+    ],
+)  # fmt: skip
+def test_a_sweep_adds_only_to_a_file_of_results(monkeypatch, capfd, tmp_path, idle, found, message):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "mine.json"
     file.write_text(found)
     error = refused(monkeypatch, capfd, "sweep", "--results", "mine.json")
-    assert error.startswith("error: mine.json ")
+    assert error.startswith(f"error: mine.json {message}")
     assert file.read_text() == found
 
 

@@ -118,11 +118,12 @@ def test_a_copied_file_runs_its_demo(name, demos):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_imports_only_torch_and_the_standard_library(name):
-    """At module level. A function may import more, but never minipeft."""
+    """At module level. A function may import more, but never minipeft. Only the two methods of the
+    GPT that read and write folders need another file of ours."""
     tree = ast.parse(FILES[name].read_text())
     everywhere = set(map(first_parts, ast.walk(tree)))
     at_the_top = set(map(first_parts, tree.body))
-    assert "minipeft" not in set().union(*everywhere)
+    assert ("minipeft" in set().union(*everywhere)) is (name == "gpt.py")
     assert set().union(*at_the_top) <= {"torch", *sys.stdlib_module_names}
 
 

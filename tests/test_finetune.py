@@ -11,7 +11,7 @@ from conftest import BASE
 from safetensors.torch import load_file, save_file
 
 from minipeft import GPT, PeftModel, quantize_model
-from minipeft.lab import evaluate, tasks
+from minipeft.lab import compare, evaluate, tasks
 from minipeft.lab import finetune as module
 from minipeft.lab.base import load_base
 from minipeft.lab.finetune import Record, build_model, finetune
@@ -230,13 +230,29 @@ def test_held_out_windows_may_fill_the_context(small, task):
 # --- records ---
 
 
-def test_a_record_survives_json_and_leaves_out_what_does_not_apply():
-    record = Record("lora", "1m", "describe", 0, 100, 400, score=0.0, bits=None, size=8)
-    found = json.loads(json.dumps(record.to_json()))
+def test_a_record_survives_json_and_leaves_out_what_does_not_apply(tmp_path):
+    losses, base = [{"step": 100, "loss": 1.0}], {"base": 1.0}
+    record = Record(
+        "lora", "1m", "describe", 0, 100, 400, score=0.0, bits=None, size=8, weight_bytes=7,
+        validation=losses, forgetting=base,
+    )  # fmt: skip
+    found = record.to_json()
     assert "bits" not in found
     assert found["score"] == 0.0  # zero is a value
-    assert Record.from_json(found) == record
-    assert Record.from_json(found | {"bleu": 0.5}) == record  # a field of the first edition
+    file = tmp_path / "compare.json"
+    file.write_text(json.dumps([found, found | {"bleu": 0.5}]))  # a field of the first edition
+    assert compare.load(file) == [record, record]
+    for wrong, message in (
+        ([found | {"seed": "0"}], r"compare\.json: seed must be of type int, got '0'"),
+        ([{"method": "lora"}], r"compare\.json does not hold records: .*missing 5 required"),
+        ([found | {"score": None}], r"compare\.json: record 0 lacks a score"),
+        ([found | {"validation": [{"step": 1}]}], "record 0 lacks a score or losses"),
+        ([found, found | {"forgetting": {"on": 1.0}}], "record 1 lacks a score or losses"),
+        ([7], r"compare\.json must be a list of records, got \[7\]"),
+    ):
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=message):
+            compare.load(file)
 
 
 def test_settings_and_the_split_are_recorded(small, task):

@@ -1,14 +1,20 @@
 """The shipped tasks, `compare` from end to end, and the committed results."""
 
 import json
+import math
 import statistics
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
-from minipeft.lab import DATA, compare, sweep, tasks
+from minipeft import LoraConfig, PrefixTuningConfig, get_peft_model
+from minipeft.lab import DATA, compare, evaluate, sweep, tasks
 from minipeft.lab.finetune import build_model
 from minipeft.lab.recipes import RECIPES, RunConfig
 from minipeft.targets import list_targets
@@ -158,6 +164,133 @@ def test_batches_contain_every_example_once_before_any_repeats():
     stream = tasks.shuffled(list(range(10)), 4, seed=0)
     seen = [i for _ in range(5) for i in next(stream)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+
+
+# --- measurements, by hand ---
+
+
+class Next(nn.Module):
+    """Over 4 tokens: probability 3/6 for the next number, 1/6 for each other one."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(math.log(3)))
+        self.modes = []
+
+    def forward(self, input_ids, attention_mask=None):
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        following = nn.functional.one_hot((input_ids + 1) % 4, 4)
+        return SimpleNamespace(logits=self.scale * following)
+
+
+RIGHT, WRONG = math.log(2), math.log(6)  # the losses of a right and of a wrong prediction
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_the_text_loss_is_the_mean_over_all_predicted_tokens(batch_size):
+    rows = torch.tensor([[0, 1, 2], [0, 0, 1], [1, 1, 1]])  # right, right; wrong, right; wrong × 2
+    model = Next().train()
+    loss = evaluate.text_loss(model, rows, batch_size)
+    assert loss == pytest.approx((3 * RIGHT + 3 * WRONG) / 6)
+    assert set(model.modes) == {(False, False)}, "in eval mode, without gradients"
+    assert model.training, "the mode must be restored"
+    evaluate.text_loss(model.eval(), rows)
+    assert not model.training
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_task_loss_counts_completions_and_separates_slots(batch_size):
+    """0 → 1 is right and a slot, 1 → 0 is wrong; 1 → 2 and 2 → 3 are right. 2 → 1 is a prompt."""
+    examples = [
+        tasks.Example("", "", [0], [1, 0], [True, False]),
+        tasks.Example("", "", [2, 1], [2, 3], [False, False]),
+    ]
+    found = evaluate.task_loss(Next(), examples, 0, batch_size)
+    assert found == {
+        "loss": pytest.approx((3 * RIGHT + WRONG) / 4),
+        "slot_loss": pytest.approx(RIGHT),
+        "template_loss": pytest.approx((2 * RIGHT + WRONG) / 3),
+    }
+    assert evaluate.task_loss(Next(), examples[1:], 0) == {"loss": pytest.approx(RIGHT)}
+
+
+@pytest.mark.parametrize(("n_positions", "limits"), [(99, [11, 11]), (9, [6, 8])])
+def test_completions_get_8_tokens_more_than_the_longest_but_stay_in_the_context(
+    n_positions, limits
+):
+    calls = []
+
+    class Writes(Next):
+        config = SimpleNamespace(n_positions=n_positions)
+
+        def generate(self, ids, mask, **options):
+            calls.append((ids.tolist(), mask.tolist(), options))
+            return torch.cat((ids, ids + 1), dim=1)
+
+    tokenizer = SimpleNamespace(decode_batch=lambda rows: [str(row) for row in rows])
+    base = SimpleNamespace(end=9, tokenizer=tokenizer)
+    lengths = [([1, 2], [3]), ([1, 2, 3], [0, 0, 0]), ([5], [0])]
+    examples = [tasks.Example("", "", p, c, [False] * len(c)) for p, c in lengths]
+    assert evaluate.complete(Writes(), base, examples, 2) == ["[10, 2, 3]", "[2, 3, 4]", "[6]"]
+    assert [ids for ids, _, _ in calls] == [[[9, 1, 2], [1, 2, 3]], [[5]]]
+    assert [mask for _, mask, _ in calls] == [[[0, 1, 1], [1, 1, 1]], [[1]]]
+    assert [options["max_new_tokens"] for _, _, options in calls] == limits
+    assert all(options["eos_token_id"] == 9 for _, _, options in calls)
+
+
+def test_virtual_tokens_take_positions_of_the_context(gpt):
+    assert evaluate.virtual_tokens(gpt) == 0
+    model = get_peft_model(gpt, PrefixTuningConfig(num_virtual_tokens=5))
+    model.add_adapter("lora", LoraConfig(target_modules=["c_attn"]))
+    assert evaluate.virtual_tokens(model) == 5
+
+
+class Square(nn.Module):
+    """Sum of (x w)², of four numbers. Checkpointing replaces it by the sum of x w."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4))
+        self.checkpointing, self.passes = False, []
+
+    def forward(self, x):
+        torch.rand(1)
+        self.passes.append(self.checkpointing)
+        y = x * self.w
+        return SimpleNamespace(loss=y.sum() if self.checkpointing else y.square().sum())
+
+    def gradient_checkpointing_enable(self):
+        self.checkpointing = True
+
+
+def test_what_checkpointing_saves_and_costs(monkeypatch):
+    """The backward pass needs x for the gradient of w, and y for that of y²: 16 bytes each."""
+    model, batch = Square(), {"x": torch.ones(4)}
+    assert evaluate.activation_bytes(model, batch) == 32
+    # four passes each; the first is not counted: medians of 1, 6, 2 and of 5, 3, 4 seconds
+    ticks = [t for seconds in (9, 1, 6, 2, 9, 5, 3, 4) for t in (0.0, float(seconds))]
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=iter(ticks).__next__))
+    state = torch.get_rng_state()
+    found = evaluate.checkpoint_gradients(model, batch)
+    assert found == {"bytes_saved": 16, "seconds_lost": 2.0}
+    assert torch.equal(torch.get_rng_state(), state), "the random numbers must not depend on it"
+    assert model.w.grad is None
+    assert model.checkpointing, "it must stay on"
+    assert model.passes == [False] * 6 + [True] * 5
+
+
+def test_bytes_of_weights_in_memory_and_on_disk():
+    """12 weights and 4 biases, 4 + 4 of the norm, 4 + 4 statistics in float32, and one int64."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    assert evaluate.weight_bytes(model) == 4 * (12 + 4 + 8 + 8) + 8
+
+    def save(folder):
+        for name, n in (("a.safetensors", 10), ("b/b.safetensors", 5), ("config.json", 99)):
+            file = Path(folder) / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(bytes(n))
+
+    assert evaluate.disk_bytes(SimpleNamespace(save_pretrained=save)) == 15
 
 
 # --- compare ---

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from test_qlora import Conv1D
 from torch import nn
 
 from minipeft import GPT, LoraConfig, get_peft_model
@@ -23,6 +24,115 @@ def filled(layers: dict) -> dict:
     return layers
 
 
+# --- the layer, by hand ---
+
+
+def by_hand(**changes) -> LoraLinear:
+    """W = [[1, 2], [3, 4]], b = [10, 20], B A = [[2, 0], [0, 4]] [[1, 0], [1, 1]] = [[2, 0],
+    [4, 4]], and s = α / r = 3 / 2, so s B A = [[3, 0], [6, 6]]."""
+    layer = LoraLinear(nn.Linear(2, 2), LoraConfig(**({"r": 2, "lora_alpha": 3} | changes)))
+    layer.base_layer.weight.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    layer.base_layer.bias.data = torch.tensor([10.0, 20.0])
+    layer.lora_A.weight.data = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    layer.lora_B.weight.data = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
+    return layer
+
+
+def test_a_new_layer_has_a_random_a_and_a_zero_b():
+    torch.manual_seed(0)
+    layer = LoraLinear(nn.Linear(100, 50), LoraConfig(r=8))
+    a, b = layer.lora_A.weight, layer.lora_B.weight
+    assert a.shape == (8, 100), "A must be (r, in)"
+    assert b.shape == (50, 8), "B must be (out, r)"
+    assert not b.any(), "B must start at zero: a new adapter must not change the output"
+    assert a.any(), "A must start random: if A and B are both zero, neither gets a gradient"
+    assert 0.098 < a.max() <= 0.1, "A must be uniform between ±1 / √in, here ±0.1"
+    assert -0.1 <= a.min() < -0.098, "A must be uniform between ±1 / √in, here ±0.1"
+    assert layer.lora_A.bias is layer.lora_B.bias is None, "A and B are matrices without a bias"
+
+
+def test_the_output_is_w_x_plus_b_plus_s_b_a_x():
+    layer, x = by_hand(), torch.tensor([[1.0, -2.0]])
+    layer.lora_B.weight.data.zero_()
+    assert layer(x).tolist() == [[7, 15]], "with B = 0, y must be W x + b = [-3, -5] + [10, 20]"
+    y = by_hand()(x)  # A x = [1, -1], B A x = [2, -4], s B A x = [3, -6]
+    factor = ((y - torch.tensor([[7.0, 15.0]])) / torch.tensor([[3.0, -6.0]])).tolist()
+    assert y.tolist() == [[10, 9]], (
+        f"B A must be scaled by α / r: the update is {factor} times what it should be"
+    )
+    y = by_hand(use_rslora=True, lora_alpha=2**0.5)(x)  # s = √2 / √2 = 1
+    assert y.tolist() == [[9, 11]], "with use_rslora, B A must be scaled by α / √r"
+
+
+def test_the_merged_weight_is_w_plus_s_b_a():
+    layer, x = by_hand().eval(), torch.tensor([[1.0, -2.0]])
+    for _ in range(2):
+        layer.merge()
+        assert layer.merged_weight is not None, "merge() must store W' as `merged_weight`"
+        assert layer.merged_weight.tolist() == [[4, 2], [9, 10]], (
+            "the merged weight must be W + s B A, also after merging twice"
+        )
+        assert layer(x).tolist() == [[10, 9]], "a merged layer must compute W' x + b"
+    assert layer.base_layer.weight.tolist() == [[1, 2], [3, 4]], "merging must not change W"
+    assert "merged_weight" not in layer.state_dict(), "W' is computed: it is not saved"
+    layer.unmerge()
+    layer.lora_B.weight.data.zero_()
+    assert layer(x).tolist() == [[7, 15]], "an unmerged layer must use W, A and B again"
+    layer = by_hand().merge_into_base()
+    assert type(layer) is nn.Linear, "the base layer must be returned"
+    assert layer.weight.tolist() == [[4, 2], [9, 10]], "W must be overwritten with W + s B A"
+
+
+def test_dropout_acts_on_every_entry_of_the_adapters_input_and_not_on_the_base():
+    """W x + b = 14 stays. With p = 0.5, an entry of x is dropped or doubled: A x is 0, 2 or 4."""
+    torch.manual_seed(0)
+    layer = LoraLinear(nn.Linear(2, 1), LoraConfig(r=1, lora_alpha=1, lora_dropout=0.5))
+    layer.base_layer.weight.data = torch.tensor([[1.0, 10.0]])
+    layer.base_layer.bias.data = torch.tensor([3.0])
+    layer.lora_A.weight.data = torch.ones(1, 2)
+    layer.lora_B.weight.data = torch.ones(1, 1)
+    x = torch.ones(1, 2)
+    found = {layer(x).item() for _ in range(50)}
+    assert found == {14, 16, 18}, "y must be W x + b + s B A dropout(x), with x itself in W x"
+    assert {layer.eval()(x).item() for _ in range(50)} == {16}, "no dropout in evaluation mode"
+
+
+def test_the_gradients_are_those_of_w_plus_s_b_a():
+    layer, x = by_hand(), torch.tensor([[1.0, -2.0]], requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.tolist() == [[13, 12]], "the gradient of x must be the column sums of W + s B A"
+    # s Bᵀ 1 xᵀ = 1.5 [2, 4]ᵀ [1, -2], and s 1 (A x)ᵀ = 1.5 [1, 1]ᵀ [1, -1]
+    assert layer.lora_A.weight.grad.tolist() == [[3, -6], [6, -12]]
+    assert layer.lora_B.weight.grad.tolist() == [[1.5, -1.5], [1.5, -1.5]]
+
+
+@pytest.mark.parametrize(("r", "s"), [(1, 5.0), (2, 2.5), (4, 1.25)])
+def test_rank_1_is_allowed_and_s_is_alpha_over_r(r, s):
+    layer = LoraLinear(nn.Linear(3, 4), LoraConfig(r=r, lora_alpha=5))
+    assert layer.scaling == s, "s must be α / r"
+    nn.init.ones_(layer.lora_A.weight)
+    nn.init.ones_(layer.lora_B.weight)
+    assert torch.equal(layer.delta(), torch.full((4, 3), 5.0)), "s B A, with B A = r everywhere"
+
+
+def test_a_conv1d_of_transformers_stores_its_weight_transposed():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Conv1D(5, 3)), torch.randn(2, 3)
+    layer = add_lora(model, LoraConfig(r=2, target_modules=["0"]))["0"]
+    assert (layer.in_features, layer.out_features) == (3, 5)
+    nn.init.normal_(layer.lora_B.weight)
+    y = model(x)
+    assert torch.allclose(y, model[0].base_layer(x) + x @ layer.delta().T, atol=1e-6)
+    assert layer.weight.shape == (3, 5), "`weight` must be stored as W is"
+    assert torch.allclose(x @ layer.weight, y - layer.bias, atol=1e-6)
+    layer.eval().merge()
+    assert torch.allclose(model(x), y, atol=1e-6)
+    assert torch.allclose(layer.merge_into_base()(x), y, atol=1e-6)
+
+
+# --- in a model ---
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-6), (torch.float64, 1e-12)])
 def test_merging_does_not_change_the_logits(trained_base, dtype, bound):
     model = trained_base.to(dtype)
@@ -35,11 +145,12 @@ def test_merging_does_not_change_the_logits(trained_base, dtype, bound):
     for _ in range(3):  # repeated merging must not drift
         merge_lora(layers)
         merged = model(ids).logits
-        assert (merged - logits).abs().max() < bound * largest
+        error = (merged - logits).abs().max()
+        assert error < bound * largest, "merging changed the logits: W' must be W + s B A"
         unmerge_lora(layers)
-        assert torch.equal(model(ids).logits, logits)
+        assert torch.equal(model(ids).logits, logits), "unmerging must restore the logits exactly"
     remove_lora(model, layers)
-    assert torch.equal(model(ids).logits, base_logits)
+    assert torch.equal(model(ids).logits, base_logits), "the base's weights were changed"
 
 
 @pytest.mark.parametrize("r", [1, 4, 8])
@@ -52,15 +163,19 @@ def test_the_parameter_count_follows_the_formula(gpt, r):
 
 def test_a_new_adapter_does_not_change_the_logits(gpt, ids):
     before = gpt(ids).logits
-    add_lora(gpt, LoraConfig(target_modules=ALL))
-    assert torch.equal(gpt(ids).logits, before)
+    layers = add_lora(gpt, LoraConfig(target_modules=ALL)).values()
+    assert torch.equal(gpt(ids).logits, before), "B must start at zero"
+    assert len({layer.lora_A for layer in layers}) == 8, "every layer needs an A and B of its own"
 
 
 def test_only_the_adapter_gets_gradients(gpt, ids):
     filled(add_lora(gpt, LoraConfig(target_modules=ALL)))
+    assert any(p.requires_grad for p in gpt.parameters()), "A and B must be trainable"
     gpt(ids, labels=ids).loss.backward()
     for name, p in gpt.named_parameters():
-        assert (p.grad is not None and p.grad.abs().max() > 0) == ("lora_" in name), name
+        trained = p.grad is not None and p.grad.any()
+        own = "lora_" in name
+        assert trained == own, f"{name} must {'get a gradient' if own else 'be frozen'}"
 
 
 def test_the_output_is_equation_1():
@@ -69,7 +184,8 @@ def test_the_output_is_equation_1():
     filled({"": layer})
     x = torch.randn(2, 4, 7).double()
     w = layer.base_layer.weight + 2.5 / 3 * layer.lora_B.weight @ layer.lora_A.weight
-    assert torch.allclose(layer(x), x @ w.T + layer.bias, rtol=0, atol=1e-14)
+    y = x @ w.T + layer.bias
+    assert torch.allclose(layer(x), y, rtol=0, atol=1e-14), "y must be (W + α / r B A) x + b"
 
 
 def test_rslora_scales_by_the_root_of_the_rank():
@@ -93,19 +209,13 @@ def test_targets_are_found_by_ending_by_regex_and_by_all_linear(gpt, strict):
     assert len(found("all-linear")) == 8, "all-linear must leave out the output head"
 
 
-def test_dropout_is_only_active_in_training_mode():
-    torch.manual_seed(0)
-    layer = filled({"": LoraLinear(nn.Linear(64, 8), LoraConfig(4, 8, lora_dropout=0.5))})[""]
-    x = torch.randn(3, 64)
-    assert not torch.equal(layer(x), layer(x))
-    assert torch.equal(layer.eval()(x), layer(x))
-
-
 def test_training_while_merged_raises_an_error(gpt, ids):
     layers = add_lora(gpt, LoraConfig(target_modules=ALL))
     merge_lora(layers)
     with pytest.raises(RuntimeError, match="unmerge"):
         gpt.train()(ids)
+    with torch.no_grad():
+        gpt(ids)  # nothing is trained here
 
 
 def test_gradients_are_finite_under_bfloat16_autocast(gpt, ids):
@@ -118,8 +228,9 @@ def test_gradients_are_finite_under_bfloat16_autocast(gpt, ids):
 
 def test_a_bfloat16_base_gets_a_float32_adapter(gpt, ids):
     layers = add_lora(gpt.bfloat16(), LoraConfig(target_modules=ALL))
-    assert all(layer.lora_A.weight.dtype == torch.float32 for layer in layers.values())
-    assert gpt(ids).logits.dtype == torch.bfloat16
+    dtypes = {layer.lora_A.weight.dtype for layer in layers.values()}
+    assert dtypes == {torch.float32}, "small steps are lost if A and B are in half precision"
+    assert gpt(ids).logits.dtype == torch.bfloat16, "the output must have the dtype of the base"
 
 
 @pytest.mark.parametrize(
@@ -190,7 +301,10 @@ def test_targets_that_cannot_be_adapted_are_refused(gpt, targets, message):
         find_targets(gpt, targets)
 
 
-@pytest.mark.parametrize("targets", [None, [], ["c_porj"], "c_attn", ["ln_1"]])
+NO_MATCH = [None, [], ["c_porj"], ["proj"], "c_attn", r"transformer\.h\.0\.attn\.c_at", ["ln_1"]]
+
+
+@pytest.mark.parametrize("targets", NO_MATCH)
 def test_add_lora_without_any_match_is_refused(gpt, targets):
     with pytest.raises(ValueError, match=r"target_modules=.* matches no linear layer"):
         add_lora(gpt, LoraConfig(target_modules=targets))
@@ -276,9 +390,12 @@ def test_training_merging_and_removing_on_a_plain_module_in_float64():
     trained = model(x)
     assert not torch.allclose(trained, y)
     merge_lora(layers)
-    assert torch.allclose(model.eval()(x), trained, rtol=0, atol=1e-12)
+    merged = model.eval()(x)
+    assert torch.allclose(merged, trained, rtol=0, atol=1e-12), "W' must be W + s B A"
     unmerge_lora(layers)
-    assert torch.equal(model(x), trained)
+    assert torch.equal(model(x), trained), "unmerging must restore the output exactly"
     remove_lora(model, layers)
-    assert torch.equal(model(x), y)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert torch.equal(model(x), y), "removing must restore the base exactly"
+    unchanged = [torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert all(unchanged), "training must not change W and b"
+    assert not any(p.requires_grad for p in model.parameters()), "the base must stay frozen"

@@ -2,11 +2,15 @@
 
 import copy
 import dataclasses
+import functools
+import types
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import tiny_config
+from test_qlora import Conv1D
 from torch import nn
 
 from minipeft import (
@@ -23,7 +27,7 @@ from minipeft.lab.base import load_tokenizer
 from minipeft.methods.adalora import RankAllocator, SVDLinear, add_adalora, orthogonality
 from minipeft.methods.p_tuning import PromptEncoder
 from minipeft.methods.prefix_tuning import PrefixEncoder
-from minipeft.methods.prompt_tuning import PromptEmbedding
+from minipeft.methods.prompt_tuning import PromptEmbedding, initial_tokens
 
 SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 2, "total_step": 10}
 CONFIGS = {
@@ -316,9 +320,24 @@ def test_a_run_as_long_as_its_schedule_ends_at_the_target_rank(gpt, ids, first, 
         ({"total_step": None}, "total_step must be an integer of at least 1, got None"),
         ({"tinit": 5, "tfinal": 5}, "tinit 5 and tfinal 5 leave no step of total_step 10"),
         ({"beta1": 1.0}, "beta1 and beta2 must be between 0 and 1, got 1.0 and 0.85"),
+        ({"beta1": 0.0}, "beta1 and beta2 must be between 0 and 1, got 0.0 and 0.85"),
+        ({"beta2": 1.0}, "beta1 and beta2 must be between 0 and 1, got 0.85 and 1.0"),
+        ({"beta2": 0.0}, "beta1 and beta2 must be between 0 and 1, got 0.85 and 0.0"),
+        ({"target_r": 0}, "target_r must be an integer of at least 1, got 0"),
+        ({"init_r": 0}, "init_r must be an integer of at least 1, got 0"),
+        ({"tinit": -1}, "tinit must be an integer of at least 0, got -1"),
+        ({"tfinal": -1}, "tfinal must be an integer of at least 0, got -1"),
         ({"deltaT": 0}, "deltaT must be an integer of at least 1, got 0"),
+        ({"deltaT": True}, "deltaT must be an integer of at least 1, got True"),
+        ({"deltaT": 1.0}, "deltaT must be an integer of at least 1, got 1.0"),
+        ({"total_step": 0}, "total_step must be an integer of at least 1, got 0"),
         ({"orth_reg_weight": -1}, "orth_reg_weight not negative"),
+        ({"orth_reg_weight": float("inf")}, "orth_reg_weight not negative"),
         ({"lora_alpha": 0}, "lora_alpha must be positive"),
+        ({"lora_alpha": float("inf")}, "lora_alpha must be positive"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
+        ({"lora_dropout": -0.1}, r"lora_dropout must be in \[0, 1\), got -0.1"),
+        ({"bias": "all"}, "bias must be 'none', got 'all'; BitFit trains biases"),
     ],
 )
 def test_an_impossible_schedule_is_refused(changes, message):
@@ -377,6 +396,162 @@ def test_importance_uncertainty_and_scores_are_equations_3_and_4():
     assert allocator.ranks() == {"0": 1}
 
 
+def by_hand(**changes) -> SVDLinear:
+    """W = [[1, 2], [3, 4]] and b = [10, 20]; B diag(E) A = [[2, 0], [-4, -4]], and the scale is
+    3 / (2 + 1e-5) = 1.5."""
+    config = AdaLoraConfig(
+        **({"init_r": 2, "target_r": 1, "total_step": 9, "lora_alpha": 3} | changes)
+    )
+    layer = SVDLinear(nn.Linear(2, 2), config)
+    layer.base_layer.weight.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    layer.base_layer.bias.data = torch.tensor([10.0, 20.0])
+    layer.lora_A.data = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    layer.lora_E.data = torch.tensor([[1.0], [-1.0]])
+    layer.lora_B.data = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
+    return layer
+
+
+def test_the_update_of_adalora_is_b_diag_e_a():
+    layer, x = by_hand(), torch.tensor([[1.0, -2.0]], requires_grad=True)
+    close = functools.partial(pytest.approx, abs=1e-3)
+    y = layer(x)  # W x + b = [7, 15], and the update times x is 1.5 [2, 4]
+    assert y.tolist()[0] == close([10, 21]), "the update must be B diag(E) A · α / init_r"
+    y.sum().backward()
+    assert x.grad.tolist()[0] == close([1, 0]), "the column sums of W' = [[4, 2], [-3, -2]]"
+    layer.eval().merge()
+    assert layer.merged_weight.flatten().tolist() == close([4, 2, -3, -2]), "W + update"
+    assert layer(x).tolist()[0] == close([10, 21]), "a merged layer must compute W' x + b"
+    assert "merged_weight" not in layer.state_dict(), "W' is computed: it is not saved"
+    assert layer.base_layer.weight.tolist() == [[1, 2], [3, 4]], "merging must not change W"
+    layer.unmerge()
+    layer.lora_E.data.zero_()
+    assert layer(x).tolist() == [[7, 15]], "an unmerged layer must use W, A, E and B again"
+    merged = by_hand().merge_into_base()
+    assert type(merged) is nn.Linear
+    assert merged.weight.flatten().tolist() == close([4, 2, -3, -2])
+
+
+def test_the_penalty_measures_how_far_a_and_b_are_from_orthonormal():
+    """A Aᵀ - 1 = [[0, 1], [1, 1]] has the norm √3, and Bᵀ B - 1 = [[3, 0], [0, 15]] has √234."""
+    penalty = orthogonality({"0": by_hand()}).item()
+    assert penalty == pytest.approx((3**0.5 + 234**0.5) / 2), "the mean over A and B, not squared"
+
+
+def test_a_new_svd_layer_has_random_factors_and_a_zero_e():
+    torch.manual_seed(0)
+    config = AdaLoraConfig(init_r=9, target_r=1, total_step=9)
+    layer = SVDLinear(nn.Linear(200, 300), config)
+    a, e, b = layer.lora_A, layer.lora_E, layer.lora_B
+    assert (a.shape, e.shape, b.shape) == ((9, 200), (9, 1), (300, 9))
+    assert not e.any(), "E must start at zero: a new adapter must not change the output"
+    assert a.std().item() == pytest.approx(0.02, rel=0.05)
+    assert b.std().item() == pytest.approx(0.02, rel=0.05)
+    half = SVDLinear(nn.Linear(3, 3).bfloat16(), config)
+    assert {p.dtype for p in (half.lora_A, half.lora_E, half.lora_B)} == {torch.float32}
+    assert half(torch.ones(1, 3).bfloat16()).dtype == torch.bfloat16
+
+
+def test_dropout_of_adalora_acts_on_the_adapters_input_only():
+    """W x + b = 14 stays. With p = 0.5, an entry of x is dropped or doubled: A x is 0, 2 or 4."""
+    torch.manual_seed(0)
+    settings = {"init_r": 2, "target_r": 1, "total_step": 9, "lora_dropout": 0.5}
+    layer = SVDLinear(nn.Linear(2, 1), AdaLoraConfig(lora_alpha=2 + 1e-5, **settings), r=1)
+    layer.base_layer.weight.data = torch.tensor([[1.0, 10.0]])
+    layer.base_layer.bias.data = torch.tensor([3.0])
+    for p in (layer.lora_A, layer.lora_E, layer.lora_B):
+        p.data = torch.ones_like(p)
+    x = torch.ones(1, 2)
+    found = {round(layer(x).item(), 3) for _ in range(50)}
+    assert found == {14, 16, 18}, "dropout must act on the adapter's input only"
+    assert {round(layer.eval()(x).item(), 3) for _ in range(50)} == {16}
+
+
+def test_a_conv1d_of_transformers_gets_an_svd_in_its_own_orientation():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Conv1D(5, 3)), torch.randn(2, 3)
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=9, target_modules=["0"])
+    layer = add_adalora(model, config)["0"]
+    assert (layer.in_features, layer.out_features) == (3, 5)
+    nn.init.normal_(layer.lora_E, std=50)
+    y = model(x)
+    assert torch.allclose(y, layer.base_layer(x) + x @ layer.delta().T, atol=1e-5)
+    assert layer.weight.shape == (3, 5), "`weight` must be stored as W is"
+    assert torch.allclose(x @ layer.weight + layer.bias, y, atol=1e-5)
+    layer.eval().merge()
+    assert torch.allclose(model(x), y, atol=1e-5)
+    assert torch.allclose(layer.merge_into_base()(x), y, atol=1e-5)
+
+
+class Schedule(RankAllocator):
+    """An allocator that only writes down what it does in which step."""
+
+    def __init__(self, config):
+        super().__init__({}, config)
+        self.done = {"importance": [], "prune": [], "mask": []}
+
+    def update_importance(self):
+        self.done["importance"].append(self.step)
+        self.importance = {("0", "A"): None}
+
+    def prune(self, budget):
+        self.done["prune"].append(self.step)
+
+    def reapply_mask(self):
+        self.done["mask"].append(self.step)
+
+
+def test_the_allocator_prunes_every_delta_t_steps_between_tinit_and_tfinal():
+    config = AdaLoraConfig(init_r=4, target_r=2, tinit=3, tfinal=2, deltaT=3, total_step=12)
+    allocator = Schedule(config)
+    for step in range(1, 13):
+        allocator.update_and_allocate(step)
+    assert allocator.done == {
+        "importance": [1, 2, 3, 4, 5, 6, 7, 8, 9],  # not at the last pruning, step 10
+        "prune": [6, 9, 10],  # 3 is still tinit
+        "mask": [6, 9, 10, 11, 12],  # between two prunings, E may grow back
+    }
+
+
+def test_ties_at_the_threshold_are_pruned_and_unknown_scores_are_not():
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=9)
+    layers = {name: SVDLinear(nn.Linear(2, 2), config) for name in "ab"}
+    allocator = RankAllocator(layers, config)
+
+    def kept_after(budget, a, b):
+        allocator.scores = lambda: {"a": torch.tensor(a), "b": torch.tensor(b)}
+        allocator.prune(budget)
+        return {name: kept.tolist() for name, kept in allocator.kept.items()}
+
+    assert kept_after(4, [1.0, 2.0], [3.0, 4.0]) == {}, "the budget is all four: nothing to prune"
+    assert kept_after(3, [1.0, 2.0], [3.0, 4.0]) == {"a": [False, True], "b": [True, True]}
+    assert kept_after(3, [1.0, 2.0], [1.0, 4.0]) == {"a": [False, True], "b": [False, True]}
+    assert kept_after(2, [0.0, 0.0], [0.0, 0.0]) == {"a": [True, True], "b": [True, True]}
+    nan = torch.nan
+    assert kept_after(3, [nan, nan], [nan, nan]) == {"a": [True, True], "b": [True, True]}
+
+
+@pytest.mark.parametrize(
+    "targets", [["c_porj"], ["proj"], "c_attn", r"transformer\.h\.0\.attn\.c_at", ["ln_1"], None]
+)
+def test_add_adalora_without_any_match_is_refused(gpt, targets):
+    with pytest.raises(ValueError, match=r"target_modules=.* matches no linear layer"):
+        add_adalora(gpt, AdaLoraConfig(target_modules=targets, **SCHEDULE))
+    assert all(p.requires_grad for p in gpt.parameters())
+
+
+def test_add_adalora_finds_targets_by_ending_by_regex_and_by_all_linear(gpt):
+    def found(targets):
+        config = AdaLoraConfig(target_modules=targets, **SCHEDULE)
+        return list(add_adalora(copy.deepcopy(gpt), config))
+
+    assert found(["mlp.c_proj"]) == [f"transformer.h.{i}.mlp.c_proj" for i in range(2)]
+    assert found(r".*h\.1\.attn\.c_a.*") == ["transformer.h.1.attn.c_attn"]
+    assert len(found("all-linear")) == 8, "all-linear must leave out the output head"
+    add_adalora(gpt, CONFIGS["adalora"]())
+    with pytest.raises(ValueError, match="already has an adapter: remove it before adding another"):
+        add_adalora(gpt, CONFIGS["adalora"]())
+
+
 def test_the_output_of_adalora_is_equation_1():
     torch.manual_seed(0)
     config = AdaLoraConfig(lora_alpha=3, target_modules=["x"], **SCHEDULE)
@@ -421,12 +596,6 @@ def test_adalora_trains_and_merges_on_a_plain_module_in_float64():
     for layer in layers.values():
         layer.unmerge()
     assert torch.equal(model(x), trained)
-
-
-def test_add_adalora_without_any_match_is_refused(gpt):
-    with pytest.raises(ValueError, match=r"target_modules=.* matches no linear layer"):
-        add_adalora(gpt, AdaLoraConfig(target_modules=["c_porj"], **SCHEDULE))
-    assert all(p.requires_grad for p in gpt.parameters())
 
 
 # --- prompt methods ---
@@ -503,6 +672,65 @@ def test_prompts_start_from_the_vocabulary_or_from_a_text(trained_base):
         assert torch.equal(prompt, words[(ids * 4)[:p]])
 
 
+def test_random_tokens_come_from_the_whole_vocabulary():
+    config = PromptTuningConfig(num_virtual_tokens=300, prompt_tuning_init="SAMPLE_VOCAB")
+    assert set(initial_tokens(config, 5).tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_the_text_to_start_from_is_only_read_for_a_new_prompt(gpt, tmp_path):
+    config = PromptTuningConfig(
+        num_virtual_tokens=2, prompt_tuning_init="TEXT", prompt_tuning_init_text="a",
+        tokenizer_name_or_path=str(tmp_path),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot be read: .*No such file"):
+        get_peft_model(gpt, config)
+    config.inference_mode = True  # its values are loaded next
+    assert PromptEmbedding(gpt, config).prompt().shape == (2, 24)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_bfloat16_base_gets_a_float32_prompt(gpt, ids, name):
+    model = get_peft_model(gpt.bfloat16(), CONFIGS[name]())
+    assert {p.dtype for p in model.prompt_encoder.parameters()} == {torch.float32}
+    out = model(ids, labels=ids)
+    assert out.logits.dtype == torch.bfloat16
+    out.loss.backward()
+    assert all(p.grad.any() for p in model.prompt_encoder.parameters() if p.dim() > 1)
+
+
+def test_a_prompt_that_starts_from_tokens_has_values_of_its_own(gpt):
+    words = gpt.bfloat16().transformer.wte.weight
+    config = PromptTuningConfig(num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB")
+    before = words.detach().clone()
+    prompt = PromptEmbedding(gpt, config).embedding.weight
+    assert prompt.is_leaf
+    assert prompt.dtype == torch.float32
+    prompt.data.zero_()
+    assert torch.equal(words, before)
+
+
+@pytest.mark.parametrize("name", ["p_tuning", "p_tuning_lstm"])
+def test_the_prompt_is_equation_1_of_p_tuning(gpt, name):
+    encoder = get_peft_model(gpt, CONFIGS[name]()).prompt_encoder
+    h = encoder.embedding.weight
+    if name == "p_tuning_lstm":
+        lstm = nn.LSTM(24, 7, num_layers=2, bidirectional=True)
+        lstm.load_state_dict(encoder.lstm_head.state_dict())
+        h = lstm(h)[0]  # (p, 2 w)
+    weights = list(encoder.mlp_head.parameters())
+    for i in range(0, len(weights), 2):
+        h = (h.relu() if i else h) @ weights[i].T + weights[i + 1]
+    assert torch.allclose(encoder.prompt(), h, atol=1e-6), "P must be MLP(H) with ReLU between"
+    assert len(weights) == (4 if name == "p_tuning_lstm" else 6)
+
+
+def test_the_prompt_is_equation_2_of_prefix_tuning(gpt):
+    encoder = get_peft_model(gpt, CONFIGS["prefix_projection"]()).prompt_encoder
+    w1, b1, w2, b2 = encoder.transform.parameters()
+    p = torch.tanh(encoder.embedding.weight @ w1.T + b1) @ w2.T + b2
+    assert torch.allclose(encoder.prompt(2), p.expand(2, -1, -1), atol=1e-6)
+
+
 @pytest.mark.parametrize("name", PROMPTS)
 def test_the_loss_is_that_of_the_real_tokens_at_their_positions(gpt, ids, name):
     """By hand: the last virtual token predicts the first real one; a prefix predicts nothing."""
@@ -547,6 +775,17 @@ def test_a_prefix_of_zeros_differs_from_no_prefix(gpt, ids):
     assert not torch.allclose(moved, plain, atol=1e-3)
 
 
+def test_a_network_of_zeros_has_a_last_layer_of_zeros_that_gets_gradients(gpt, ids):
+    config = PrefixTuningConfig(5, prefix_projection=True, init_weights="zero")
+    model = get_peft_model(gpt, config)
+    encoder = model.prompt_encoder
+    assert not encoder.prompt().any()
+    assert encoder.embedding.weight.any()
+    assert encoder.transform[0].weight.any()
+    model(ids, labels=ids).loss.backward()
+    assert encoder.transform[-1].weight.grad.any()
+
+
 def test_a_prefix_can_hold_the_keys_and_values_of_real_tokens(gpt, ids):
     """With the cache of five real tokens as the prefix, the other logits are those of the text."""
     model = get_peft_model(gpt.double(), PrefixTuningConfig(num_virtual_tokens=5)).double()
@@ -583,6 +822,12 @@ def test_p_tuning_v2_equals_prefix_tuning_without_a_projection(gpt, ids):
     [
         ("prompt", {"num_virtual_tokens": 0}, "num_virtual_tokens must be a positive .*, got 0"),
         ("p_tuning", {}, "num_virtual_tokens must be a positive integer, got None"),
+        ("p_tuning", {"num_virtual_tokens": 0}, "num_virtual_tokens must be .*, got 0"),
+        ("prompt", {"num_virtual_tokens": True}, "num_virtual_tokens must be .*, got True"),
+        ("prefix", {"num_virtual_tokens": 0}, "num_virtual_tokens must be .*, got 0"),
+        ("p_tuning", {"num_virtual_tokens": 1, "encoder_hidden_size": 0}, "hidden_size .*, got 0"),
+        ("p_tuning", {"num_virtual_tokens": 1, "encoder_num_layers": 0}, "num_layers .*, got 0"),
+        ("prefix", {"num_virtual_tokens": 1, "encoder_hidden_size": 0}, "hidden_size .*, got 0"),
         ("prefix", {"num_virtual_tokens": -1}, "num_virtual_tokens must be a positive .*, got -1"),
         (
             "p_tuning",
@@ -853,7 +1098,21 @@ def test_a_generate_that_never_calls_forward_is_refused(gpt, ids, name):
             {"encoder_dropout": 1.0, "encoder_reparameterization_type": "LSTM"},
             r"encoder_dropout must be in \[0, 1\), got 1.0",
         ),
-        (PromptTuningConfig, {"prompt_tuning_init_text": "abc"}, "RANDOM"),
+        (
+            PromptEncoderConfig,
+            {"encoder_dropout": -0.1, "encoder_reparameterization_type": "LSTM"},
+            r"encoder_dropout must be in \[0, 1\), got -0.1",
+        ),
+        (
+            PromptTuningConfig,
+            {"prompt_tuning_init_text": "abc"},
+            "prompt_tuning_init_text has no effect with prompt_tuning_init=RANDOM",
+        ),
+        (
+            PromptTuningConfig,
+            {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "abc"},
+            "TEXT needs prompt_tuning_init_text and tokenizer_name_or_path",
+        ),
         (PrefixTuningConfig, {"encoder_hidden_size": 2.5}, "must be a positive integer, got 2.5"),
     ],
 )
@@ -862,9 +1121,16 @@ def test_a_setting_without_effect_is_refused(config, settings, message):
         config(num_virtual_tokens=3, **settings)
 
 
-def test_adalora_needs_a_finite_scale():
-    with pytest.raises(ValueError, match="lora_alpha must be positive"):
-        AdaLoraConfig(total_step=5, lora_alpha=float("inf"))
+def test_the_smallest_allowed_settings_are_accepted():
+    smallest = {"target_r": 1, "init_r": 2, "tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1}
+    config = AdaLoraConfig(**smallest, orth_reg_weight=0, lora_alpha=1e-9, lora_dropout=0)
+    assert vars(config).items() >= smallest.items()
+    AdaLoraConfig(total_step=3, tinit=1, tfinal=1)  # one step is left for pruning
+    with pytest.raises(ValueError, match="tinit 1 and tfinal 1 leave no step of total_step 2"):
+        AdaLoraConfig(total_step=2, tinit=1, tfinal=1)
+    lstm = {"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 1}
+    PromptEncoderConfig(1, encoder_hidden_size=1, encoder_dropout=0.9, **lstm)
+    PrefixTuningConfig(1, encoder_hidden_size=1)
 
 
 def test_probing_the_cache_leaves_the_mode_of_every_module(gpt):
@@ -872,3 +1138,311 @@ def test_probing_the_cache_leaves_the_mode_of_every_module(gpt):
     get_peft_model(gpt, CONFIGS["prefix"]())
     assert gpt.transformer.h[0].training
     assert not gpt.transformer.drop.training
+
+
+# --- as transformers' models behave ---
+
+
+class Layer:
+    """One layer of a cache; `keys` and `values` are (b, h, p, k)."""
+
+    def __init__(self):
+        self.keys = self.values = None
+        self.is_initialized = False
+
+
+class Cache:
+    """As transformers' DynamicCache: an object that layers write into."""
+
+    def __init__(self, n: int = 2):
+        self.layers = [Layer() for _ in range(n)]
+
+    def update(self, keys, values, i: int):
+        layer = self.layers[i]
+        if layer.is_initialized:
+            keys = torch.cat((layer.keys, keys), dim=2)
+            values = torch.cat((layer.values, values), dim=2)
+        layer.keys, layer.values, layer.is_initialized = keys, values, True
+        return keys, values
+
+
+class WithCache(GPT):
+    """Our GPT with such a cache, and with the name that transformers plans for it."""
+
+    def forward(self, input_ids=None, attention_mask=None, cache=None, use_cache=False, **inputs):
+        filled = cache is not None and cache.layers[0].is_initialized
+        pairs = tuple((layer.keys, layer.values) for layer in cache.layers) if filled else None
+        out = super().forward(
+            input_ids, attention_mask, past_key_values=pairs, use_cache=use_cache, **inputs
+        )
+        new = Cache() if use_cache else None
+        for i, (keys, values) in enumerate(out.past_key_values or ()):
+            new.update(keys, values, i)
+        return types.SimpleNamespace(loss=out.loss, logits=out.logits, cache=new)
+
+    def generate(self, input_ids, n: int = 6, use_cache: bool = True):
+        """Greedily, as transformers: the first pass gets an empty cache, later ones one token."""
+        cache, new = Cache(), input_ids
+        for _ in range(n):
+            out = self(input_ids=new, cache=cache, use_cache=use_cache)
+            cache = out.cache
+            token = out.logits[:, -1:].argmax(-1)
+            input_ids = torch.cat((input_ids, token), dim=1)
+            new = token if use_cache else input_ids
+        return input_ids
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_models_with_a_cache_object_get_the_same_logits_and_tokens(gpt, ids, name):
+    other = WithCache(gpt.config)
+    other.load_state_dict(gpt.state_dict())
+    models = []
+    for base in (gpt, other):
+        torch.manual_seed(0)
+        models.append(get_peft_model(base, CONFIGS[name]()).eval())
+    assert torch.equal(models[0](ids).logits, models[1](ids).logits)
+    expected = continued(models[0], ids)
+    assert torch.equal(models[1].generate(ids), expected)
+    assert torch.equal(models[1].generate(ids, use_cache=False), expected)
+
+
+class Tower(nn.Module):
+    """A model that embeds tokens and returns a given cache; no more than `probe` needs."""
+
+    def __init__(self, cache, **settings):
+        super().__init__()
+        self.wte, self.cache = nn.Embedding(11, 24), cache
+        self.config = types.SimpleNamespace(**settings)
+
+    def get_input_embeddings(self):
+        return self.wte
+
+    def forward(self, input_ids, use_cache):
+        assert use_cache
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        return types.SimpleNamespace(past_key_values=self.cache)
+
+
+def cache_of(*shapes) -> Cache:
+    """A cache with one layer per shape (heads, width) of keys and (heads, width) of values."""
+    cache = Cache(0)
+    for keys, values in shapes:
+        cache.layers.append(Layer())
+        for name, shape in (("keys", keys), ("values", values)):
+            tensor = None if shape is None else torch.zeros(1, shape[0], 1, shape[1])
+            setattr(cache.layers[-1], name, tensor)
+    return cache
+
+
+def test_a_prefix_has_the_shape_of_the_cache_and_not_of_the_model():
+    """With grouped queries there are fewer key heads than query heads: d = 2 · 4, not 24."""
+    config = PrefixTuningConfig(num_virtual_tokens=5)
+    model = get_peft_model(Tower(cache_of(*[((2, 4), (2, 4))] * 3)), config)
+    assert model.prompt_encoder.shape == (3, 2, 4)
+    assert model.prompt_encoder.embedding.weight.shape == (5, 2 * 3 * 8)
+    found = model.peft_config["default"]
+    assert (found.num_layers, found.num_attention_heads, found.token_dim) == (3, 2, 8)
+    assert found.encoder_hidden_size == 8
+    pair = (torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4), "more")  # as encoder-decoders have
+    assert PrefixEncoder(Tower((pair,)), config).shape == (1, 2, 4)
+    found = get_peft_model(Tower(None), PromptEncoderConfig(5)).peft_config["default"]
+    assert (found.token_dim, found.encoder_hidden_size) == (24, 24)
+    found = get_peft_model(Tower(None), PromptEncoderConfig(5, encoder_hidden_size=7))
+    assert found.peft_config["default"].encoder_hidden_size == 7
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        (None, "Tower has no cache of keys and values for a prefix"),
+        (cache_of(((2, 4), (2, 4)), ((2, 4), (2, 3))), r"in Tower, .* are \[\(2, 3\), \(2, 4\)\]"),
+        (cache_of(((2, 4), (2, 4)), ((2, 8), (2, 8))), r"in Tower, .* are \[\(2, 4\), \(2, 8\)\]"),
+        (types.SimpleNamespace(layers=[object()]), r"in Tower, .* are \[None\]"),
+        (cache_of(((2, 4), (2, 4)), (None, None)), r"in Tower, .* are \[\(2, 4\), None\]"),
+    ],
+)
+def test_a_cache_that_a_prefix_does_not_fit_into_is_refused(cache, message):
+    with pytest.raises(ValueError, match=message):
+        PrefixEncoder(Tower(cache), PrefixTuningConfig(num_virtual_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"is_encoder_decoder": True}, "need a decoder; this is an encoder-decoder model"),
+        ({"hidden_size_per_layer_input": 8}, "Tower embeds tokens in every layer"),
+        ({"max_position_embeddings": 5}, "5 virtual tokens leave no room in a context of 5"),
+        ({"n_positions": 5, "max_position_embeddings": 9}, "no room in a context of 5"),
+        ({"get_text_config": lambda: types.SimpleNamespace(n_positions=4)}, "in a context of 4"),
+    ],
+)
+def test_models_that_cannot_take_virtual_tokens_are_refused(settings, message):
+    model = Tower(None, **settings)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, PromptTuningConfig(num_virtual_tokens=5))
+    assert model.wte.weight.requires_grad
+
+
+def test_virtual_tokens_need_a_context_longer_than_they_are_and_a_token_embedding():
+    config = PromptTuningConfig(num_virtual_tokens=5)
+    for settings in ({"max_position_embeddings": 6}, {"max_position_embeddings": 0}, {}):
+        get_peft_model(Tower(None, **settings), config)
+    model = Tower(None)
+    model.wte = nn.Identity()
+    with pytest.raises(ValueError, match="Tower has no token embedding, which prompt methods need"):
+        get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_adapter_is_made_on_the_device_of_its_base(gpt, name):
+    model = get_peft_model(gpt.to("meta"), CONFIGS[name]())
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "use_cache"])
+def test_a_prompt_takes_no_cache_of_the_caller(gpt, ids, name):
+    model = get_peft_model(gpt, CONFIGS["prompt"]()).eval()
+    with pytest.raises(ValueError, match=rf"{name} cannot be used .*: call generate\(\)"):
+        model(ids, **{name: ((1,),)})
+    assert torch.equal(model(ids, **{name: None}).logits, model(ids).logits)
+
+
+def test_positions_may_restart_only_with_a_mask(gpt, ids):
+    model = get_peft_model(gpt, CONFIGS["prompt"]()).eval()
+    mask, rising = torch.ones_like(ids), torch.arange(10).expand(3, 10)
+    model(ids, position_ids=rising * 2)
+    model(ids, position_ids=(rising - 4).clamp(min=0), attention_mask=mask)  # padding on the left
+    with pytest.raises(ValueError, match="position_ids that restart"):
+        model(ids, position_ids=rising.clamp(max=8))  # 8, 8 at the end
+
+
+def test_only_inputs_with_a_value_per_token_are_refused(gpt):
+    adapter = get_peft_model(gpt, CONFIGS["prompt"]()).adapters["default"]
+    ids = torch.ones(2, 3, dtype=torch.long)
+    for given in ({"input_ids": ids}, {"inputs_embeds": torch.ones(2, 3, 24), "input_ids": None}):
+        adapter.check_inputs(given | {"n": torch.tensor(4), "rows": torch.ones(2), "flag": True})
+        with pytest.raises(ValueError, match="features cannot be used with virtual tokens"):
+            adapter.check_inputs(given | {"features": torch.ones(2, 3, 5)})
+    adapter.check_inputs({"features": torch.ones(2, 3, 5)})
+    prefix = get_peft_model(GPT(gpt.config), CONFIGS["prefix"]()).adapters["default"]
+    prefix.check_inputs({"input_ids": ids, "token_type_ids": ids})  # nothing is put in front
+
+
+def test_a_prefix_is_refused_where_checkpointing_would_drop_it(gpt, ids):
+    """transformers' models drop their cache then, in training mode."""
+    prefix = get_peft_model(gpt, CONFIGS["prefix"]())
+    message = r"drops its cache, and the prefix with it.*call gradient_checkpointing_disable\(\)"
+    for name in ("is_gradient_checkpointing", "is_activation_checkpointing"):
+        setattr(gpt, name, True)
+        for call in (prefix.train(), prefix.generate):
+            with pytest.raises(RuntimeError, match=message):
+                call(ids)
+        prefix.eval()(ids)
+    gpt.is_activation_checkpointing = False  # the newer name counts
+    prefix.train()(ids)
+    gpt.is_activation_checkpointing = True
+    prefix.unload()
+    get_peft_model(gpt, CONFIGS["prompt"]()).train()(ids)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["past_key_values", "cache_implementation", "prompt_lookup_num_tokens", "assistant_model",
+     "assistant_early_exit"],
+)  # fmt: skip
+def test_options_of_generate_that_a_prompt_would_break_are_refused(gpt, ids, name):
+    model = get_peft_model(gpt, CONFIGS["prompt"]())
+    settings = types.SimpleNamespace(**{name: 1})
+    message = f"generate: {name} cannot be used with a prompt method"
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids, **{name: 1})
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids, settings)
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids, generation_config=settings)
+    gpt.generation_config = settings
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids)
+    setattr(settings, name, None)
+    assert model.generate(ids, max_new_tokens=1).shape == (3, 11)
+
+
+def test_prompt_input_and_new_tokens_may_fill_the_context_but_not_exceed_it(gpt, ids):
+    """The context is 32; there are 5 virtual tokens and 10 tokens of input."""
+    check = get_peft_model(gpt, CONFIGS["prompt"]()).adapters["default"].check_generate
+    for args, given in (((ids,), {}), ((), {"input_ids": ids}), ((), {"inputs": ids})):
+        check(gpt, args, given | {"max_new_tokens": 17})
+        with pytest.raises(ValueError, match=r"5 virtual .* 10 tokens of input and 18 new tokens"):
+            check(gpt, args, given | {"max_new_tokens": 18})
+    check(gpt, (), {"max_new_tokens": 27})
+    with pytest.raises(ValueError, match="5 virtual tokens, 0 tokens of input and 28 new tokens"):
+        check(gpt, (), {"max_new_tokens": 28})
+    gpt.config.n_positions = 15
+    check(gpt, (ids,), {})
+    gpt.config.n_positions = 14
+    with pytest.raises(ValueError, match="10 tokens of input and 0 new tokens exceed"):
+        check(gpt, (ids,), {})
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_prompt_that_is_loaded_frozen_has_no_network(gpt, ids, tmp_path, name):
+    model = get_peft_model(copy.deepcopy(gpt), CONFIGS[name]()).eval()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(gpt, tmp_path).eval()
+    n = 5 * 2 * 2 * 24 if name.startswith("prefix") else 5 * 24
+    assert sum(p.numel() for p in again.prompt_encoder.parameters()) == n
+    assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-5)
+
+
+class Answers(nn.Module):
+    """A model with an output of any kind, and a loss of 0."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.fc, self.kind = nn.Linear(6, 3), kind
+
+    def forward(self, x, labels=None):
+        logits = self.fc(x)
+        return self.kind(logits.sum() * 0, logits)
+
+
+Pair = namedtuple("Pair", ["loss", "logits"])
+KINDS = {
+    "dict": lambda loss, logits: {"loss": loss, "logits": logits},
+    "object": lambda loss, logits: types.SimpleNamespace(loss=loss, logits=logits),
+    "named tuple": Pair,
+    "tuple": lambda loss, logits: (loss, logits),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_penalty_is_added_to_the_loss_of_any_kind_of_output(kind):
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=5, target_modules=["fc"])
+    model, x = get_peft_model(Answers(KINDS[kind]), config).train(), torch.randn(2, 6)
+    out = model(x, labels=torch.zeros(2))
+    loss, logits = (
+        out.values() if kind == "dict" else vars(out).values() if kind == "object" else out
+    )
+    assert type(out) is type(KINDS[kind](1, 2))
+    assert torch.equal(loss, model.penalty())
+    assert loss > 0.1
+    assert torch.equal(logits, model.base_model.fc(x))
+
+
+def test_encoder_decoder_models_predict_every_label():
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=5, target_modules=["fc"])
+    base = Answers(lambda loss, logits: {"loss": loss})
+    base.forward = lambda x, labels, num_items_in_batch: {"loss": base.fc(x).sum() * 0}
+    base.loss_type, base.config = "ForCausalLM", types.SimpleNamespace(is_encoder_decoder=True)
+    model = get_peft_model(base, config).train()
+    labels = torch.tensor([[1, 2, -100, 1, 2]])
+    out = model(torch.randn(1, 6), labels=labels, num_items_in_batch=10)
+    assert torch.allclose(out["loss"], model.penalty() * 4 / 10)
+
+
+def test_an_unknown_layer_in_the_rank_pattern_is_named(gpt):
+    pattern = {"transformer.h.9.attn.c_attn.lora_E": [True]}
+    config = AdaLoraConfig(target_modules=["c_attn"], rank_pattern=pattern, total_step=5)
+    with pytest.raises(ValueError, match=r"rank_pattern: 'transformer\.h\.9\..*' is not a target"):
+        get_peft_model(gpt, config)

@@ -241,7 +241,9 @@ def test_targets_that_cannot_be_adapted_are_refused(gpt, name, targets, message)
     assert not any(hasattr(m, "base_layer") for m in gpt.modules())
 
 
-@pytest.mark.parametrize("targets", [[], ["c_porj"], "c_attn", ["h.0.attn"]])
+@pytest.mark.parametrize(
+    "targets", [[], ["c_porj"], ["proj"], "c_attn", r"transformer\.h\.0\.attn\.c_at", ["h.0.attn"]]
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_adding_without_any_match_is_refused(gpt, name, targets):
     config = CONFIGS[name]()
@@ -262,8 +264,9 @@ def test_adding_ignores_an_entry_without_a_match_next_to_one_that_matches(gpt, n
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_second_adapter_on_the_same_model_is_refused(gpt, name):
     add_lora(gpt, LoraConfig(target_modules=["c_attn"]))
-    with pytest.raises(ValueError, match="already has an adapter: remove it before adding another"):
-        get_peft_model(gpt, CONFIGS[name]())
+    for add in (get_peft_model, ADD[name]):
+        with pytest.raises(ValueError, match="already has an adapter: remove it before adding"):
+            add(gpt, CONFIGS[name]())
 
 
 class Attention(nn.Module):
@@ -323,7 +326,41 @@ def test_a_conv1d_is_a_linear_layer(name):
         assert [(s.in_features, s.out_features) for s in layers.values()] == [(4, 6), (6, 6)]
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_new_layers_follow_the_device_and_the_mode_of_the_model(gpt, name):
+    for mode in (True, False):
+        base = copy.deepcopy(gpt).to("meta").train(mode)
+        layers = ADD[name](base, CONFIGS[name]())
+        assert {p.device.type for p in base.parameters()} == {"meta"}
+        assert {m.training for layer in layers.values() for m in layer.modules()} == {mode}
+
+
 # --- BitFit ---
+
+
+def test_bitfit_by_hand():
+    """x W + (b + Δb) = [3, 7] + [10, 20] + [1, -1], and the gradient of Δb is that of b."""
+    base = nn.Linear(2, 2)
+    base.weight.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    base.bias.data = torch.tensor([10.0, 20.0])
+    layer, x = BitFitLayer(base, BitFitConfig()), torch.ones(3, 2)
+    assert layer(x)[0].tolist() == [13, 27], "Δb must start at zero"
+    layer.delta.data = torch.tensor([1.0, -1.0])
+    y = layer(x)
+    assert y[0].tolist() == [14, 26], "the bias must be b + Δb"
+    y.sum().backward()
+    assert layer.delta.grad.tolist() == [3, 3]
+    layer.eval().merge()
+    assert layer.merged_bias.tolist() == [11, 19]
+    assert "merged_bias" not in layer.state_dict(), "b' is computed: it is not saved"
+    layer.delta.data.zero_()
+    assert layer(x)[0].tolist() == [14, 26], "a merged layer must use b'"
+    layer.unmerge()
+    assert layer(x)[0].tolist() == [13, 27], "an unmerged layer must use b and Δb again"
+    assert base.bias.tolist() == [10, 20], "b must not change"
+    layer.delta.data = torch.tensor([1.0, -1.0])
+    assert layer.merge_into_base() is base
+    assert base.bias.tolist() == [11, 19]
 
 
 def test_bitfit_trains_every_bias_and_has_the_layers_attributes(gpt):
@@ -530,6 +567,21 @@ def test_constructors_do_not_write_into_the_config(name):
 # --- bottleneck adapters ---
 
 
+def test_a_bottleneck_by_hand():
+    """h = W x + b = [3, 7]; W_down h + b_down = [4, -6], f gives [4, 0], W_up [4, 0] + b_up."""
+    base = nn.Linear(2, 2)
+    base.weight.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    base.bias.data = torch.zeros(2)
+    layer = BottleneckLayer(base, BottleneckConfig(["0"], 2, "relu"))
+    assert layer(torch.ones(1, 2)).tolist() == [[3, 7]], "W_up and b_up must start at zero"
+    layer.down.weight.data = torch.tensor([[-1.0, 1.0], [1.0, -1.0]])
+    layer.down.bias.data = torch.tensor([0.0, -2.0])
+    layer.up.weight.data = torch.tensor([[1.0, 5.0], [2.0, 5.0]])
+    layer.up.bias.data = torch.tensor([10.0, 20.0])
+    assert layer(torch.ones(1, 2)).tolist() == [[3 + 14, 7 + 28]], "y must be h + W_up f(…) + b_up"
+    assert (layer.weight, layer.bias) == (base.weight, base.bias)
+
+
 def test_a_bottleneck_changes_only_the_output_of_its_own_layer():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10))
@@ -637,9 +689,9 @@ def test_compare_runs_the_swept_methods_by_default(tmp_path, monkeypatch):
     file = tmp_path / "sweep.json"
     file.write_text(json.dumps([{"method": "lora"}, {"method": "bitfit"}, {"method": "full"}]))
     monkeypatch.setattr(recipes, "SWEEPS", file)
-    assert parser().parse_args(["compare"]).methods == "frozen,full,lora,bitfit"
+    assert parser().parse_args(["compare"]).methods == ["frozen", "full", "lora", "bitfit"]
     file.unlink()
-    assert parser().parse_args(["compare"]).methods == "frozen"
+    assert parser().parse_args(["compare"]).methods == ["frozen"]
 
 
 # --- on transformers' models ---

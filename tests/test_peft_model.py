@@ -114,6 +114,9 @@ def test_two_adapters_can_be_switched(gpt, ids):
     assert torch.allclose(model(ids).logits.float(), first, atol=1e-4)
     model.delete_adapter("default")
     assert model.active_adapter == "other"
+    with pytest.raises(ValueError, match=r"'other' is the only adapter: use unload\(\) to get the"):
+        model.delete_adapter("other")
+    assert list(model.adapters) == ["other"]
     with pytest.raises(ValueError, match="there is no adapter 'default'; known adapters: other"):
         model.set_adapter("default")
     with pytest.raises(ValueError, match="there already is an adapter 'other'"):
@@ -1021,3 +1024,163 @@ def test_names_that_cannot_be_right_are_refused(gpt):
         model.add_adapter(3, LoraConfig(r=2, target_modules=ALL))
     with pytest.raises(ValueError, match=r"target_modules='\(' is no regex"):
         get_peft_model(GPT(gpt.config), LoraConfig(target_modules="("))
+
+
+# --- defaults and small promises ---
+
+
+SHARED = {"task_type": None, "inference_mode": False}
+TARGETED = SHARED | {"target_modules": None}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [  # peft's defaults, except for BitFit and the bottleneck, which peft does not have
+        (
+            LoraConfig(),
+            TARGETED | {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False,
+                        "trainable_token_indices": None, "bias": "none", "peft_type": "LORA"},
+        ),
+        (
+            AdaLoraConfig(total_step=9),
+            TARGETED | {"target_r": 8, "init_r": 12, "tinit": 0, "tfinal": 0, "deltaT": 1,
+                        "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5, "total_step": 9,
+                        "lora_alpha": 8, "lora_dropout": 0.0, "rank_pattern": None,
+                        "bias": "none", "peft_type": "ADALORA"},
+        ),
+        (BitFitConfig(), TARGETED | {"peft_type": "BITFIT"}),
+        (
+            BottleneckConfig(),
+            TARGETED | {"bottleneck_size": 16, "non_linearity": "gelu", "peft_type": "BOTTLENECK"},
+        ),
+        (
+            PromptTuningConfig(3),
+            SHARED | {"num_virtual_tokens": 3, "prompt_tuning_init": "RANDOM", "token_dim": None,
+                      "prompt_tuning_init_text": None, "tokenizer_name_or_path": None,
+                      "peft_type": "PROMPT_TUNING"},
+        ),
+        (
+            PromptEncoderConfig(3),
+            SHARED | {"num_virtual_tokens": 3, "encoder_reparameterization_type": "MLP",
+                      "encoder_hidden_size": None, "encoder_num_layers": 2, "encoder_dropout": 0.0,
+                      "token_dim": None, "peft_type": "P_TUNING"},
+        ),
+        (
+            PrefixTuningConfig(3),
+            SHARED | {"num_virtual_tokens": 3, "prefix_projection": False, "token_dim": None,
+                      "encoder_hidden_size": None, "init_weights": None, "num_layers": None,
+                      "num_attention_heads": None, "peft_type": "PREFIX_TUNING"},
+        ),
+    ],
+)  # fmt: skip
+def test_the_defaults_of_the_configs_are_those_of_peft(config, expected):
+    assert dataclasses.asdict(config) == expected
+
+
+def test_a_model_without_an_adapter_says_so(gpt, ids):
+    model = PeftModel(gpt)
+    assert torch.equal(model(ids).logits, gpt(ids).logits)
+    assert all(p.requires_grad for p in model.parameters()), "only an adapter freezes the base"
+    with pytest.raises(RuntimeError, match="there is no adapter: none was added, or it was unload"):
+        model.ranks()
+    with pytest.raises(ValueError, match="there is no adapter 'a'; known adapters: none"):
+        model.set_adapter("a")
+
+
+def test_a_loaded_adapter_is_frozen_and_waits_until_it_is_set(gpt, ids, tmp_path):
+    model = adapted(gpt)
+    logits = model(ids).logits
+    model.save_pretrained(tmp_path)
+    for layer in model.adapters["default"].layers.values():
+        nn.init.zeros_(layer.lora_B.weight)
+    model.load_adapter(tmp_path, "loaded")
+    assert model.active_adapter == "default"
+    model.set_adapter("loaded")
+    assert torch.equal(model(ids).logits, logits)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.load_adapter(tmp_path, "trained", is_trainable=True)
+    assert all(p.requires_grad for p in model.adapters["trained"].parameters().values())
+
+
+def test_deleting_the_active_adapter_activates_the_first_of_the_others(gpt):
+    model = adapted(gpt, "a")
+    for name in "bc":
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["c_fc"]))
+    model.set_adapter("b")
+    model.delete_adapter("c")
+    assert model.active_adapter == "b"
+    model.add_adapter("c", LoraConfig(r=2, target_modules=["c_fc"]))
+    model.delete_adapter("b")
+    assert model.active_adapter == "a"
+    assert list(model.adapters) == ["a", "c"]
+
+
+@pytest.mark.parametrize("names", [[], ["a", "a"]])
+def test_a_list_of_names_must_hold_one(gpt, names):
+    with pytest.raises(ValueError, match=r"one adapter can be active, not \["):
+        adapted(gpt, "a").set_adapter(names)
+
+
+def test_merging_in_place_leaves_no_adapter_and_says_how_far_it_is(gpt, ids, capfd):
+    model = adapted(gpt)
+    logits = model(ids).logits
+    plain = model.merge_and_unload()
+    assert capfd.readouterr().err == ""
+    assert model.adapters.keys() == {"default"}, "a copy leaves the adapters alone"
+    merged = model.merge_and_unload(progressbar=True, inplace=True)
+    assert "merging: 100%" in capfd.readouterr().err
+    assert (model.adapters, model.active_adapter, model.is_attached) == ({}, None, False)
+    assert torch.equal(model(ids).logits, merged(ids).logits)
+    assert torch.allclose(model(ids).logits, logits, atol=1e-5)
+    for base in (plain, merged):
+        assert not hasattr(base, "has_adapters")
+        assert quantize_model(base) is base
+
+
+def test_safe_merge_looks_at_biases_too(gpt):
+    model = get_peft_model(gpt, BitFitConfig(["ln_1", "c_fc"]))
+    model.merge_adapter(safe_merge=True)
+    model.unmerge_adapter()
+    gpt.transformer.h[1].mlp.c_fc.delta.data[0] = torch.inf
+    with pytest.raises(ValueError, match=r"h\.1\.mlp\.c_fc: the merged weight has NaN or infinite"):
+        model.merge_adapter(safe_merge=True)
+    model.merge_adapter()  # it is not checked by default
+
+
+def test_state_dict_has_the_options_of_nn_module(gpt):
+    model, found = adapted(gpt), {"first": torch.zeros(1)}
+    assert model.state_dict(destination=found) is found
+    assert next(iter(found)) == "first"
+    kept = model.state_dict(keep_vars=True)
+    assert found.keys() - {"first"} == kept.keys()
+    assert all(isinstance(tensor, nn.Parameter) for tensor in kept.values())
+    assert not any(isinstance(tensor, nn.Parameter) for tensor in found.values())
+    assert model.load_state_dict(kept) == ([], [])
+
+
+def test_device_and_dtype_are_those_of_the_first_floating_point_parameter():
+    with torch.device("meta"):
+        base = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).half()
+        codes = torch.zeros(2, 2, dtype=torch.int8)
+    base[0].weight = nn.Parameter(codes, requires_grad=False)
+    model = get_peft_model(base, LoraConfig(r=1, target_modules=["1"]))
+    assert model.device == torch.device("meta")
+    assert model.dtype == torch.float16
+
+
+def test_the_embeddings_count_among_the_trainable_parameters_only_if_trained(gpt):
+    model = adapted(gpt)
+    trainable = model.get_nb_trainable_parameters()[0]
+    assert model.num_parameters(only_trainable=True, exclude_embeddings=True) == trainable
+
+
+def test_bad_names_of_adapters_are_refused_before_anything_changes(gpt, ids):
+    model = adapted(gpt)
+    before = model(ids).logits
+    for name in ("default", "a.b", "a/b", "a\\b", "", None, 3):
+        with pytest.raises(
+            ValueError, match=r"adapter_name must not be empty|already is an adapter"
+        ):
+            model.add_adapter(name, LoraConfig(r=2, target_modules=["c_fc"]))
+        assert list(model.adapters) == ["default"]
+    assert torch.equal(model(ids).logits, before)

@@ -19,7 +19,9 @@ from minipeft import (
     prepare_model_for_kbit_training,
     quantize_model,
 )
+from minipeft.methods.lora import add_lora
 from minipeft.methods.qlora import (
+    DYNAMIC_MAP,
     NF4_CODEBOOK,
     Linear4bit,
     Linear8bit,
@@ -54,6 +56,41 @@ def test_the_first_weight_is_in_the_high_half_of_a_byte():
         0xF7,
         0x07,
     ]  # padded with 0
+
+
+def test_the_map_of_scale_codes_has_2_to_the_k_midpoints_per_decade():
+    """Decade 0 is [1e-7, 1e-6], with the midpoint 0.55e-6; decade 1 has those of two halves."""
+    positive = DYNAMIC_MAP[DYNAMIC_MAP > 0]
+    assert len(DYNAMIC_MAP) == 256
+    assert len(positive) == 1 + 2 + 4 + 8 + 16 + 32 + 64 + 1
+    assert torch.equal(DYNAMIC_MAP, DYNAMIC_MAP.sort().values)
+    assert DYNAMIC_MAP[127] == 0
+    assert torch.equal(DYNAMIC_MAP[:127], -positive[:-1].flip(0))
+    assert positive[:3].tolist() == pytest.approx([0.55e-6, 3.25e-6, 7.75e-6])
+    assert positive[63].item() == pytest.approx(0.1 + 0.9 / 128)
+    assert positive[-2:].tolist() == pytest.approx([1 - 0.9 / 128, 1])
+
+
+def test_double_quantization_by_hand():
+    """The scales 1 and 3 are 2 ∓ 1. The lowest value of the map is -0.99296875, the highest 1."""
+    q = quantize_nf4(torch.tensor([1.0, -1.0, 3.0, 0.0]), blocksize=2)
+    assert q.codes.tolist() == [0xF0, 0xF7]
+    assert (q.offset, q.scale_scales.tolist(), q.scales.tolist()) == (2, [1], [0, 255])
+    first = 2 - 0.99296875
+    assert dequantize_nf4(q).tolist() == pytest.approx([first, -first, 3, 0])
+    assert q.bits() == 8 * (2 + 2 + 4 + 4) / 4
+    plain = quantize_nf4(torch.tensor([1.0, -1.0, 3.0, 0.0]), blocksize=2, double_quant=False)
+    assert dequantize_nf4(plain).tolist() == [1, -1, 3, 0]
+    assert plain.bits() == 8 * (2 + 8) / 4
+
+
+def test_256_scales_share_a_scale():
+    w = torch.ones(257, 2)
+    w[::2], w[256] = 2.0, 7.0  # 128 scales each of 1 and 2, and one of 7
+    q = quantize_nf4(w, blocksize=2)
+    offset = (128 + 256 + 7) / 257
+    assert q.scale_scales.tolist() == pytest.approx([offset - 1, 7 - offset])
+    assert dequantize_nf4(q)[256].tolist() == pytest.approx([7, 7])
 
 
 def test_each_weight_gets_its_nearest_level():
@@ -107,6 +144,8 @@ def test_zero_tiny_and_huge_blocks_stay_finite():
         (torch.ones(4, dtype=torch.long), 64, "only floating-point weights .* got torch.int64"),
         (torch.ones(4), 63, "blocksize must be a positive even integer, got 63"),
         (torch.ones(4), 0, "blocksize must be a positive even integer, got 0"),
+        (torch.ones(4), -2, "blocksize must be a positive even integer, got -2"),
+        (torch.ones(4), 2.0, "blocksize must be a positive even integer, got 2.0"),
     ],
 )
 def test_impossible_weights_and_block_sizes_are_refused(weight, blocksize, message):
@@ -160,6 +199,31 @@ def test_the_state_dict_holds_the_4bit_form_and_casting_keeps_the_scales():
     assert coarse(x).dtype == torch.float16
     wide = Linear4bit(nn.Linear(70, 30), compute_dtype=torch.bfloat16)
     assert wide(torch.randn(3, 70)).dtype == torch.float32
+
+
+def test_compute_dtype_is_the_dtype_of_the_product():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(70, 30), torch.randn(3, 70)
+    rough = Linear4bit(layer, compute_dtype=torch.bfloat16)
+    w, b = rough.dequantize(torch.bfloat16), layer.bias.bfloat16()
+    assert torch.equal(rough(x), nn.functional.linear(x.bfloat16(), w, b).float())
+
+
+def test_an_8bit_layer_has_a_scale_per_row():
+    """The scales are 127 / 127 and 254 / 127; -63.4 is rounded to -63, and 3 / 2 to 2."""
+    layer = nn.Linear(2, 3)
+    layer.weight.data = torch.tensor([[127.0, -63.4], [3.0, 254.0], [0.0, 0.0]])
+    coarse = Linear8bit(layer)
+    assert coarse.scales.tolist() == [1, 2, 0]
+    assert coarse.codes.tolist() == [[127, -63], [2, 127], [0, 0]]
+    assert coarse.weight.tolist() == [[127, -63], [4, 254], [0, 0]]
+    half = Linear8bit(layer.half())
+    assert half.scales.dtype == torch.float32
+    assert half.weight.dtype == torch.float16
+    assert half(torch.ones(1, 2).half()).dtype == torch.float16
+    layer.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        Linear8bit(layer)
 
 
 def test_an_8bit_layer_is_close_to_the_original():
@@ -241,6 +305,79 @@ def trained(gpt, ids) -> PeftModel:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     return model.eval()
+
+
+def by_hand(**changes) -> QLoraLinear:
+    """W = [[1, 0], [-1, 1]] is exact in NF4. b = [10, 20], B A = [[2, 0], [4, 4]], s = 3 / 2."""
+    base = nn.Linear(2, 2)
+    base.weight.data = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+    base.bias.data = torch.tensor([10.0, 20.0])
+    layer = QLoraLinear(Linear4bit(base), LoraConfig(**({"r": 2, "lora_alpha": 3} | changes)))
+    layer.lora_A.weight.data = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    layer.lora_B.weight.data = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
+    return layer
+
+
+def test_the_output_of_qlora_is_w4_x_plus_b_plus_s_b_a_x():
+    layer, x = by_hand(), torch.tensor([[1.0, -2.0]], requires_grad=True)
+    y = layer(x)  # W x + b = [11, 17], s B A x = 1.5 [2, -4]
+    assert y.tolist() == [[14, 11]], "B A must be scaled by α / r"
+    y.sum().backward()
+    assert x.grad.tolist() == [[9, 7]], "the column sums of W' = [[4, 0], [5, 7]]"
+    layer.eval().merge()
+    assert layer.merged_weight.tolist() == [[4, 0], [5, 7]], "W' must be W₄ + s B A"
+    assert layer.weight.tolist() == [[4, 0], [5, 7]]
+    assert layer(x).tolist() == [[14, 11]], "a merged layer must compute W' x + b"
+    assert "merged_weight" not in layer.state_dict(), "W' is computed: it is not saved"
+    layer.unmerge()
+    layer.lora_B.weight.data.zero_()
+    assert layer(x).tolist() == [[11, 17]], "an unmerged layer must use W₄, A and B again"
+    plain = by_hand().merge_into_base()
+    assert type(plain) is nn.Linear
+    assert plain.weight.tolist() == [[4, 0], [5, 7]]
+    assert plain.bias.tolist() == [10, 20]
+
+
+def test_what_is_lost_by_rounding_by_hand():
+    """W' / 7 = [4/7, 0, 5/7, 1]: the nearest levels are 0.5626, 0, 0.7230 and 1. |s B A| = 9."""
+    lost = 7 * math.hypot(4 / 7 - 0.5626170039176941, 5 / 7 - 0.7229568362236023) / 9
+    assert by_hand().lost_by_rounding() == pytest.approx(lost, rel=1e-5)
+
+
+def test_dropout_of_qlora_acts_on_the_adapters_input_only():
+    """W x + b = 3 stays. With p = 0.5, an entry of x is dropped or doubled: A x is 0, 2 or 4."""
+    torch.manual_seed(0)
+    base = nn.Linear(2, 1)
+    base.weight.data, base.bias.data = torch.tensor([[1.0, -1.0]]), torch.tensor([3.0])
+    layer = QLoraLinear(Linear4bit(base), LoraConfig(r=1, lora_alpha=1, lora_dropout=0.5))
+    layer.lora_A.weight.data, layer.lora_B.weight.data = torch.ones(1, 2), torch.ones(1, 1)
+    x = torch.ones(1, 2)
+    found = {layer(x).item() for _ in range(50)}
+    assert found == {3, 5, 7}, "dropout must act on the adapter's input only"
+    assert {layer.eval()(x).item() for _ in range(50)} == {5}
+
+
+def test_a_new_qlora_layer_has_a_random_a_and_a_zero_b():
+    torch.manual_seed(0)
+    layer = QLoraLinear(Linear4bit(nn.Linear(100, 50, bias=False)), LoraConfig(r=8))
+    a, b = layer.lora_A.weight, layer.lora_B.weight
+    assert (a.shape, b.shape) == ((8, 100), (50, 8))
+    assert not b.any(), "B must start at zero: a new adapter must not change the output"
+    assert 0.098 < a.max() <= 0.1, "A must be uniform between ±1 / √in, here ±0.1"
+    assert layer.lora_A.bias is layer.lora_B.bias is layer.bias is None
+    x = torch.randn(3, 100)
+    y = layer.eval()(x)
+    layer.merge()
+    assert torch.allclose(layer(x), y, atol=1e-5), "a layer without a bias can be merged"
+    for dtype in (torch.bfloat16, torch.float64):
+        assert layer(x.to(dtype)).dtype == dtype
+
+
+def test_qlora_and_quantized_layers_follow_their_base_to_another_device(gpt):
+    quantize_model(gpt).to("meta")
+    add_qlora(gpt, LoraConfig(r=2, target_modules="all-linear"))
+    tensors = [*gpt.parameters(), *gpt.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_add_qlora_needs_a_quantized_model_and_says_how_to_get_one(gpt):
@@ -344,6 +481,44 @@ def test_quantized_weights_are_counted_in_full_and_take_4_bits(gpt):
     assert total == plain + trainable
 
 
+def test_bits_per_weight_by_hand():
+    """128 weights: 64 bytes of codes, 2 of scales, and 4 each of absmax₂ and the offset."""
+    model = quantize_model(nn.Sequential(nn.Linear(64, 2)))
+    assert bits_per_weight(model) == 8 * (64 + 2 + 4 + 4) / 128
+
+
+def test_a_plain_layer_is_frozen_and_in_float32_or_wider():
+    for dtype, wide in ((torch.float16, torch.float32), (torch.float64, torch.float64)):
+        coarse = Linear4bit(nn.Linear(4, 3).to(dtype))
+        plain = coarse.plain()
+        assert {p.dtype for p in plain.parameters()} == {wide}
+        assert not any(p.requires_grad for p in plain.parameters())
+        assert torch.equal(plain.weight, coarse.dequantize(wide))
+        assert torch.equal(plain.bias.to(dtype), coarse.bias)
+        plain.bias.data.add_(1)
+        assert not torch.equal(plain.bias.to(dtype), coarse.bias), "the bias must be a copy"
+    assert Linear4bit(nn.Linear(4, 3, bias=False)).plain().bias is None
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_layers_are_frozen_and_have_the_mode_of_the_model(gpt, bits, mode):
+    quantize_model(gpt.train(mode), bits)
+    layers = quantized_layers(gpt)
+    assert {layer.training for layer in layers.values()} == {mode}
+    assert not any(layer.bias.requires_grad for layer in layers.values())
+    if bits == 4:
+        added = add_qlora(gpt, LoraConfig(target_modules=["c_fc"]))
+        assert {m.training for layer in added.values() for m in layer.modules()} == {mode}
+
+
+def test_a_model_with_lora_layers_is_not_quantized(gpt):
+    add_lora(gpt, LoraConfig(target_modules=["c_attn"]))
+    with pytest.raises(ValueError, match="has an adapter: quantize it before adding one"):
+        quantize_model(gpt)
+    assert not quantized_layers(gpt)
+
+
 def test_a_lora_trained_on_a_4bit_base_loads_on_full_and_4bit_bases(gpt, ids, tmp_path):
     full, base = copy.deepcopy(gpt), copy.deepcopy(gpt)
     quantize_model(base)
@@ -425,8 +600,13 @@ def test_add_qlora_finds_targets_by_ending_by_regex_and_by_all_linear(gpt):
     one = [f"transformer.h.1.attn.{n}" for n in ("c_attn", "c_proj")]
     assert found(r".*h\.1\.attn\.c_.*") == one
     assert len(found("all-linear")) == 8
-    with pytest.raises(ValueError, match="matches no 4-bit layer"):
-        found("c_attn")  # a string is a regex for the whole name
+    # a string is a regex for the whole name, and an ending starts after a dot
+    for targets in ("c_attn", r"transformer\.h\.0\.attn\.c_at", ["proj"], ["ln_1"], [], None):
+        with pytest.raises(ValueError, match="matches no 4-bit layer"):
+            found(targets)
+    add_qlora(gpt, LoraConfig(target_modules=["c_fc"]))
+    with pytest.raises(ValueError, match="already has an adapter: remove it before adding another"):
+        add_qlora(gpt, LoraConfig(target_modules=["c_attn"]))
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

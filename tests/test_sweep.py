@@ -47,11 +47,14 @@ def test_a_new_sweep_replaces_the_old_one_of_the_same_runs(tmp_path):
 
 
 def test_a_file_of_something_else_is_not_overwritten(tmp_path):
-    file = tmp_path / "notes.json"
-    file.write_text('[{"mine": 1}]')
-    with pytest.raises(ValueError, match=r"notes.json has entries that are no results of a sweep"):
-        sweep.save([entry({1e-3: 0.2, 1e-2: 0.1, 1e-1: 0.3})], file)
-    assert file.read_text() == '[{"mine": 1}]'
+    file, good = tmp_path / "notes.json", entry({1e-3: 0.2, 1e-2: 0.1, 1e-1: 0.3})
+    other_best = json.dumps([good | {"best": 0.5}])  # no point has this rate
+    no_rate = json.dumps([good | {"points": [{"loss": 0.5}]}])
+    for text in ('{"mine": 1}', json.dumps([good, {}]), other_best, no_rate, '["method"]'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"notes\.json "):
+            sweep.save([good], file)
+        assert file.read_text() == text
     assert sweep.load(tmp_path / "missing.json") == []
 
 

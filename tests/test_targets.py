@@ -7,6 +7,7 @@ from torch.nn.utils import parametrizations
 
 from minipeft import BitFitConfig, LoraConfig, get_peft_model, quantize_model
 from minipeft.methods.qlora import Linear4bit
+from minipeft.targets import find_targets
 
 
 class Half(nn.Linear):
@@ -65,6 +66,21 @@ def test_a_subclass_that_does_not_compute_wx_is_refused_and_skipped_by_all_linea
     assert model[1] is layer
     with pytest.warns(UserWarning, match=r"'?all-linear'? does not reach .*: 1.weight"):
         assert list(lora(model, "all-linear").adapters["default"].layers) == ["0"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_subclass_is_tested_in_the_dtype_of_its_weight(dtype):
+    model = nn.Sequential(ByHand(8, 6)).to(dtype)
+    assert list(find_targets(model, ["0"])) == ["0"]
+
+
+def test_a_subclass_that_computes_wx_only_at_small_inputs_is_refused():
+    class Clipped(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.clamp(-0.9, 0.9))
+
+    with pytest.raises(ValueError, match="it does not compute W x"):
+        find_targets(nn.Sequential(Clipped(8, 8)), ["0"])
 
 
 def test_a_subclass_that_computes_wx_is_adapted_and_merged():

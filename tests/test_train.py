@@ -1,13 +1,18 @@
 """The training loop: accumulation, weight decay, and what stops a run."""
 
+from contextlib import nullcontext
+from itertools import count
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from minipeft import GPT
 from minipeft.gpt import Output
+from minipeft.lab import train as module
 from minipeft.lab.recipes import RunConfig
-from minipeft.lab.train import pick_device, train, weights
+from minipeft.lab.train import autocast, pick_device, train, weights
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(gpt):
@@ -133,3 +138,111 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step():
     with pytest.raises(FloatingPointError, match="the gradient's norm is nan at step 1"):
         train(model, [[BATCH]], run)
     assert model.matrix.tolist() == [[1.0, -2.0], [3.0, 4.0]]
+
+
+def test_each_micro_batch_counts_by_its_labels_except_the_first():
+    first = {"labels": torch.tensor([[5, -100, 7, 8], [-100, 1, -100, -100]])}  # 7, 8 and 1
+    second = {"labels": torch.tensor([[5, 6]])}
+    assert weights([first, second]) == [0.75, 0.25]
+
+
+def test_a_training_run_by_hand(monkeypatch, capfd):
+    """The loss of micro-batch i is m · sum(matrix), weighted by its labels: (1 · 3 + 2 · 1) / 4."""
+    made, rows = [], []
+
+    class Linear(Flat):
+        def forward(self, labels):
+            assert self.training
+            m = 1.0 if labels.shape[1] == 4 else 2.0
+            return Output(loss=m * self.matrix.sum() + 0 * self.bias.sum())
+
+    def descent(groups, lr, betas):
+        made.append((lr, betas, [(len(g["params"]), g["weight_decay"]) for g in groups]))
+        return torch.optim.SGD(groups, lr=lr)
+
+    # every step takes one second more than the one before: 0, 1, 2, … and the median skips step 1
+    ticks = (t for n in count() for t in (100.0 * n, 101.0 * n))
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    batches = [[{"labels": torch.ones(1, 4)}, {"labels": torch.ones(1, 2)}]] * 11
+    run = RunConfig(
+        steps=10, learning_rate=0.1, warmup=0, lr_end=1.0, beta2=0.9, weight_decay=0.0,
+        max_grad_norm=100.0,
+    )  # fmt: skip
+    model = Linear().eval()
+    found = train(model, batches, run, descent, rows.append, title="counting")
+    assert made == [(0.1, (0.9, 0.9), [(1, 0.0), (1, 0.0)])]
+    # the sum is 6; each step moves 4 entries by 0.1 · 1.25
+    assert found.losses == pytest.approx([1.25 * (6 - 0.5 * n) for n in range(10)])
+    assert [row["loss"] for row in rows] == found.losses
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["learning_rate"] for row in rows] == [0.1] * 10
+    assert [row["seconds"] for row in rows] == list(range(10))
+    assert found.seconds_per_step == 5  # the median of 1 … 9
+    assert found.gradient_bytes == 4 * (4 + 2)
+    assert found.optimizer_bytes == 0
+    assert found.bytes_sent_per_step is found.paging is None
+    shown = capfd.readouterr().err
+    assert "counting: 100%" in shown
+    assert "10/10" in shown
+    assert f"loss={found.losses[-1]:.3f}, lr=1.0e-01" in shown
+    train(model, batches, RunConfig(steps=1, learning_rate=0.1, quiet=True))
+    assert capfd.readouterr().err == ""
+
+
+def test_the_state_of_adamw_has_two_numbers_per_parameter_and_a_step_per_tensor():
+    found = train(Flat(), [[BATCH]], RunConfig(steps=1, learning_rate=0.1, quiet=True))
+    assert found.optimizer_bytes == 4 * (2 * (4 + 2) + 2)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [(("cuda", "mps"), "cuda"), (("cuda",), "cuda"), (("mps",), "mps"), ((), "cpu")],
+)
+def test_the_best_device_is_picked_if_none_is_named(monkeypatch, gpus, expected):
+    def ones(n, device):
+        if device.type not in (*gpus, "cpu"):
+            raise RuntimeError("no such device")
+        return torch.zeros(n)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    assert pick_device() == torch.device(expected)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_used_on_gpus_that_compute_in_it(monkeypatch, native):
+    def supported(including_emulation=True):
+        return native or including_emulation
+
+    made = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(torch, "autocast", lambda *arguments: made.append(arguments))
+    assert isinstance(autocast(torch.device("cpu")), nullcontext)
+    assert made == []
+    autocast(torch.device("cuda"))
+    assert made == ([("cuda", torch.bfloat16)] if native else [])
+
+
+def test_gradients_are_exchanged_once_per_step_and_only_one_process_shows_a_bar(monkeypatch, capfd):
+    """With the stand-in for several processes that says it sent 100 bytes in all."""
+    synced = []
+
+    class Replicas:
+        sent = 100
+
+        def __init__(self, model):
+            self.model = model
+
+        def __call__(self, **batch):
+            return self.model(**batch)
+
+        def sync_gradients_if(self, last):
+            synced.append(last)
+            return nullcontext()
+
+    monkeypatch.setattr(module.parallel, "Replicas", Replicas)
+    monkeypatch.setattr(module.parallel, "rank", lambda: 1)
+    batches = [[dict(BATCH), dict(BATCH), dict(BATCH)]] * 4
+    found = train(Flat(), batches, RunConfig(steps=4, learning_rate=0.1))
+    assert found.bytes_sent_per_step == 25
+    assert synced == [False, False, True] * 4
+    assert capfd.readouterr().err == ""

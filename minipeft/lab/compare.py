@@ -5,7 +5,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from minipeft.files import write_text
+from minipeft.files import MEBIBYTE, check_types, has_type, one_line, read_json, show, write_text
 from minipeft.lab import report
 from minipeft.lab.base import Base
 from minipeft.lab.finetune import Record, build_model, check_lengths, finetune
@@ -62,6 +62,12 @@ def forgetting(records: list[Record], state: str = "on") -> float | None:
     return statistics.mean(found) if found else None
 
 
+def last_loss(records: list[Record]) -> float | None:
+    """The mean of the last validation losses."""
+    found = [record.validation[-1]["loss"] for record in records if record.validation]
+    return statistics.mean(found) if found else None
+
+
 def share_of_gap(records: list[Record], row: list[Record]) -> float | None:
     """How far a method gets from the frozen base's score (0) to full fine-tuning's (1)."""
     grouped = rows(records)
@@ -94,6 +100,9 @@ def cells(name: str, row: list[Record], records: list[Record], metric: str) -> d
     def average(field: str, form: str) -> str:
         return "–" if getattr(row[0], field) is None else format(mean(row, field), form)
 
+    def kilobytes(count: int | None) -> str:
+        return f"{count / 1e3:,.0f}" if count else "–"
+
     def rise(state: str) -> str:
         return "–" if row[0].random_base else show(forgetting(row, state), "+.2f")
 
@@ -101,10 +110,10 @@ def cells(name: str, row: list[Record], records: list[Record], metric: str) -> d
         "method": report.name_of(name),
         "learning rate": average("learning_rate", "g"),
         "trainable": average("trainable", ",.0f"),
-        "weights, kB": f"{row[0].weight_bytes / 1e3:,.0f}",
-        "disk, kB": f"{row[0].disk_bytes / 1e3:,.0f}" if row[0].disk_bytes else "–",
+        "weights, kB": kilobytes(row[0].weight_bytes),
+        "disk, kB": kilobytes(row[0].disk_bytes),
         "s / step": average("seconds_per_step", ".3f"),
-        "validation loss": f"{statistics.mean(r.validation[-1]['loss'] for r in row):.3f}",
+        "validation loss": show(last_loss(row), ".3f"),
         "slot loss": average("test_slot_loss", ".3f"),
         "template loss": average("test_template_loss", ".3f"),
         metric: spread(row, "score"),
@@ -135,8 +144,20 @@ def save(records: list[Record], task: Task, folder: str | Path) -> None:
 
 
 def load(file: str | Path) -> list[Record]:
-    """The records in a compare.json."""
-    return [Record.from_json(found) for found in json.loads(Path(file).read_text())]
+    """The records in a compare.json. Raises ValueError for another file."""
+    file = Path(file)
+    found = read_json(file, list, 64 * MEBIBYTE)
+    if not has_type(found, list[dict]):
+        raise ValueError(f"{file} must be a list of records, got {show(found)}")
+    try:
+        records = [Record(**check_types(record, Record, file)) for record in found]
+    except TypeError as error:  # a field is missing
+        raise ValueError(f"{file} does not hold records: {one_line(error)}") from error
+    for i, record in enumerate(records):
+        losses = all({"step", "loss"} <= point.keys() for point in record.validation)
+        if record.score is None or not losses or "base" not in (record.forgetting or {"base"}):
+            raise ValueError(f"{file}: record {i} lacks a score or losses")
+    return records
 
 
 def show_examples(records: list[Record], n: int = 2) -> str:

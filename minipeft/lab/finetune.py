@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -60,7 +60,9 @@ class Record:
     weight_bytes: int | None = None
     bits: float | None = None  # per weight of quantized layers
     losses: list[float] | None = None
-    validation: list[dict] = field(default_factory=list)  # step, loss, slot_loss, template_loss
+    validation: list[dict[str, float]] = field(
+        default_factory=list
+    )  # step, loss, slot_loss, template_loss
     seconds_per_step: float | None = None
     activation_bytes: int | None = None
     gradient_bytes: int | None = None
@@ -86,11 +88,6 @@ class Record:
 
     def to_json(self) -> dict:
         return {name: value for name, value in asdict(self).items() if value is not None}
-
-    @classmethod
-    def from_json(cls, found: dict) -> "Record":
-        known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in found.items() if name in known})
 
 
 def build_model(base: Base, recipe: Recipe, run: RunConfig) -> nn.Module:

@@ -6,6 +6,7 @@ committed file of results; a sweep writes its own file unless that one is named.
 """
 
 import json
+import os
 import statistics
 from dataclasses import dataclass, replace
 from datetime import date
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minipeft.files import read_json, write_text
+from minipeft.files import MEBIBYTE, has_type, read_json, write_text
 from minipeft.lab import report
 from minipeft.lab.base import Base
 from minipeft.lab.finetune import finetune
@@ -23,7 +24,11 @@ from minipeft.lab.report import selection_loss
 from minipeft.lab.tasks import Task
 
 FIRST_SEED = 100
-KEY = ("method", "random_base", "base", "task", "steps", "examples", "size")  # identifies an entry
+ENTRY = {  # the types of what an entry must have
+    "method": str, "random_base": bool, "base": str, "task": str, "steps": int, "examples": int,
+    "size": int | None, "best": float, "points": list[dict[str, float]],
+}  # fmt: skip
+KEY = tuple(ENTRY)[:7]  # identifies an entry
 
 
 @dataclass
@@ -89,9 +94,17 @@ def check(entries: list[dict]) -> None:
 def load(file: Path) -> list[dict]:
     """The entries in a file of results; none if it does not exist. Raises ValueError for another
     file."""
-    entries = read_json(file, list) if file.exists() else []
-    if not all(isinstance(entry, dict) and {*KEY} <= {*entry} for entry in entries):
-        raise ValueError(f"{file} has entries that are no results of a sweep: name another file")
+    if not os.path.lexists(file):
+        return []
+    entries = read_json(file, list, 64 * MEBIBYTE)
+    right = has_type(entries, list[dict]) and all(
+        all(name in entry and has_type(entry[name], kind) for name, kind in ENTRY.items())
+        and all("learning_rate" in point for point in entry["points"])
+        and entry["best"] in [point["learning_rate"] for point in entry["points"]]
+        for entry in entries
+    )
+    if not right:
+        raise ValueError(f"{file} is not a file of a sweep's results: name another file")
     return entries
 
 
