@@ -3,7 +3,7 @@ stopped, and then its exit status is 1; or 2 if the options are wrong."""
 
 import os
 import sys
-from signal import SIG_IGN, SIGINT, SIGTERM, default_int_handler, getsignal, signal
+from signal import SIG_IGN, SIGINT, SIGTERM, getsignal, signal
 
 
 def on_stop(handler) -> None:
@@ -43,16 +43,14 @@ def work() -> None:
         raise OSError("standard output is closed")
     sys.stdout.reconfigure(errors="backslashreplace")  # characters that a terminal does not have
     args = cli.parser().parse_args()
-    import minipeft.lab.finetune  # noqa: F401  (torch, which takes seconds)
+    from minipeft.lab.checkpoint import Interrupt  # imports torch, which takes seconds
 
-    on_stop(default_int_handler)
+    on_stop(Interrupt())
     cli.run(args)
 
 
 def run() -> str | None:
     """Do the work, and return the line that tells how it failed."""
-    from minipeft.lab.cli import one_line
-
     try:
         try:
             work()
@@ -63,15 +61,23 @@ def run() -> str | None:
     except SystemExit:  # after --help, or a usage error
         raise
     except BaseException as error:
-        on_stop(SIG_IGN)
-        if isinstance(error, KeyboardInterrupt):
-            how = " Continue with --resume." if getattr(error, "saved", False) else ""
-            return f"{one_line(str(error)) or 'stopped'}.{how}"
-        if os.environ.get("MINIPEFT_DEBUG") == "1":
-            raise
-        expected = isinstance(error, ValueError | FloatingPointError | OSError)
-        kind = "" if expected else f"{type(error).__name__}: "
-        return f"error: {one_line(f'{kind}{error}')}"
+        return line_of(error)
+
+
+def line_of(error: BaseException) -> str:
+    from minipeft.lab.cli import one_line
+
+    cause = error
+    while cause is not None:  # torch may turn an interrupt into another error
+        if isinstance(cause, KeyboardInterrupt):
+            how = " Continue with --resume." if getattr(cause, "saved", False) else ""
+            return f"{one_line(str(cause)) or 'stopped'}.{how}"
+        cause = cause.__context__
+    if os.environ.get("MINIPEFT_DEBUG") == "1":
+        raise error
+    expected = isinstance(error, ValueError | FloatingPointError | OSError)
+    kind = "" if expected else f"{type(error).__name__}: "
+    return f"error: {one_line(f'{kind}{error}')}"
 
 
 def main() -> None:

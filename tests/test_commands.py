@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import BASE
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from minipeft import __main__, __version__, gpt
 from minipeft.lab import (
@@ -673,6 +674,44 @@ def test_a_stopped_run_is_to_be_continued_only_if_its_state_was_saved(monkeypatc
         assert refused(monkeypatch, capfd, *["finetune", "--output", "out"]) == line
 
 
+def test_an_interrupt_that_becomes_another_error_is_still_an_interrupt(monkeypatch, capfd):
+    def load_base(*_):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            try:
+                raise RuntimeError("empty mode stack")
+            except RuntimeError as error:
+                raise ValueError("config.json: empty mode stack") from error
+
+    monkeypatch.setattr(base, "load_base", load_base)
+    assert refused(monkeypatch, capfd, "generate", "--prompt", "a") == "stopped."
+
+
+def test_an_interrupt_in_a_destructor_is_not_lost(monkeypatch, capfd):
+    class Interrupted:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)  # nothing can be raised there
+    monkeypatch.setattr(base, "load_base", lambda *_: bool(Interrupted()) and throw(OSError("on")))
+    run(monkeypatch, "generate", "--prompt", "a")
+    assert left == [1, 1]
+    assert capfd.readouterr().err.startswith("stopped.\n")
+
+
+def test_a_progress_bar_ends_its_line_before_the_error(monkeypatch, capfd):
+    def load_base(*_):
+        for _ in tqdm([1, 2], file=sys.stderr):
+            raise ValueError("bad")
+
+    monkeypatch.setattr(base, "load_base", load_base)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "generate", "--prompt", "a")
+    assert capfd.readouterr().err.endswith("\nerror: bad\n")
+
+
 def throw(error: BaseException) -> None:
     raise error
 
@@ -698,10 +737,6 @@ def test_ctrl_c_and_sigterm_stop_the_work_and_a_second_one_changes_nothing(
 
 
 def test_a_second_ctrl_c_before_the_first_is_handled_ends_the_command_too(monkeypatch, capfd):
-    def interrupted():
-        monkeypatch.undo()
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(base, "load_base", lambda *_: throw(KeyboardInterrupt()))
     monkeypatch.setattr(__main__, "flush", lambda: throw(KeyboardInterrupt()))
     assert refused(monkeypatch, capfd, "generate", "--prompt", "a") == "stopped."
