@@ -177,6 +177,8 @@ def test_step_calls_the_closure_with_gradients_and_returns_its_loss():
         return loss
 
     weight = model[0].weight.detach().clone()
+    assert optimizer.step() is None  # without gradients
+    assert torch.equal(model[0].weight, weight)
     assert optimizer.step(closure) > 0
     assert not torch.equal(model[0].weight, weight)
 
@@ -275,7 +277,8 @@ def test_a_bad_setting_is_refused_as_argument_in_a_group_and_in_a_state(name, va
 
 @pytest.mark.parametrize(("name", "value"), OPTIONS)
 def test_an_option_that_is_not_implemented_is_refused_in_a_group_and_in_a_state(name, value):
-    refused_in_groups(name, value, f"^{name}(=False)? is not implemented: use torch.optim.Adam")
+    message = f"^{name}(=False)? is not implemented: use torch.optim.AdamW?$"
+    refused_in_groups(name, value, message)
     accepted = {"params": [parameter(3)], name: not value}
     PagedAdamW([accepted]).add_param_group({"params": [parameter(3)], name: not value})
     with pytest.raises(TypeError, match=name):
@@ -333,7 +336,7 @@ def test_the_budget_must_be_an_integer_of_at_least_a_page(value):
         (lambda: [parameter(3, 3).detach().to_sparse()], "contiguous.*sparse_coo"),
         (lambda: [parameter(3, 3).detach().to_sparse_csr()], "contiguous.*sparse_csr"),
         (lambda: [nn.Parameter(parameter(4, 3).t())], r"contiguous.*\(3, 4\)"),
-        (lambda: [parameter(3)] * 2, "a parameter is given twice"),
+        (lambda: [parameter(3)] * 2, "^a parameter is given twice$"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
@@ -531,13 +534,32 @@ def test_what_adamw_accepts_in_a_state_loads():
     m, v = (state["state"][0][name] for name in ("exp_avg", "exp_avg_sq"))
     state["state"] = {"a": {"step": 2, "exp_avg": m.double(), "exp_avg_sq": v.requires_grad_()}}
     state["state"]["b"] = {}
+    state["param_groups"][1]["betas"] = list(state["param_groups"][1]["betas"])
     new = trained()
     for p in parameters(new):
         p.grad = torch.ones_like(p)
     new.step()
     new.load_state_dict(state)
+    expected["param_groups"][1]["betas"] = [0.9, 0.999]
     assert_same(new.state_dict(), expected)
     assert not any(page.host.requires_grad for page in new.pages)
+
+
+@pytest.mark.parametrize("step", [0, 0.5])
+def test_a_state_may_begin_at_step_0_and_between_two_steps(step):
+    theirs, ours = parameter(3), parameter(3)
+    adamw = torch.optim.AdamW([theirs], foreach=False, fused=False)
+    paged = PagedAdamW([ours])
+    theirs.grad = ours.grad = torch.ones(3)
+    adamw.step()
+    state = adamw.state_dict()
+    state["state"][0]["step"] = torch.tensor(float(step))
+    adamw.load_state_dict(copy.deepcopy(state))
+    paged.load_state_dict(copy.deepcopy(state))
+    ours.data.copy_(theirs.data)
+    for optimizer in (adamw, paged):
+        optimizer.step()
+    assert torch.equal(theirs, ours)
 
 
 def test_looking_at_the_state_of_a_parameter_does_not_break_the_state_dict():
@@ -592,24 +614,83 @@ def test_the_default_settings_are_those_of_adamw_and_pages_of_2_mib():
     assert (paged.page_bytes, paged.budget, paged.alternate) == (2 * 1024**2, 16 * 1024**2, True)
 
 
+class Stream:
+    """Stands in for a CUDA stream, and notes what is called."""
+
+    def __init__(self, name: str, calls: list[str]):
+        self.name, self.calls = name, calls
+
+    def wait_stream(self, other) -> None:
+        self.calls.append(f"{self.name} waits for {other.name}")
+
+    def synchronize(self) -> None:
+        self.calls.append(f"{self.name} is done")
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """What is called on the streams of a GPU that we do not have."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(f"copy of {device}", calls))
+    current = Stream("current", calls)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: ("in", stream.name))
+    return calls
+
+
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        (63, "fetch 0, update 0, fetch 1, update 1, fetch 2, update 2"),
-        (64, "fetch 0, fetch 1, update 0, fetch 2, update 1, update 2"),
+        (63, "fetch 0, wait, update 0, fetch 1, wait, update 1, fetch 2, wait, update 2"),
+        (64, "fetch 0, wait, fetch 1, update 0, wait, fetch 2, update 1, wait, update 2"),
     ],
 )
-def test_the_next_page_is_fetched_before_an_update_if_there_is_room_for_two(budget, expected):
-    p, calls = parameter(12), []
+def test_the_next_page_is_fetched_before_an_update_if_there_is_room_for_two(
+    budget, expected, calls
+):
+    p = parameter(12)
     optimizer = PagedAdamW([p], page_bytes=32, device_budget_bytes=budget)  # 4 float32s per page
     fetch, update = optimizer.fetch, optimizer.update
     optimizer.fetch = lambda i: calls.append(f"fetch {i}") or fetch(i)
-    optimizer.update = lambda index, groups: (
-        calls.append(f"update {index}") or update(index, groups)
-    )
+    optimizer.update = lambda i, groups: calls.append(f"update {i}") or update(i, groups)
+    optimizer.streams = {p.device: Stream("copy", calls)}
     p.grad = torch.ones(12)
     optimizer.step()
-    assert ", ".join(calls) == expected
+    assert ", ".join(calls).replace("current waits for copy", "wait") == expected
+
+
+def test_a_gpu_has_one_copy_stream_that_waits_for_earlier_work(calls):
+    optimizer, gpu = trained(), torch.device("cuda", 0)
+    for _ in range(2):
+        assert optimizer.copy_stream(gpu) == ("in", "copy of cuda:0")
+    assert calls == ["copy of cuda:0 waits for current"] * 2
+    assert len({id(stream) for stream in optimizer.streams.values()}) == 1
+    first = optimizer.streams[gpu]
+    optimizer.copy_stream(gpu)
+    assert optimizer.streams[gpu] is first
+    assert optimizer.copy_stream(torch.device("cuda", 1)) == ("in", "copy of cuda:1")
+    assert copy.deepcopy(optimizer).streams == {}
+
+
+def test_copies_are_finished_before_pages_are_read_or_written_elsewhere(calls):
+    optimizer = trained()
+    state = optimizer.state_dict()
+    optimizer.streams = {torch.device("cuda", i): Stream(f"copy {i}", calls) for i in range(2)}
+    for call in (optimizer.state_dict, optimizer.__getstate__):
+        call()
+        assert calls == ["copy 0 is done", "copy 1 is done"]
+        calls.clear()
+    optimizer.load_state_dict(state)
+    assert calls == ["copy 0 is done", "copy 1 is done"]
+
+
+def test_pages_without_a_gradient_stay_where_they_are():
+    first, last = parameter(4), parameter(5)
+    optimizer = PagedAdamW([first, last], page_bytes=32, device_budget_bytes=32)
+    assert len(optimizer.pages) == 3  # 4 float32s per page
+    last.grad = torch.ones(5)
+    optimizer.step()
+    assert optimizer.counters["faults"] == 2
 
 
 def test_pages_and_states_are_in_host_memory_whatever_the_default_device_is():
