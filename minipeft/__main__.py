@@ -67,12 +67,11 @@ def run() -> str | None:
 def line_of(error: BaseException) -> str:
     from minipeft.lab.cli import one_line
 
-    cause = error
-    while cause is not None:  # torch may turn an interrupt into another error
-        if isinstance(cause, KeyboardInterrupt):
-            how = " Continue with --resume." if getattr(cause, "saved", False) else ""
-            return f"{one_line(str(cause)) or 'stopped'}.{how}"
-        cause = cause.__context__
+    if isinstance(error, KeyboardInterrupt):
+        how = " Continue with --resume." if getattr(error, "saved", False) else ""
+        return f"{one_line(str(error)) or 'stopped'}.{how}"
+    if any(getattr(getsignal(number), "raised", False) for number in (SIGINT, SIGTERM)):
+        return "stopped."  # torch has turned the interrupt into another error
     if os.environ.get("MINIPEFT_DEBUG") == "1":
         raise error
     expected = isinstance(error, ValueError | FloatingPointError | OSError)
