@@ -3,7 +3,7 @@ stopped, and then its exit status is 1; or 2 if the options are wrong."""
 
 import os
 import sys
-from signal import SIG_IGN, SIGINT, SIGTERM, default_int_handler, getsignal, signal
+from signal import SIG_IGN, SIGINT, SIGTERM, getsignal, signal
 
 
 def on_stop(handler) -> None:
@@ -14,10 +14,17 @@ def on_stop(handler) -> None:
 
 
 def leave(*_, line: str = "stopped.") -> None:
-    """End at once: one more Ctrl-C cannot interrupt what Python does when it exits."""
+    """End the process at once: what Python does when it exits can be interrupted."""
     on_stop(SIG_IGN)
     os.write(2, f"{line}\n".encode())
     os._exit(1)
+
+
+def unraisable(found) -> None:
+    """Ctrl-C where Python could only print it, as in a destructor, is not lost."""
+    if issubclass(found.exc_type, KeyboardInterrupt):
+        leave()
+    sys.__unraisablehook__(found)
 
 
 def flush() -> None:
@@ -36,41 +43,52 @@ def work() -> None:
         raise OSError("standard output is closed")
     sys.stdout.reconfigure(errors="backslashreplace")  # characters that a terminal does not have
     args = cli.parser().parse_args()
-    import minipeft.lab.finetune  # noqa: F401  (torch, which takes seconds)
+    from minipeft.lab.checkpoint import Interrupt  # imports torch, which takes seconds
 
-    on_stop(default_int_handler)
+    on_stop(Interrupt())
     cli.run(args)
 
 
-def run() -> None:
-    """Work, and make every error one line."""
-    from minipeft.lab.cli import one_line
-
+def run() -> str | None:
+    """Do the work, and return the line that tells how it failed."""
     try:
         try:
             work()
         finally:
             flush()
         on_stop(SIG_IGN)  # nothing is left to stop
+        return None
+    except SystemExit:  # after --help, or a usage error
+        raise
     except BaseException as error:
-        on_stop(SIG_IGN)
-        if isinstance(error, KeyboardInterrupt):
-            how = " Continue with --resume." if getattr(error, "saved", False) else ""
-            leave(line=f"{one_line(str(error)) or 'stopped'}.{how}")
-        if isinstance(error, SystemExit) or os.environ.get("MINIPEFT_DEBUG") == "1":
-            raise
-        expected = isinstance(error, ValueError | FloatingPointError | OSError)
-        kind = "" if expected else f"{type(error).__name__}: "
-        sys.exit(f"error: {one_line(f'{kind}{error}')}")
+        return line_of(error)
+
+
+def line_of(error: BaseException) -> str:
+    from minipeft.lab.cli import one_line
+
+    if isinstance(error, KeyboardInterrupt):
+        how = " Continue with --resume." if getattr(error, "saved", False) else ""
+        return f"{one_line(str(error)) or 'stopped'}.{how}"
+    if any(getattr(getsignal(number), "raised", False) for number in (SIGINT, SIGTERM)):
+        return "stopped."  # torch has turned the interrupt into another error
+    if os.environ.get("MINIPEFT_DEBUG") == "1":
+        raise error
+    expected = isinstance(error, ValueError | FloatingPointError | OSError)
+    kind = "" if expected else f"{type(error).__name__}: "
+    return f"error: {one_line(f'{kind}{error}')}"
 
 
 def main() -> None:
     """Run the command that sys.argv names; with MINIPEFT_DEBUG=1, errors have a traceback."""
+    sys.unraisablehook = unraisable
     on_stop(leave)  # until the work begins
     try:
-        run()
+        line = run()
     except KeyboardInterrupt:  # a second one, before the first was handled
-        leave()
+        line = "stopped."
+    if line is not None:  # by now, progress bars have ended their lines
+        leave(line=line)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from minipeft.base_model import (
     restored_dtypes,
 )
 from minipeft.combine import weighted_adapter
+from minipeft.files import show
 from minipeft.methods.qlora import quantized_layers
 from minipeft.saving import PeftConfig, read_adapter, write_adapter
 
@@ -433,9 +434,10 @@ class PeftModel(nn.Module):
     def _check_new(self, adapter_name: str) -> None:
         if adapter_name in self.adapters:
             raise ValueError(f"there already is an adapter {adapter_name!r}")
-        plain = isinstance(adapter_name, str) and adapter_name
-        if not plain or re.search(r"[./\\]", adapter_name):  # it names a folder
-            raise ValueError(f"adapter_name must not be empty or have . or /, got {adapter_name!r}")
+        plain = isinstance(adapter_name, str) and adapter_name.isprintable()
+        if not (plain and re.fullmatch(r"[^./\\]{1,100}", adapter_name)):  # it names a folder
+            got = show(adapter_name)
+            raise ValueError(f"adapter_name must have 1 to 100 letters, none of . / \\, got {got}")
 
     def _add(self, adapter_name: str, adapter: Adapter) -> None:
         """Called while no adapter is attached."""

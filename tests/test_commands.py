@@ -1,6 +1,7 @@
 """The command line: its options, one-line errors before any work, and how it is stopped."""
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import BASE
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from minipeft import __main__, __version__, gpt
 from minipeft.lab import (
@@ -51,6 +53,7 @@ def handlers(monkeypatch):
     monkeypatch.delenv("MINIPEFT_STEPS", raising=False)
     monkeypatch.setattr(os, "_exit", sys.exit)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # and back, in the end
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -61,18 +64,21 @@ def run(monkeypatch, *words: str) -> None:
     __main__.main()
 
 
-def refused(monkeypatch, capfd, *words: str, status: int = 1) -> str:
-    """The one line with which a command ends."""
+def failed(monkeypatch, capfd, *words: str, status: int = 1) -> tuple[str, str]:
+    """What a command prints, and the one line with which it ends."""
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, *words)
     printed, error = capfd.readouterr()
-    if isinstance(ended.value.code, str):  # Python prints it and ends with status 1
-        error, ended.value.code = f"{error}{ended.value.code}\n", 1
     assert ended.value.code == status
     assert error.count("\n") == 1, error
     assert error.startswith("error: ") or status == 2 or "stopped" in error, error
+    return printed, error.strip()
+
+
+def refused(monkeypatch, capfd, *words: str, status: int = 1) -> str:
+    printed, error = failed(monkeypatch, capfd, *words, status=status)
     assert printed == ""
-    return error.strip()
+    return error
 
 
 @pytest.fixture
@@ -195,6 +201,10 @@ def test_every_number_is_checked_at_its_flag(monkeypatch, capfd, command):
             assert len(error) < 400
 
 
+def test_all_methods_whose_memory_is_computed_can_be_named():
+    assert parsed("memory", "--methods", ",".join(memory.METHODS)).methods == [*memory.METHODS]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_empty_value_is_refused_for_every_flag(monkeypatch, capfd, command):
     for action in subcommand(command)._actions:
@@ -231,6 +241,7 @@ def test_an_empty_value_is_refused_for_every_flag(monkeypatch, capfd, command):
         ("finetune --output o --shard", "--shard needs several processes"),
         ("finetune --output o --shard --resume", "--shard cannot be used with --resume"),
         ("finetune --output o --decay-to base", "must be one of zero, start, got 'base'"),
+        ("memory --methods lora,bitfit", "must be one of full, lora, qlora, got 'bitfit'"),
         ("sweep --learning-rates 1e-3,1e-2", "--learning-rates needs at least three"),
         ("sweep --learning-rates 1e-3,1e-2,0.01", "has an entry twice"),
         ("sweep --method full --sizes 4", "full has no size, got 4"),
@@ -664,6 +675,40 @@ def test_a_stopped_run_is_to_be_continued_only_if_its_state_was_saved(monkeypatc
         assert refused(monkeypatch, capfd, *["finetune", "--output", "out"]) == line
 
 
+def test_an_interrupt_that_becomes_another_error_is_still_an_interrupt(monkeypatch, capfd):
+    def load_base(*_):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        raise ValueError("could not determine the shape")
+
+    monkeypatch.setattr(base, "load_base", load_base)
+    assert refused(monkeypatch, capfd, "generate", "--prompt", "a") == "stopped."
+
+
+def test_an_interrupt_in_a_destructor_is_not_lost(monkeypatch, capfd):
+    class Interrupted:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)  # nothing can be raised there
+    monkeypatch.setattr(base, "load_base", lambda *_: bool(Interrupted()) and throw(OSError("on")))
+    run(monkeypatch, "generate", "--prompt", "a")
+    assert left == [1, 1]
+    assert capfd.readouterr().err.startswith("stopped.\n")
+
+
+def test_a_progress_bar_ends_its_line_before_the_error(monkeypatch, capfd):
+    def load_base(*_):
+        for _ in tqdm([1, 2], file=sys.stderr):
+            raise ValueError("bad")
+
+    monkeypatch.setattr(base, "load_base", load_base)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "generate", "--prompt", "a")
+    assert capfd.readouterr().err.endswith("\nerror: bad\n")
+
+
 def throw(error: BaseException) -> None:
     raise error
 
@@ -689,10 +734,6 @@ def test_ctrl_c_and_sigterm_stop_the_work_and_a_second_one_changes_nothing(
 
 
 def test_a_second_ctrl_c_before_the_first_is_handled_ends_the_command_too(monkeypatch, capfd):
-    def interrupted():
-        monkeypatch.undo()
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(base, "load_base", lambda *_: throw(KeyboardInterrupt()))
     monkeypatch.setattr(__main__, "flush", lambda: throw(KeyboardInterrupt()))
     assert refused(monkeypatch, capfd, "generate", "--prompt", "a") == "stopped."
@@ -777,9 +818,8 @@ def test_compare_prints_its_table_and_writes_its_results_before_it_draws(
 
     monkeypatch.setattr(report, "compare_figure", fail)
     words = ["compare", "--base", str(SMALL), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="error: RuntimeError: no font"):
-        run(monkeypatch, *words)
-    printed = capfd.readouterr().out
+    printed, error = failed(monkeypatch, capfd, *words)
+    assert error == "error: RuntimeError: no font"
     assert "| prompt tuning | 10 | 2 | 2.000 | 1.000 | 2.000 | 0.500 |" in printed
     assert compare.load(tmp_path / "out" / "compare.json") == records
 
@@ -805,20 +845,22 @@ def test_a_sweep_writes_into_its_output_folder_and_not_over_the_committed_result
     assert json.loads((tmp_path / "other.json").read_text()) == entries()
 
 
-def test_a_sweeps_results_are_written_even_if_its_figure_cannot_be_drawn(monkeypatch, tmp_path):
+def test_a_sweeps_results_are_written_even_if_its_figure_cannot_be_drawn(
+    monkeypatch, capfd, tmp_path
+):
     def fail(*args):
         raise RuntimeError("no font")
 
     monkeypatch.setattr(sweep, "sweep", lambda *args: entries())
     monkeypatch.setattr(report, "sweep_figure", fail)
-    with pytest.raises(SystemExit, match="error: RuntimeError: no font"):
-        run(monkeypatch, "sweep", "--base", str(SMALL), "--output", str(tmp_path))
+    failed(monkeypatch, capfd, "sweep", "--base", str(SMALL), "--output", str(tmp_path))
     assert json.loads((tmp_path / "sweep.json").read_text()) == entries()
 
 
 def test_a_sweep_in_which_every_run_diverges_says_so(monkeypatch, capfd, tmp_path):
     points = [{"learning_rate": rate} for rate in (1.0, 2.0, 4.0)]
     monkeypatch.setattr(sweep, "sweep", lambda *args: entries(1.0, points=points))
-    with pytest.raises(SystemExit) as ended:
-        run(monkeypatch, "sweep", "--base", str(SMALL), "--output", str(tmp_path))
-    assert "the best learning rate, 1, is at the edge of the grid" in str(ended.value)
+    words = ["sweep", "--base", str(SMALL), "--output", str(tmp_path)]
+    printed, error = failed(monkeypatch, capfd, *words)
+    assert "| 8 | **inf** | inf | inf |" in printed
+    assert "the best learning rate, 1, is at the edge of the grid" in error

@@ -248,6 +248,7 @@ def test_a_record_survives_json_and_leaves_out_what_does_not_apply(tmp_path):
         ([found | {"score": None}], r"compare\.json: record 0 lacks a score"),
         ([found | {"validation": [{"step": 1}]}], "record 0 lacks a score or losses"),
         ([found, found | {"forgetting": {"on": 1.0}}], "record 1 lacks a score or losses"),
+        ([], r"compare\.json must be a list of records, got \[\]"),
         ([7], r"compare\.json must be a list of records, got \[7\]"),
     ):
         file.write_text(json.dumps(wrong))

@@ -136,10 +136,12 @@ class ShardedFiles(GPTFiles):
     def write(self, folder: Path) -> None:
         super().write(folder)
         tensors = load_file(whole := folder / "model.safetensors")
+        header = safe_open(whole, "pt").metadata()
         whole.unlink()
         files = {n: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, n in enumerate(tensors)}
         for file in set(files.values()):
-            save_file({n: t for n, t in tensors.items() if files[n] == file}, folder / file)
+            part = {n: t for n, t in tensors.items() if files[n] == file}
+            save_file(part, folder / file, header)
         self.outputs.weights = weights_of(folder)
         index = {"metadata": {"total_size": 1}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -48,9 +48,9 @@ def test_disable_adapter_restores_the_base_exactly(gpt, ids):
     assert torch.equal(model.unload()(ids).logits, before)
 
 
-@pytest.mark.parametrize("name", ["../outside", "a.b", "a/b", "a\\b", "", "."])
+@pytest.mark.parametrize("name", ["../outside", "a.b", "a/b", "a\\b", "", ".", "a\nb", "x" * 101])
 def test_an_adapter_name_that_is_no_plain_folder_name_is_refused(gpt, name):
-    with pytest.raises(ValueError, match="adapter_name must not be empty or have"):
+    with pytest.raises(ValueError, match="adapter_name must have 1 to 100 letters, none of"):
         get_peft_model(gpt, LoraConfig(target_modules=ALL), name)
 
 
@@ -1020,7 +1020,7 @@ def test_names_that_cannot_be_right_are_refused(gpt):
     with pytest.raises(ValueError, match=r"only the active adapter can be merged, not \['b'\]"):
         model.merge_adapter(["b"])
     model.merge_adapter(["default"])
-    with pytest.raises(ValueError, match="adapter_name must not be empty or have"):
+    with pytest.raises(ValueError, match="adapter_name must have 1 to 100 letters, none of"):
         model.add_adapter(3, LoraConfig(r=2, target_modules=ALL))
     with pytest.raises(ValueError, match=r"target_modules='\(' is no regex"):
         get_peft_model(GPT(gpt.config), LoraConfig(target_modules="("))
@@ -1178,9 +1178,7 @@ def test_bad_names_of_adapters_are_refused_before_anything_changes(gpt, ids):
     model = adapted(gpt)
     before = model(ids).logits
     for name in ("default", "a.b", "a/b", "a\\b", "", None, 3):
-        with pytest.raises(
-            ValueError, match=r"adapter_name must not be empty|already is an adapter"
-        ):
+        with pytest.raises(ValueError, match=r"adapter_name must have 1 to|already is an adapter"):
             model.add_adapter(name, LoraConfig(r=2, target_modules=["c_fc"]))
         assert list(model.adapters) == ["default"]
     assert torch.equal(model(ids).logits, before)

@@ -155,6 +155,18 @@ def expected(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     return found | random_state()
 
 
+class Interrupt:
+    """A handler of Ctrl-C and SIGTERM that raises KeyboardInterrupt only once: what a command does
+    then is not interrupted again."""
+
+    raised = False
+
+    def __call__(self, number: int, frame) -> None:
+        if not self.raised:
+            self.raised = True
+            raise KeyboardInterrupt
+
+
 @contextmanager
 def delayed_interrupt() -> Iterator[list]:
     """Ctrl-C and SIGTERM no longer interrupt a step: they add to the list. A second one interrupts
@@ -164,12 +176,16 @@ def delayed_interrupt() -> Iterator[list]:
     """
     interrupts: list[int] = []
     before = {number: getsignal(number) for number in (SIGINT, SIGTERM)}
-    handled = [n for n, handler in before.items() if handler in (default_int_handler, SIG_DFL)]
+    handled = [
+        number
+        for number, handler in before.items()
+        if handler in (default_int_handler, SIG_DFL) or isinstance(handler, Interrupt)
+    ]
 
     def once(number: int, frame) -> None:
         interrupts.append(number)
         for other in handled:
-            signal(other, default_int_handler)
+            signal(other, before[other] if callable(before[other]) else default_int_handler)
 
     if current_thread() is not main_thread():
         handled = []

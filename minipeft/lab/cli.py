@@ -215,7 +215,7 @@ def parser() -> argparse.ArgumentParser:
     command = add_command("memory", "where the bytes go, by model shape and method")
     add_option(command, "--shapes", None, "a list of shapes; without it, all", listed(text))
     add_option(command, "--methods", None, "a list from full, lora, qlora; without it, all",
-               listed(text))  # fmt: skip
+               listed(Choice(("full", "lora", "qlora")).parse))  # fmt: skip
     add_option(command, "--rank", 8, "of the adapters", SIZE.parse)
     add_option(command, "--batch-size", 1, "sequences", SIZE.parse)
     add_option(command, "--length", 256, "tokens per sequence", Bounds(int, 2, 65_536).parse)

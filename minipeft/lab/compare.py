@@ -98,7 +98,8 @@ def cells(name: str, row: list[Record], records: list[Record], metric: str) -> d
         return "–" if value is None else format(value, form)
 
     def average(field: str, form: str) -> str:
-        return "–" if getattr(row[0], field) is None else format(mean(row, field), form)
+        known = [record for record in row if getattr(record, field) is not None]
+        return format(mean(known, field), form) if known else "–"
 
     def kilobytes(count: int | None) -> str:
         return f"{count / 1e3:,.0f}" if count else "–"
@@ -147,7 +148,7 @@ def load(file: str | Path) -> list[Record]:
     """The records in a compare.json. Raises ValueError for another file."""
     file = Path(file)
     found = read_json(file, list, 64 * MEBIBYTE)
-    if not has_type(found, list[dict]):
+    if not has_type(found, list[dict]) or not found:
         raise ValueError(f"{file} must be a list of records, got {show(found)}")
     try:
         records = [Record(**check_types(record, Record, file)) for record in found]
