@@ -196,6 +196,7 @@ class Recorder:
         self.calls: dict[str, list[str]] = {}
         self.shared: dict[str, set] = {}  # calls of fixtures that several tests use, by folder
         self.seen: set[str] = set()
+        self.failed: set[str] = set()
         self.package = os.path.abspath("minipeft")
         sys.settrace(self.trace)
         sys.addaudithook(lambda name, _: self.seen.add("subprocess") if name in STARTS else None)
@@ -227,8 +228,14 @@ class Recorder:
         self.seen |= outside
         return result
 
+    def pytest_runtest_logreport(self, report):
+        if report.failed:  # too slow while it is traced, for example
+            self.failed.add(report.nodeid)
+
     def pytest_sessionfinish(self):
-        for test, calls in self.calls.items():
+        print("not used, because they fail while they are recorded:", *self.failed, sep="\n")
+        self.calls = {t: called for t, called in self.calls.items() if t not in self.failed}
+        for test, calls in self.calls.items():  # with the entry "import", before the first test
             used = [more for folder, more in self.shared.items() if test.startswith(folder)]
             self.calls[test] = sorted(set(calls).union(*used))
         Path("calls.json").write_text(json.dumps(self.calls))
@@ -255,7 +262,14 @@ def run_tests(files: list[str], limit: float, plugin=None) -> tuple[str, str]:
         os.dup2(output, 2)
         code = 99
         try:
-            options = ["-x", "--tb=no", "-p", "no:cacheprovider", "-p", "no:nbmake", "-rfE"]
+            options = [
+                "--tb=no" if isinstance(plugin, Recorder) else "-x",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:nbmake",
+                "-rfE",
+            ]
             code = pytest.main([*options, *files], [plugin] if plugin else [])
         finally:
             os._exit(int(code))
@@ -299,8 +313,8 @@ def work(number: int, arguments) -> None:
     files = [file for file in files if not any(word in file for word in skipped)]
     recorded = arguments.log.with_suffix(".calls")
     if arguments.record:
-        result, by = run_tests(files, 1000, Recorder())
-        assert result == "passed", f"the tests must pass first: {by}"
+        run_tests(files, 1500, Recorder())
+        print(Path("output.txt").read_text())
         return recorded.write_bytes(Path("calls.json").read_bytes())
     calls = json.loads(recorded.read_text())
     imported = set(calls.pop("import"))

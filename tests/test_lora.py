@@ -231,6 +231,9 @@ def test_a_bfloat16_base_gets_a_float32_adapter(gpt, ids):
     dtypes = {layer.lora_A.weight.dtype for layer in layers.values()}
     assert dtypes == {torch.float32}, "small steps are lost if A and B are in half precision"
     assert gpt(ids).logits.dtype == torch.bfloat16, "the output must have the dtype of the base"
+    merge_lora(layers)
+    dtypes = {layer.merged_weight.dtype for layer in layers.values()}
+    assert dtypes == {torch.bfloat16}, "W' must have the dtype of W"
 
 
 @pytest.mark.parametrize(

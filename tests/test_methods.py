@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import types
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from minipeft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
+    prompt_adapter,
 )
 from minipeft.lab import DATA
 from minipeft.lab.base import load_tokenizer
@@ -449,6 +451,8 @@ def test_a_new_svd_layer_has_random_factors_and_a_zero_e():
     half = SVDLinear(nn.Linear(3, 3).bfloat16(), config)
     assert {p.dtype for p in (half.lora_A, half.lora_E, half.lora_B)} == {torch.float32}
     assert half(torch.ones(1, 3).bfloat16()).dtype == torch.bfloat16
+    half.merge()
+    assert half.merged_weight.dtype == torch.bfloat16, "W' must have the dtype of W"
 
 
 def test_dropout_of_adalora_acts_on_the_adapters_input_only():
@@ -1300,6 +1304,46 @@ def test_an_adapter_is_made_on_the_device_of_its_base(gpt, name):
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
+@pytest.mark.parametrize("name", PROMPTS)
+def test_inputs_become_as_long_as_the_prompt_by_hand(gpt, name):
+    """Two virtual tokens, and a row with padding on the left."""
+    config = dataclasses.replace(CONFIGS[name](), num_virtual_tokens=2)
+    encoder = get_peft_model(gpt, config).prompt_encoder
+    row = {"input_ids": [[7, 8, 9]], "attention_mask": [[0, 1, 1]], "labels": [[-100, 8, 9]]}
+    row = {key: torch.tensor(value) for key, value in row.items()}
+    found = encoder.prepend(gpt, position_ids=torch.tensor([[0, 0, 1]]), **row)
+    assert found["attention_mask"].tolist() == [[1, 1, 0, 1, 1]]
+    if name.startswith("prefix"):  # nothing is put in front of the tokens
+        assert found["labels"].tolist() == [[-100, 8, 9]]
+        assert found["position_ids"].tolist() == [[2, 2, 3]]
+        assert found["input_ids"].tolist() == [[7, 8, 9]]
+        keys, values = found["past_key_values"][1]
+        assert keys.shape == values.shape == (1, 3, 2, 8)
+    else:
+        assert found["labels"].tolist() == [[-100, -100, -100, 8, 9]]
+        assert found["position_ids"].tolist() == [[0, 1, 2, 2, 3]]
+        words = gpt.transformer.wte(row["input_ids"])
+        assert torch.equal(found["inputs_embeds"][:, 2:], words)
+        assert torch.equal(found["inputs_embeds"][0, :2], encoder.prompt())
+    more = prompt_adapter.after_prompt(2, row["attention_mask"], torch.tensor([[0, 0, 1]]), a=1)
+    assert more["attention_mask"].tolist() == [[1, 1, 0, 1, 1]]
+    assert more["position_ids"].tolist() == [[2, 2, 3]]
+    assert more["a"] == 1
+    assert prompt_adapter.after_prompt(2, a=1) == {"a": 1}
+
+
+def test_generate_sees_the_signature_of_the_models_forward(gpt, ids):
+    """transformers' `generate` reads there which inputs it may pass."""
+
+    class Reads(GPT):
+        def generate(self, input_ids):
+            assert inspect.signature(self.forward) == inspect.signature(super().forward)
+            return self(input_ids).logits
+
+    model = get_peft_model(Reads(gpt.config), CONFIGS["prompt"]()).eval()
+    assert torch.equal(model.generate(ids)[:, 5:], model(ids).logits)
+
+
 @pytest.mark.parametrize("name", ["past_key_values", "cache", "use_cache"])
 def test_a_prompt_takes_no_cache_of_the_caller(gpt, ids, name):
     model = get_peft_model(gpt, CONFIGS["prompt"]()).eval()
@@ -1375,6 +1419,7 @@ def test_prompt_input_and_new_tokens_may_fill_the_context_but_not_exceed_it(gpt,
         check(gpt, args, given | {"max_new_tokens": 17})
         with pytest.raises(ValueError, match=r"5 virtual .* 10 tokens of input and 18 new tokens"):
             check(gpt, args, given | {"max_new_tokens": 18})
+    check(gpt, (ids, None, ["a logits processor"]), {"max_new_tokens": 17})
     check(gpt, (), {"max_new_tokens": 27})
     with pytest.raises(ValueError, match="5 virtual tokens, 0 tokens of input and 28 new tokens"):
         check(gpt, (), {"max_new_tokens": 28})

@@ -185,6 +185,10 @@ def test_a_bfloat16_base_gets_a_float32_adapter(gpt, ids, name):
     model = get_peft_model(gpt.bfloat16(), CONFIGS[name]())
     assert {t.dtype for t in model.adapters["default"].tensors().values()} == {torch.float32}
     assert model(ids).logits.dtype == torch.bfloat16
+    if name == "bitfit":
+        model.merge_adapter()
+        merged = {layer.merged_bias.dtype for layer in model.adapters["default"].layers.values()}
+        assert merged == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1107,6 +1107,8 @@ def test_deleting_the_active_adapter_activates_the_first_of_the_others(gpt):
     for name in "bc":
         model.add_adapter(name, LoraConfig(r=2, target_modules=["c_fc"]))
     model.set_adapter("b")
+    with pytest.raises(ValueError, match="there is no adapter 'd'; known adapters: a, b, c"):
+        model.delete_adapter("d")
     model.delete_adapter("c")
     assert model.active_adapter == "b"
     model.add_adapter("c", LoraConfig(r=2, target_modules=["c_fc"]))

@@ -500,6 +500,15 @@ def test_a_plain_layer_is_frozen_and_in_float32_or_wider():
     assert Linear4bit(nn.Linear(4, 3, bias=False)).plain().bias is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_merged_qlora_layer_computes_in_the_dtype_of_its_input(dtype):
+    layer = by_hand().eval()
+    layer.merge()
+    y = layer(torch.tensor([[1.0, -2.0]], dtype=dtype))
+    assert y.dtype == dtype
+    assert y.tolist() == [[14, 11]]
+
+
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_layers_are_frozen_and_have_the_mode_of_the_model(gpt, bits, mode):
