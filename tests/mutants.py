@@ -4,13 +4,14 @@ python tests/mutants.py LOG --count 200 --seed 1 minipeft/methods/lora.py …
 
 Every mutant is one line of LOG: killed, survived or timeout. A run continues where the last one
 stopped, and draws no mutant that LOG has from another seed. First, all tests run once to record
-which functions each of them calls (LOG.calls): a mutant is only tried on the tests that call its
-function, and on those that start other processes. Two workers run the tests, each in its own copy
-of the repository, which subprocesses see too. A worker imports torch once and forks per mutant.
+which functions each of them calls (LOG.calls; delete it if tests change): a mutant is only tried on
+the tests that call its function, and on those that start other processes. Two workers run the
+tests, each in its own copy of the repository. A worker imports torch once and forks per mutant.
 """
 
 import argparse
 import ast
+import copy
 import importlib
 import json
 import os
@@ -29,7 +30,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# The subprocesses of tests must import the copy too, not the installed package
+# For sitecustomize.py: subprocesses of tests must import the copy too, not the installed package
 SITE = """import sys
 for module in list(sys.modules.values()):
     if "minipeft" in getattr(module, "MAPPING", {}):  # an editable installation
@@ -40,111 +41,91 @@ SLOW_IMPORTS = (
     "torch._dynamo", "torch.utils.checkpoint", "safetensors.torch", "tokenizers", "huggingface_hub",
     "matplotlib.pyplot", "hypothesis",
 )  # fmt: skip
-SWAPPED = {
-    ast.Lt: "<= >", ast.LtE: "< >=", ast.Gt: ">= <", ast.GtE: "> <=", ast.Eq: "!=", ast.NotEq: "==",
-    ast.Is: "is_not", ast.IsNot: "is", ast.In: "not_in", ast.NotIn: "in", ast.Add: "-",
-    ast.Sub: "+", ast.Mult: "/", ast.Div: "* //", ast.FloorDiv: "/", ast.Mod: "*", ast.Pow: "*",
-    ast.BitOr: "&", ast.BitAnd: "|", ast.And: "or", ast.Or: "and",
+OPERATORS = {
+    ast.Lt: [ast.LtE, ast.Gt], ast.LtE: [ast.Lt, ast.GtE], ast.Gt: [ast.GtE, ast.Lt],
+    ast.GtE: [ast.Gt, ast.LtE], ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot],
+    ast.IsNot: [ast.Is], ast.In: [ast.NotIn], ast.NotIn: [ast.In], ast.Add: [ast.Sub],
+    ast.Sub: [ast.Add], ast.Mult: [ast.Div], ast.Div: [ast.Mult, ast.FloorDiv],
+    ast.FloorDiv: [ast.Div], ast.Mod: [ast.Mult], ast.Pow: [ast.Mult], ast.BitOr: [ast.BitAnd],
+    ast.BitAnd: [ast.BitOr], ast.And: [ast.Or], ast.Or: [ast.And], ast.MatMult: [],
 }  # fmt: skip
-
-METHODS_TO_DROP = ("clone", "detach", "contiguous", "to", "float", "eval", "train", "copy", "abs")
-FUNCTIONS_TO_DROP = ("sorted", "list", "tuple", "dict", "set", "int", "float", "str", "abs", "len")
+# Calls that may be left out: x.clone() becomes x, and sorted(x) becomes x
+METHODS = ("clone", "detach", "contiguous", "to", "float", "eval", "train", "copy", "abs")
+FUNCTIONS = ("sorted", "list", "tuple", "dict", "set", "int", "float", "str", "abs", "len")
 
 
 def nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """What may be mutated: no docstrings, annotations, demos or texts inside f-strings."""
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-        return
-    if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
+    """What may be mutated: no docstrings, annotations, demos or parts of f-strings."""
+    docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    demo = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+    if docstring or demo:
         return
     yield node
     for field, value in ast.iter_fields(node):
-        if field in ("annotation", "returns") or isinstance(node, ast.JoinedStr):
-            continue
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST):
-                yield from nodes(child)
+        if field not in ("annotation", "returns") and not isinstance(node, ast.JoinedStr):
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    yield from nodes(child)
 
 
-def changes(node: ast.AST) -> Iterator[str]:
-    """The sources that can replace this node."""
-    text = ast.unparse
-    if isinstance(node, ast.Compare):
-        parts = [node.left, *node.comparators]
-        for i, op in enumerate(node.ops):
-            for new in SWAPPED[type(op)].split():
-                pairs = zip(node.ops, map(text, parts[1:]), strict=True)
-                signs = [new.replace("_", " ") if k == i else None for k in range(len(parts) - 1)]
-                yield (
-                    f"({text(parts[0])} "
-                    + " ".join(
-                        f"{sign or sign_of(old)} ({right})"
-                        for sign, (old, right) in zip(signs, pairs, strict=True)
-                    )
-                    + ")"
-                )
-    elif isinstance(node, ast.BinOp):
-        left, right = text(node.left), text(node.right)
-        for new in SWAPPED.get(type(node.op), "").split():
-            yield f"(({left}) {new} ({right}))"
-        if isinstance(node.op, ast.MatMult):
-            yield f"(({right}) @ ({left}))"
-        yield from (f"({left})", f"({right})")
-    elif isinstance(node, ast.BoolOp):
-        values = [f"({text(value)})" for value in node.values]
-        yield "(" + f" {SWAPPED[type(node.op)]} ".join(values) + ")"
-        yield from values
-    elif isinstance(node, ast.UnaryOp):
-        yield f"({text(node.operand)})"
-    elif isinstance(node, ast.IfExp):
-        yield from (f"({text(node.body)})", f"({text(node.orelse)})")
-    elif isinstance(node, ast.JoinedStr) or (
-        isinstance(node, ast.Constant) and isinstance(node.value, str)
-    ):
-        yield '"XX"'
-    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
-        yield str(not node.value)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
-        yield from (f"({node.value + 1})", f"({node.value - 1})")
-    elif isinstance(node, ast.Constant) and isinstance(node.value, float):
-        yield from (f"({2 * node.value or 1.0})", f"({node.value / 2})")
-    elif isinstance(node, ast.Slice):
-        for part in ("lower", "upper", "step"):
-            if getattr(node, part) is not None:
-                yield text(ast.Slice(**{**vars(node), part: None}))
-    elif isinstance(node, ast.Return) and node.value is not None:
-        yield "return None"
-    elif isinstance(node, (ast.Assign, ast.Raise, ast.Break, ast.Continue, ast.Delete)) or (
-        isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
-    ):
-        yield "pass"
-    elif isinstance(node, ast.AugAssign):
-        yield "pass"
-        for new in SWAPPED.get(type(node.op), "").split():
-            yield f"{text(node.target)} {new}= {text(node.value)}"
-    elif isinstance(node, ast.Call):
-        args, function = [*node.args, *node.keywords], text(node.func)
-        if len(args) > 1:
-            for i in range(len(args)):
-                yield f"{function}({', '.join(map(text, args[:i] + args[i + 1 :]))})"
-        for i in range(len(node.args) - 1):
-            swapped = [*args[:i], args[i + 1], args[i], *args[i + 2 :]]
-            yield f"{function}({', '.join(map(text, swapped))})"
-        name = function.rpartition(".")[2]
-        if isinstance(node.func, ast.Attribute) and name in METHODS_TO_DROP:
-            yield f"({text(node.func.value)})"
-        if len(node.args) == 1 and ("dropout" in name or name in FUNCTIONS_TO_DROP):
-            yield f"({text(node.args[0])})"
-    if isinstance(node, (ast.Call, ast.Compare, ast.BoolOp, ast.Name)) and hasattr(node, "is_test"):
-        yield f"(not ({text(node)}))"
+def changes(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that can replace this one."""
 
+    def new(**fields) -> ast.AST:
+        changed = copy.copy(node)
+        vars(changed).update(fields)
+        return changed
 
-def sign_of(op: ast.cmpop) -> str:
-    return ast.unparse(ast.Compare(ast.Name("a"), [op], [ast.Name("b")]))[2:-2]
+    match node:
+        case ast.Compare(ops=ops):
+            for i, op in enumerate(ops):
+                for other in OPERATORS[type(op)]:
+                    yield new(ops=[*ops[:i], other(), *ops[i + 1 :]])
+        case ast.BinOp(left=left, right=right, op=op):
+            yield from (new(op=other()) for other in OPERATORS[type(op)])
+            yield from (left, right, new(left=right, right=left))
+        case ast.BoolOp(values=values, op=op):
+            yield from (new(op=OPERATORS[type(op)][0]()), *values)
+        case ast.UnaryOp(operand=operand):
+            yield operand
+        case ast.IfExp(body=body, orelse=orelse):
+            yield from (body, orelse)
+        case ast.JoinedStr() | ast.Constant(value=str()):
+            yield ast.Constant("XX")
+        case ast.Constant(value=bool(value)):
+            yield ast.Constant(not value)
+        case ast.Constant(value=int(value)):
+            yield from (ast.Constant(value + 1), ast.Constant(value - 1))
+        case ast.Constant(value=float(value)):
+            yield from (ast.Constant(2 * value or 1.0), ast.Constant(value / 2))
+        case ast.Slice():
+            yield from (new(**{part: None}) for part in ("lower", "upper", "step"))
+        case ast.Return(value=ast.expr()):
+            yield ast.Return(ast.Constant(None))
+        case ast.Raise() | ast.Assign() | ast.Delete() | ast.Break() | ast.Continue():
+            yield ast.Pass()
+        case ast.Expr(value=ast.Call()):
+            yield ast.Pass()
+        case ast.AugAssign(op=op):
+            yield from (ast.Pass(), *(new(op=other()) for other in OPERATORS[type(op)]))
+        case ast.Call(func=function, args=args, keywords=keywords):
+            if len(args) + len(keywords) > 1:
+                yield from (new(args=args[:i] + args[i + 1 :]) for i in range(len(args)))
+                for i in range(len(keywords)):
+                    yield new(keywords=keywords[:i] + keywords[i + 1 :])
+            for i in range(len(args) - 1):
+                yield new(args=[*args[:i], args[i + 1], args[i], *args[i + 2 :]])
+            name = ast.unparse(function).rpartition(".")[2]
+            if isinstance(function, ast.Attribute) and name in METHODS:
+                yield function.value
+            if len(args) == 1 and ("dropout" in name or name in FUNCTIONS):
+                yield args[0]
+    if hasattr(node, "is_condition"):
+        yield ast.UnaryOp(ast.Not(), node)
 
 
 def mutants(file: str) -> Iterator[list[dict]]:
-    """For every place in a file that can be changed, the changes as (start, end, new) in bytes."""
+    """For every place in a file that can be changed: its changes, with positions in bytes."""
     source = (ROOT / file).read_bytes()
     starts = [0]
     for line in source.splitlines(keepends=True):
@@ -153,29 +134,27 @@ def mutants(file: str) -> Iterator[list[dict]]:
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     firsts = {f: min(n.lineno for n in (f, *f.decorator_list)) for f in functions}
     for node in nodes(tree):
-        if isinstance(node, (ast.If, ast.IfExp, ast.While)):
-            node.test.is_test = True
-        if not hasattr(node, "lineno"):
-            continue
-        start = starts[node.lineno - 1] + node.col_offset
-        end = starts[node.end_lineno - 1] + node.end_col_offset
-        old = source[start:end].decode()
-        inside = [first for f, first in firsts.items() if first <= node.lineno <= f.end_lineno]
-        found = []
-        for new in dict.fromkeys(changes(node)):
-            try:
-                ast.parse(source[:start] + new.encode() + source[end:])
-            except SyntaxError:
-                continue
-            where = {"file": file, "line": node.lineno, "start": start, "end": end}
-            where["calls"] = [f"{file}:{first}" for first in inside] or [file]
-            found.append(where | {"kind": type(node).__name__, "old": old, "new": new})
-        for decorator in getattr(node, "decorator_list", []):
-            a = starts[decorator.lineno - 1] + decorator.col_offset - 1
-            b = starts[decorator.end_lineno - 1] + decorator.end_col_offset
-            where = {"file": file, "line": decorator.lineno, "start": a, "end": b}
-            where["calls"] = [f"{file}:{first}" for first in inside] or [file]
-            found.append(where | {"kind": "decorator", "old": source[a:b].decode(), "new": ""})
+        if isinstance(node, ast.If | ast.IfExp | ast.While):
+            node.test.is_condition = True
+        inside = [
+            f"{file}:{first}"
+            for f, first in firsts.items()
+            if first <= getattr(node, "lineno", 0) <= f.end_lineno
+        ]
+
+        def mutant(where: ast.AST, new: str, before: int = 0, inside=inside) -> dict:
+            start = starts[where.lineno - 1] + where.col_offset - before
+            end = starts[where.end_lineno - 1] + where.end_col_offset
+            return {
+                "file": file, "line": where.lineno, "start": start, "end": end, "new": new,
+                "old": source[start:end].decode(), "calls": inside or [file],
+            }  # fmt: skip
+
+        found = [mutant(d, "", 1) for d in getattr(node, "decorator_list", [])]  # with the @
+        for changed in changes(node):
+            text = ast.unparse(changed)
+            expression = isinstance(node, ast.expr) and not isinstance(node, ast.Slice)
+            found.append(mutant(node, f"({text})" if expression else text))
         if found:
             yield found
 
@@ -184,13 +163,30 @@ def key(m: dict) -> tuple:
     return m["file"], m.get("old"), m["new"], m["start"]
 
 
+def is_valid(m: dict) -> bool:
+    """Whether the mutant is Python, and another program than the original."""
+    source = (ROOT / m["file"]).read_bytes()
+    try:
+        tree = ast.parse(source[: m["start"]] + m["new"].encode() + source[m["end"] :])
+    except SyntaxError:
+        return False
+    return ast.dump(tree) != ast.dump(ast.parse(source))
+
+
 def draw(files: list[str], count: int, seed: int, log: list[dict]) -> list[dict]:
-    """`count` mutants, one of each place, none that the log has from another seed."""
+    """`count` mutants, at most one of each place, none that the log has from another seed."""
     rng = random.Random(seed)
-    places = [place for file in sorted(files) for place in mutants(file)]
-    drawn = [rng.choice(place) for place in rng.sample(places, len(places))]
     others = {key(m) for m in log if m["seed"] != seed}
-    return [m | {"seed": seed} for m in drawn if key(m) not in others][:count]
+    places = [place for file in sorted(files) for place in mutants(file)]
+    drawn = []
+    for place in rng.sample(places, len(places)):
+        options = rng.sample(place, len(place))
+        m = next((m for m in options if key(m) not in others and is_valid(m)), None)
+        if m is not None:
+            drawn.append(m | {"seed": seed})
+        if len(drawn) == count:
+            break
+    return drawn
 
 
 class Recorder:
@@ -253,6 +249,7 @@ def run_tests(files: list[str], limit: float, plugin=None) -> tuple[str, str]:
     pid = os.fork()
     if pid == 0:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
         output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -302,7 +299,8 @@ def work(number: int, arguments) -> None:
     files = [file for file in files if not any(word in file for word in skipped)]
     recorded = arguments.log.with_suffix(".calls")
     if arguments.record:
-        assert run_tests(files, 1000, Recorder())[0] == "passed", "the tests must pass first"
+        result, by = run_tests(files, 1000, Recorder())
+        assert result == "passed", f"the tests must pass first: {by}"
         return recorded.write_bytes(Path("calls.json").read_bytes())
     calls = json.loads(recorded.read_text())
     imported = set(calls.pop("import"))

@@ -72,6 +72,7 @@ def test_a_subclass_that_does_not_compute_wx_is_refused_and_skipped_by_all_linea
 def test_a_subclass_is_tested_in_the_dtype_of_its_weight(dtype):
     model = nn.Sequential(ByHand(8, 6)).to(dtype)
     assert list(find_targets(model, ["0"])) == ["0"]
+    assert list(find_targets(model.to("meta"), ["0"])) == ["0"], "nothing can be computed there"
 
 
 def test_a_subclass_that_computes_wx_only_at_small_inputs_is_refused():
