@@ -280,7 +280,7 @@ def fuzz(run, world: Path, n: int) -> None:
 
 def test_a_random_command_line_ends_well(monkeypatch, tmp_path, stand_ins):
     monkeypatch.chdir(tmp_path)  # and back, in the end
-    fuzz(end_of, make_world(tmp_path), 120)
+    fuzz(end_of, make_world(tmp_path), 50)
 
 
 # --- in processes of their own ---
