@@ -26,6 +26,7 @@ import math
 from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,8 @@ class PagedAdamW(torch.optim.Optimizer):
     If the budget is smaller than the state, visiting the pages in the same order every step never
     finds one on the device: the next page needed was evicted earlier. `alternate` reverses the
     order after every step, so a step starts with the pages that the last one left on the device.
-    Raises ValueError for a setting out of range and for a parameter that is not contiguous.
+    Cast or move a model before you make its optimizer. Every method raises ValueError, before it
+    changes anything, for what AdamW refuses and for what is not implemented here.
     """
 
     def __init__(
@@ -57,16 +59,16 @@ class PagedAdamW(torch.optim.Optimizer):
         device_budget_bytes: int = 2**24, alternate: bool = True,
     ):  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        if min(lr, eps, weight_decay, *betas) < 0 or max(betas) >= 1:
-            raise ValueError(f"settings must not be negative, and betas below 1, got {defaults}")
-        if page_bytes < 16:
-            raise ValueError(f"page_bytes must be at least 16 (two float64s), got {page_bytes}")
-        if device_budget_bytes < page_bytes:
-            raise ValueError(f"{device_budget_bytes=} must be at least one page of {page_bytes}")
+        check_group(defaults, [])
+        if type(page_bytes) is not int or page_bytes < 16:  # two float64s
+            raise ValueError(f"page_bytes must be an integer of at least 16, got {page_bytes!r}")
+        if type(device_budget_bytes) is not int or device_budget_bytes < page_bytes:
+            raise ValueError(f"{device_budget_bytes=} must be an integer of at least {page_bytes=}")
         self.page_bytes = page_bytes
         self.budget = device_budget_bytes
         self.alternate = alternate
         self.pages: list[Page] = []
+        self.kinds: dict[nn.Parameter, tuple] = {}  # what each parameter's pages were made for
         self.resident: OrderedDict[int, Tensor] = OrderedDict()  # least recently used first
         self.streams: dict[torch.device, torch.cuda.Stream] = {}  # one copy stream per GPU
         self.counters = dict.fromkeys(("hits", "faults", "evictions", "bytes_in", "bytes_out"), 0)
@@ -78,6 +80,12 @@ class PagedAdamW(torch.optim.Optimizer):
         """Take one AdamW step, page by page; the next page is copied while this one is updated."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         groups = {p: g for g in self.param_groups for p in g["params"] if p.grad is not None}
+        for p, group in groups.items():
+            check_group(group, [p])
+            if (was := self.kinds.get(p)) != kind(p):
+                raise ValueError(f"a parameter of {was} became {kind(p)}: make a new PagedAdamW")
+            if kind(p.grad) != kind(p):
+                raise ValueError(f"a gradient must be {kind(p)}, got {kind(p.grad)}")
         for p in groups:
             self.state[p]["step"] = self.state[p].get("step", 0) + 1
         order = [i for i, page in enumerate(self.pages) if any(s[0] in groups for s in page.slices)]
@@ -107,7 +115,7 @@ class PagedAdamW(torch.optim.Optimizer):
             w.mul_(1 - lr * groups[p]["weight_decay"])  # (1)
             m.lerp_(g, 1 - beta1)  # (2)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)  # (2)
-            denominator = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(groups[p]["eps"])
+            denominator = v.sqrt().div_((1 - beta2**t) ** 0.5).add_(groups[p]["eps"])
             w.addcdiv_(m, denominator, value=-lr / (1 - beta1**t))  # (3)
 
     def fetch(self, index: int) -> None:
@@ -142,9 +150,13 @@ class PagedAdamW(torch.optim.Optimizer):
     def add_param_group(self, group: dict) -> None:
         """Add parameters and assign each element's moments to a place in a page."""
         super().add_param_group(group)
-        for p in self.param_groups[-1]["params"]:
-            if not p.is_contiguous():
-                raise ValueError(f"parameters must be contiguous, got strides {p.stride()}")
+        try:
+            check_group(group, group["params"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for p in group["params"]:
+            self.kinds[p] = kind(p)
             size = self.page_bytes // (2 * p.element_size())  # elements per page
             pin = p.device.type == "cuda"  # only pinned memory is copied asynchronously
             same = [x for x in self.pages if (x.host.dtype, x.device) == (p.dtype, p.device)]
@@ -171,39 +183,92 @@ class PagedAdamW(torch.optim.Optimizer):
             for p, part, where in page.slices:
                 moments[p].view(2, -1)[:, part] = memory[:, where]
         for i, state in packed["state"].items():
-            step = torch.tensor(float(state["step"]), device="cpu")
+            step = torch.tensor(float(state.get("step", 0)), device="cpu")
             m, v = moments[parameters[i]]
             packed["state"][i] = {"step": step, "exp_avg": m, "exp_avg_sq": v}  # not self.state's
         return packed
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load AdamW's state dict or ours. Raises ValueError if it does not match."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        saved, moments = state_dict["state"], {}
-        if any(g.get("amsgrad") or g.get("maximize") for g in state_dict["param_groups"]):
-            raise ValueError("a state with amsgrad or maximize is not supported: use plain AdamW's")
-        for i, p in enumerate(parameters):
-            if i in saved:
-                m, v = saved[i]["exp_avg"].cpu(), saved[i]["exp_avg_sq"].cpu()
-                if not m.shape == v.shape == p.shape:
-                    shapes = f"{tuple(m.shape)} and {tuple(v.shape)}, expected {tuple(p.shape)}"
-                    raise ValueError(f"the moments of parameter {i} have shapes {shapes}")
-                moments[p] = torch.stack((m, v)).view(2, -1)  # (2, elements)
-        super().load_state_dict(state_dict | {"state": {}})  # the moments go into the pages
-        for i, state in saved.items():
-            self.state[parameters[i]]["step"] = int(state["step"])
+        try:
+            loaded = check_state(state_dict, self.param_groups)
+        except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+            raise ValueError(f"this is not AdamW's state dict: {error!r:.200}") from error
         self.wait()
+        super().load_state_dict(state_dict | {"state": {}})  # the moments go into the pages
+        self.state.update({p: {"step": step} for p, (step, _) in loaded.items()})
         self.resident.clear()
         for page in self.pages:
             page.host.zero_()
             for p, part, where in page.slices:
-                if p in moments:
-                    page.host[:, where] = moments[p][:, part]
+                if p in loaded:
+                    page.host[:, where] = loaded[p][1][:, part]
+
+    def __getstate__(self) -> dict:
+        """What copy.deepcopy and pickle copy: all except the copy streams."""
+        self.wait()
+        own = "alternate", "budget", "counters", "kinds", "page_bytes", "pages", "resident", "steps"
+        return super().__getstate__() | {k: getattr(self, k) for k in own} | {"streams": {}}
 
     def wait(self) -> None:
         """Wait until all copies have finished."""
         for stream in self.streams.values():
             stream.synchronize()
+
+
+def kind(x: Tensor) -> tuple:
+    return x.layout, x.dtype, x.device, tuple(x.shape)
+
+
+def check_group(group: dict, parameters: list[Tensor]) -> None:
+    """Raises ValueError for a setting or parameter that AdamW or this file does not support."""
+    for name in ("lr", "eps", "weight_decay"):
+        value = group.get(name)
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    betas = group.get("betas")
+    good = isinstance(betas, (tuple, list)) and [isinstance(b, float) and 0 <= b < 1 for b in betas]
+    if good != [True, True]:
+        raise ValueError(f"betas must be two floats in [0, 1), got {betas!r}")
+    for name in ("amsgrad", "maximize", "capturable", "differentiable"):
+        if group.get(name):
+            raise ValueError(f"{name} is not implemented: use torch.optim.AdamW")
+    if not group.get("decoupled_weight_decay", True):
+        raise ValueError("decoupled_weight_decay=False is not implemented: use torch.optim.Adam")
+    if len(set(parameters)) < len(parameters):
+        raise ValueError("a parameter is given twice")
+    for p in parameters:
+        if not p.is_floating_point() or p.layout != torch.strided or not p.is_contiguous():
+            raise ValueError(f"a parameter must be floating-point and contiguous, got {kind(p)}")
+
+
+def check_state(state_dict: dict, groups: list[dict]) -> dict[nn.Parameter, tuple[float, Tensor]]:
+    """Check all of AdamW's state dict. Returns each parameter's step and moments, (2, elements)."""
+    saved, states = state_dict["param_groups"], state_dict["state"]
+    sizes, expected = ([len(group["params"]) for group in each] for each in (saved, groups))
+    ids = [i for group in saved for i in group["params"]]
+    if sizes != expected or len(set(ids)) < len(ids):
+        raise ValueError(f"the groups must have {expected} different parameters, got {sizes}")
+    if unknown := states.keys() - set(ids):
+        raise ValueError(f"no group has the parameters {unknown} of the state")
+    for group in saved:
+        check_group(group, [])
+    loaded = {}
+    for i, p in zip(ids, (p for group in groups for p in group["params"]), strict=True):
+        state = dict(states.get(i, {}))
+        if not state:  # no step yet
+            continue
+        step = torch.as_tensor(state["step"], device="cpu").item()
+        if not 0 <= step < math.inf:
+            raise ValueError(f"the step of parameter {i} must be finite and at least 0, got {step}")
+        m, v = (state[name].detach().cpu() for name in ("exp_avg", "exp_avg_sq"))
+        if not m.shape == v.shape == p.shape or not m.is_floating_point() & v.is_floating_point():
+            raise ValueError(f"parameter {i} is {kind(p)}, its moments are {kind(m)}, {kind(v)}")
+        moments = torch.stack((m, v)).to(p.dtype).view(2, -1)
+        if not (moments.isfinite().all() & (moments[1] >= 0).all()).item():
+            raise ValueError(f"the moments of parameter {i} must be finite, and exp_avg_sq from 0")
+        loaded[p] = step, moments
+    return loaded
 
 
 if __name__ == "__main__":  # the same numbers as AdamW, with 6 of 11 pages on the device
