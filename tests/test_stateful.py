@@ -430,8 +430,8 @@ def run(seeds: int, sequences: int, calls: int, *phases: Phase) -> None:
     first = random.randrange(10**9) if first == "random" else int(first)
     print(f"MINIPEFT_SEED={first}")
     options = settings(
-        max_examples=sequences, stateful_step_count=calls, phases=phases, report_multiple_bugs=False,
-        database=None, deadline=None, suppress_health_check=list(HealthCheck),
+        max_examples=sequences, stateful_step_count=calls, phases=phases, database=None,
+        report_multiple_bugs=False, deadline=None, suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     for number in range(first, first + seeds):
         stateful.run_state_machine_as_test(seed(number)(Calls), settings=options)
