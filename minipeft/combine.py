@@ -99,7 +99,10 @@ def weighted_adapter(
         for name, layer in summed.layers.items():
             pairs = zip(weights, adapters, strict=True)
             found = [(w, adapter.layers[name]) for w, adapter in pairs if name in adapter.layers]
-            loras = [(w, x.scaling, x.lora_A.weight, x.lora_B.weight) for w, x in found]
+            wide = layer.lora_A.weight.dtype  # at least float32: PyTorch has no SVD in float16
+            loras = [
+                (w, x.scaling, x.lora_A.weight.to(wide), x.lora_B.weight.to(wide)) for w, x in found
+            ]
             a, b = COMBINATIONS[combination_type](loras, r)
             layer.lora_A.weight.copy_(a)
             layer.lora_B.weight.copy_(b)

@@ -54,7 +54,7 @@ def read_start(file: Path, n: int) -> bytes:
 
 def read_text(file: Path, limit: int) -> str:
     """The text of a UTF-8 file of at most `limit` bytes, with or without a byte order mark."""
-    if file.is_file() and file.stat().st_size > limit:
+    if os.path.isfile(file) and file.stat().st_size > limit:
         raise ValueError(f"{file} is larger than {limit // MEBIBYTE} MiB")
     try:
         return read_start(file, limit).decode("utf-8-sig")

@@ -199,8 +199,8 @@ def mutate_tensors(data: bytes, chance: random.Random) -> tuple[str, bytes, bool
     new = tensors.get(name)
     same = new is not None and new.shape == old.shape and f"{name}_" not in tensors
     same &= len(tensors) == len(json.loads(header)) - (metadata is not None)
-    if same and new.is_floating_point() == old.is_floating_point():
-        wrong = not new.isfinite().all()
+    if same and new.is_floating_point() and old.is_floating_point():
+        wrong = not new.float().isfinite().all()
     else:
         wrong = not same or new.dtype != old.dtype
     return f"{what} of {name}", save(tensors, metadata), wrong

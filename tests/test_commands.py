@@ -246,6 +246,7 @@ def test_an_empty_value_is_refused_for_every_flag(monkeypatch, capfd, command):
         ("sweep --learning-rates 1e-3,1e-2,0.01", "has an entry twice"),
         ("sweep --method full --sizes 4", "full has no size, got 4"),
         ("sweep --results notes.txt", "--results must be a .json file, got notes.txt"),
+        ("generate --prompt a --temperature 1e-7", "--temperature must be 0 or at least 1e-6, got"),
         ("generate --prompt a --top-k 5", "--top-k needs a --temperature above 0"),
         ("generate --prompt a --top-k 5 --temperature 0", "--top-k needs a --temperature above 0"),
         ("generate --prompt a --top-k 0 --temperature 1", "--top-k: must be a positive integer"),
@@ -525,6 +526,20 @@ def test_pretraining_on_a_text_whose_held_out_part_fills_no_window_keeps_the_mod
     (tmp_path / "text.txt").write_text("The names: Ann, Bob.\n<|endoftext|>\n" * 100)
     run(monkeypatch, *f"pretrain --text text.txt --output base --steps 1 {SHAPE}".split())
     assert base.load_base("base").pretrained.config.n_embd == 32
+
+
+def test_pretraining_that_is_stopped_before_the_tokenizer_is_written_leaves_no_old_one(
+    monkeypatch, capfd, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "tokenizer.json").write_text("old")
+    (tmp_path / "text.txt").write_text("The names: Ann, Bob.\n<|endoftext|>\n" * 100)
+    monkeypatch.setattr(gpt.GPT, "save_pretrained", lambda *_: throw(KeyboardInterrupt()))
+    words = f"pretrain --text text.txt --output base --steps 1 {SHAPE}".split()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *words)
+    assert not (tmp_path / "base" / "tokenizer.json").exists()
 
 
 def test_from_a_text_file_to_a_merged_model_by_commands(monkeypatch, capfd, files):

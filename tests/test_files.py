@@ -4,13 +4,23 @@ import json
 import os
 import re
 import shutil
+from dataclasses import fields
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minipeft import GPT, AdaLoraConfig, LoraConfig, PeftModel, files, get_peft_model, saving
+from minipeft import (
+    GPT,
+    AdaLoraConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    files,
+    get_peft_model,
+    saving,
+)
 
 WEIGHTS, CONFIG = saving.WEIGHTS, saving.CONFIG
 ATTENTION = ["attn.c_attn", "attn.c_proj"]
@@ -232,3 +242,106 @@ def test_a_strangers_pattern_is_never_run(gpt, folder, ids):
     model = PeftModel.from_pretrained(gpt, folder)
     assert torch.equal(model(ids).logits, expected)
     assert model.peft_config["default"].target_modules == r"((((\w|\.)+)+)+)+!"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [saving.DEFAULTS, dict.fromkeys(saving.FREE_KEYS, "anything"), {"other": None, "more": []}],
+    ids=["defaults", "free", "empty"],
+)
+def test_settings_of_peft_that_have_no_meaning_here_are_accepted(gpt, folder, keys):
+    change_config(folder, **{k: v for k, v in keys.items() if k not in ("bias", "r")})
+    PeftModel.from_pretrained(gpt, folder)
+    change_config(folder, unknown=keys)
+    with pytest.raises(ValueError, match=r"unknown=\{.* is not implemented here"):
+        PeftModel.from_pretrained(gpt, folder)
+
+
+def test_settings_for_training_may_be_edited():
+    """All other settings change the output of a saved adapter: their names are written out here."""
+    training = set(saving.TRAINING_ONLY)
+    assert {f.name for f in fields(AdaLoraConfig)} - training == {
+        "init_r", "lora_alpha", "target_modules", "rank_pattern", "bias", "peft_type",
+    }  # fmt: skip
+    assert {f.name for f in fields(PromptTuningConfig)} - training == {
+        "num_virtual_tokens", "token_dim", "peft_type",
+    }  # fmt: skip
+    config = AdaLoraConfig(target_modules=["c_fc"], total_step=9)
+    changed = AdaLoraConfig(target_modules=["c_fc"], total_step=99, beta1=0.5, target_r=2)
+    assert files.digest(config, training) == files.digest(changed, training)
+
+
+def test_a_name_of_300_characters_is_not_too_long(tmp_path):
+    files.write_tensors(tmp_path / "x", {"n" * 300: torch.ones(1)}, {})
+    assert list(files.read_header(tmp_path / "x")[0]) == ["n" * 300]
+
+
+def test_a_file_that_the_system_cannot_open_is_named(tmp_path):
+    name = "x" * 300
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: File name too long"):
+        files.read_text(tmp_path / name, 10)
+
+
+# --- models on the meta device ---
+
+
+def test_a_model_with_integer_parameters_gets_a_copy_without_memory(gpt):
+    gpt.codes = torch.nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    twin = saving.on_meta(gpt)
+    assert all(p.is_meta for p in twin.parameters())
+    assert [p.requires_grad for p in twin.parameters()] == [
+        p.requires_grad for p in gpt.parameters()
+    ]
+    assert not any(p.is_meta for p in gpt.parameters())
+    assert twin.lm_head.weight is twin.transformer.wte.weight
+
+
+class Doubled(torch.nn.Linear):
+    """Computes W x + b in a `forward` of its own."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_an_adapter_on_a_subclass_of_linear_is_loaded(gpt, tmp_path):
+    gpt.transformer.h[0].mlp.c_fc = Doubled(24, 96)
+    model = get_peft_model(gpt, LoraConfig(target_modules=["c_fc"]))
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(model.unload(), tmp_path)
+
+
+# --- GPT-2 folders ---
+
+
+def test_a_folder_of_openai_has_masks_that_are_left_out(gpt, ids, tmp_path):
+    gpt.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    masks = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 32, 32, dtype=torch.bool),
+        "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+    }
+    save_file(load_file(file) | masks, file)
+    again = GPT.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, gpt(ids).logits)
+    assert all(p.is_contiguous() for p in again.parameters())
+
+
+def test_the_written_config_names_the_class_of_transformers(gpt, tmp_path):
+    gpt.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
+        "GPT2LMHeadModel"
+    ]
+
+
+def test_only_what_is_needed_is_downloaded(gpt, tmp_path, monkeypatch):
+    gpt.save_pretrained(tmp_path)
+
+    def download(name, allow_patterns):
+        assert name == "someone/model"
+        assert set(allow_patterns) == {
+            "config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json",
+        }  # fmt: skip
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert GPT.from_pretrained("someone/model").name_or_path == "someone/model"

@@ -336,7 +336,7 @@ def first_number() -> int:
 
 
 @pytest.mark.parametrize(
-    "count", [300, pytest.param(5000, marks=pytest.mark.slow)], ids=["some", "many"]
+    "count", [200, pytest.param(5000, marks=pytest.mark.slow)], ids=["some", "many"]
 )
 def test_a_mutated_file_loads_as_a_valid_object_or_raises_one_clear_error(formats, tmp_path, count):
     """With MINIPEFT_SEED=random, other mutations each time; each fault begins with its number."""
@@ -372,6 +372,7 @@ ABSURD = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_absurd_setting_is_refused_at_once(formats, tmp_path):
     empty = {f"x{i}": torch.empty(10**9, 0) for i in range(300)}
 

@@ -443,3 +443,19 @@ def test_the_readmes_bitfit_and_bottleneck_numbers_match_the_committed_results()
     perfect = [p for p in entry["points"] if p["score"] == 1]
     assert max(perfect, key=lambda p: p["forgetting"])["learning_rate"] == entry["best"]
     assert perfect[0]["forgetting"] == pytest.approx(0.04, abs=0.005)
+
+
+def test_seconds_lost_are_the_difference_of_two_durations(gpt, ids, monkeypatch):
+    """On a clock that ticks once per reading, a pass takes 1 s with and without checkpointing."""
+    clock = iter(range(100, 200))
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock))
+    assert (
+        evaluate.checkpoint_gradients(gpt, {"input_ids": ids, "labels": ids})["seconds_lost"] == 0
+    )
+
+
+def test_only_prompt_methods_have_virtual_tokens(gpt):
+    assert evaluate.virtual_tokens(gpt) == 0
+    model = get_peft_model(gpt, LoraConfig(target_modules=["c_fc"]))
+    assert evaluate.virtual_tokens(model) == 0
+    assert evaluate.virtual_tokens(get_peft_model(model.unload(), PrefixTuningConfig(3))) == 3

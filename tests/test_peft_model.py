@@ -1184,3 +1184,19 @@ def test_bad_names_of_adapters_are_refused_before_anything_changes(gpt, ids):
             model.add_adapter(name, LoraConfig(r=2, target_modules=["c_fc"]))
         assert list(model.adapters) == ["default"]
     assert torch.equal(model(ids).logits, before)
+
+
+def test_an_unknown_name_cannot_be_set_or_deleted(gpt):
+    model = adapted(gpt)
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["c_fc"]))
+    for call in (model.set_adapter, model.delete_adapter):
+        with pytest.raises(ValueError, match="there is no adapter 'c'; known adapters: default, b"):
+            call("c")
+    assert list(model.adapters) == ["default", "b"]
+    assert model.active_adapter == "default"
+
+
+def test_a_merged_weight_has_the_bases_dtype(gpt):
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=5, target_modules=["c_fc"])
+    model = get_peft_model(gpt.bfloat16(), config)
+    assert model.get_submodule("transformer.h.0.mlp.c_fc").weight.dtype == torch.bfloat16

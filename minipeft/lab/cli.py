@@ -88,6 +88,8 @@ def check(args, given: set[str]) -> None:
         raise ValueError("--learning-rates needs at least three: the best must not be at an edge")
     if value("results") and Path(args.results).suffix != ".json":
         raise ValueError(f"--results must be a .json file, got {args.results}")
+    if 0 < (value("temperature") or 0) < 1e-6:
+        raise ValueError(f"--temperature must be 0 or at least 1e-6, got {args.temperature}")
     if value("top_k") and not args.temperature:
         raise ValueError("--top-k needs a --temperature above 0: greedy decoding does not sample")
     if "n_head" in args and args.n_embd % args.n_head:
@@ -95,7 +97,7 @@ def check(args, given: set[str]) -> None:
 
 
 def text(value: str) -> str:
-    """A text that is neither empty nor bytes that are not UTF-8."""
+    """A text that is not empty. Raises UnicodeEncodeError if it was not UTF-8."""
     if not value:
         raise ValueError("must not be empty")
     value.encode()
@@ -297,6 +299,7 @@ def sweep(args) -> None:
     from minipeft.lab import report, sweep
 
     results = Path(args.results or Path(args.output) / "sweep.json")
+    results.parent.mkdir(parents=True, exist_ok=True)
     sweep.load(results)  # raises ValueError for a file of something else
     base, task = open_job(args)
     run = run_config(args, output=None)
@@ -347,8 +350,10 @@ def pretrain(args) -> None:
     run = pretrain.pretraining_run(args.steps, seed=args.seed, device=args.device)
     config = GPTConfig(**size, **pretrain.SETTINGS)
     model, training, _ = pretrain.pretrain(documents, config, tokenizer, run)
+    file = Path(args.output) / "tokenizer.json"
+    file.unlink(missing_ok=True)  # an old one is not to be used with the new model
     model.save_pretrained(args.output)
-    write_file(Path(args.output) / "tokenizer.json", tokenizer.save)
+    write_file(file, tokenizer.save)
     print(f"last loss {training.losses[-1]:.3f}; wrote {args.output}")
 
 
