@@ -135,7 +135,8 @@ def saved(gpt, ids, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     lists = {"losses": [3.0, 2.0, 1.0], "seconds": [0.1, 0.1, 0.1]}
-    checkpoint = Checkpoint(tmp_path / "checkpoint.safetensors", 1, {"seed": 0, "steps": 5}, lists)
+    file = tmp_path / "new folder" / "checkpoint.safetensors"
+    checkpoint = Checkpoint(file, 1, {"seed": 0, "steps": 5}, lists)
     checkpoint.save(gpt, optimizer, 3)
     torch.nn.init.ones_(gpt.lm_head.weight)
     return gpt, optimizer, checkpoint
