@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 MEBIBYTE = 2**20
-LARGEST = {int: 2**63, float: math.inf}  # numbers in JSON must be below
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
@@ -62,13 +61,15 @@ def read_text(file: Path, limit: int) -> str:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from error
 
 
-def read_json(file: Path, kind: type = dict, limit: int = 4 * MEBIBYTE):
+def read_json(file: Path, kind: type = dict, limit: int = 4 * MEBIBYTE, largest: int = 2**63):
     """The object (or other kind of value) in a JSON file."""
-    return parse_json(read_text(file, limit), kind, str(file))
+    return parse_json(read_text(file, limit), kind, str(file), largest=largest)
 
 
-def parse_json(text: str, kind: type, where: str, depth: int = 20):
-    """A JSON text of this kind, nested at most `depth` levels deep, with finite numbers."""
+def parse_json(text: str, kind: type, where: str, depth: int = 20, largest: int = 2**63):
+    """A JSON text of this kind, nested at most `depth` levels deep, with finite numbers, and
+    integers below `largest`."""
+    limits = {int: largest, float: math.inf}
     try:
         found = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
@@ -78,8 +79,8 @@ def parse_json(text: str, kind: type, where: str, depth: int = 20):
         raise ValueError(f"{where} must be a JSON {wanted}, got {show(found)}")
     level = [found]
     while level:  # one level of nesting after the other
-        numbers = [value for value in level if type(value) in LARGEST]
-        if not all(abs(n) < LARGEST[type(n)] for n in numbers):  # NaN is not below infinity
+        numbers = [value for value in level if type(value) in limits]
+        if not all(abs(n) < limits[type(n)] for n in numbers):  # NaN is not below infinity
             raise ValueError(f"{where} has a number that is not finite, or too large")
         if depth == 0:
             raise ValueError(f"{where} is nested too deeply")

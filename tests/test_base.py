@@ -184,3 +184,10 @@ def test_chat_template_and_generation_settings_are_copied_with_a_valid_end(
         assert (merged / name).read_bytes() == (folder / name).read_bytes()
     found = json.loads((merged / "generation_config.json").read_text())
     assert found == {"temperature": 0.7, "eos_token_id": written}
+
+
+def test_a_tokenizer_config_of_transformers_names_the_end_token(folder):
+    change_config(folder, eos_token_id=50256)
+    settings = {"model_max_length": 10**30, "eos_token": "<|endoftext|>"}  # 10³⁰: no limit
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_base(folder).end == 0

@@ -139,7 +139,9 @@ def find_end(folder: str | Path, tokenizer: Tokenizer, eos: int | None) -> int:
     if eos is not None and 0 <= eos < 2**31 and tokenizer.id_to_token(eos) is not None:
         return eos
     try:
-        named = files.read_json(Path(folder) / "tokenizer_config.json")["eos_token"]
+        # transformers writes a model_max_length of 10³⁰ there, which means: no limit
+        settings = files.read_json(Path(folder) / "tokenizer_config.json", largest=10**40)
+        named = settings["eos_token"]
         end = tokenizer.token_to_id(named["content"] if isinstance(named, dict) else named)
     except (ValueError, KeyError, TypeError):
         end = None
