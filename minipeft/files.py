@@ -1,6 +1,6 @@
 """Reading files that may come from a stranger, and writing files in one piece.
 
-Every file that minipeft reads goes through these functions. They check before they take memory: a
+Every file from outside goes through these functions. They check before they take memory: a
 file must be a plain file of limited size, JSON must not be nested deeply, and tensors must be
 floating point. Their names and shapes are known before any of them is loaded. An error is one
 ValueError with one line: the file, what is wrong, the value. Pickles are never read.
