@@ -1,6 +1,6 @@
 """The interface of an adapter: what PeftModel, saving.py and combine.py ask of every method."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -62,6 +62,9 @@ class Adapter:
 
     def update_and_allocate(self, step: int) -> None:
         """Called after every optimizer step, before the gradients are cleared (AdaLoRA)."""
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move tensors that are in no module to the device that `fn` moves to (AdaLoRA)."""
 
     def ranks(self) -> dict[str, int]:
         """The rank of each layer, for methods that change ranks (AdaLoRA)."""

@@ -8,6 +8,7 @@ line in METHODS, if it fits one of these families.
 """
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -121,6 +122,12 @@ class AdaLoraAdapter(WeightAdapter):
             for layer in self.layers.values():
                 layer.unmerge()  # pruning changed E, and W' was made from the old one
             self.write_rank_pattern()
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        if self.allocator is not None:
+            a = self.allocator
+            for found in (a.importance, a.uncertainty, a.kept):
+                found |= {key: t.to(fn(t).device) for key, t in found.items()}  # never cast
 
     def write_rank_pattern(self) -> None:
         kept = self.allocator.kept.items()

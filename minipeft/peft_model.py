@@ -417,7 +417,7 @@ class PeftModel(nn.Module):
     @property
     def _active(self) -> Adapter:
         if self.active_adapter is None:
-            raise RuntimeError("there is no adapter: none was added, or it was unloaded")
+            raise RuntimeError("no adapter is active: add one, or call set_adapter")
         return self.adapters[self.active_adapter]
 
     @property
@@ -462,6 +462,7 @@ class PeftModel(nn.Module):
         """Apply `.to()`, `.half()` and so on to the detached adapters as well."""
         attached = self._attached
         for adapter in self.adapters.values():
+            adapter.move(fn)
             if recurse and adapter is not attached:
                 for module in adapter.modules().values():
                     module._apply(fn)

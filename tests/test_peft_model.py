@@ -1081,7 +1081,7 @@ def test_a_model_without_an_adapter_says_so(gpt, ids):
     model = PeftModel(gpt)
     assert torch.equal(model(ids).logits, gpt(ids).logits)
     assert all(p.requires_grad for p in model.parameters()), "only an adapter freezes the base"
-    with pytest.raises(RuntimeError, match="there is no adapter: none was added, or it was unload"):
+    with pytest.raises(RuntimeError, match="no adapter is active: add one"):
         model.ranks()
     with pytest.raises(ValueError, match="there is no adapter 'a'; known adapters: none"):
         model.set_adapter("a")
