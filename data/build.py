@@ -24,7 +24,7 @@ from .words import (
 )
 
 HERE = Path(__file__).resolve().parent
-DOCUMENTS, STEPS = 165_000, 4_800  # steps of 16 windows of 128 tokens: 9.8M tokens, seen once
+DOCUMENTS, CONTEXT, STEPS = 165_000, 128, 4_800  # steps of 16 windows: 9.8M tokens, seen once
 BASES = {  # width, layers, heads; the standard deviation at the start, the learning rate
     "3m": (192, 6, 6, 0.05, 3e-3),
     "1m": (128, 4, 4, 0.06, 6e-3),
@@ -90,32 +90,42 @@ def write_task(folder: Path, parts: dict[str, list], how: dict) -> None:
 
 
 def build_tasks(folder: Path) -> None:
-    """Write all tasks. Names and opinion words of validation and test stand in no training prompt,
-    those names nowhere in the pretraining text."""
-    rng, sizes = Random(7), {"train": 400, "validation": 100, "test": 200}
+    """Write all tasks.
+
+    Names and opinion words of validation and test occur in no training prompt, and these names
+    nowhere in the pretraining text. The first edition published a test set of 200 examples. The
+    sealed one, of 400, uses none of its names, and none of the validation examples'.
+    """
+    rng, sizes = Random(7), {"train": 400, "validation": 100, "published": 200}
     people, places, things = (rng.sample(x, len(x)) for x in (NEW_PEOPLE, NEW_PLACES, NEW_THINGS))
     names = {
         "train": (PEOPLE, PLACES, THINGS),
         "validation": (people[::2], places[::2], things[::2]),
-        "test": (people[1::2], places[1::2], things[1::2]),
+        "published": (people[1::2], places[1::2], things[1::2]),
     }
-    parts = {p: [describe(rng, *names[p]) for _ in range(n)] for p, n in sizes.items()}
-    phrasings = {"phrasings": {key: phrases for key, (_, phrases) in SLOTS.items()}}
-    write_task(folder / "describe", parts, {"fact": r"(\w+) is ([^.]+)\."} | phrasings)
-    parts = {p: [bracketed(e) for e in examples] for p, examples in parts.items()}
-    how = {"fact": r"(\w+)\[([^\]]+)\]"} | phrasings
-    write_task(folder / "describe_brackets", parts, how)
-
     pairs = list(zip(GOOD_THINGS, BAD_THINGS, strict=True))  # two pairs in six are held out
-    pairs = {
+    opinions = {
         "train": [pair for i, pair in enumerate(pairs) if i % 6 not in (1, 4)],
         "validation": pairs[1::6],
-        "test": pairs[4::6],
+        "published": pairs[4::6],
     }
-    parts = {p: [sentiment(rng, pairs[p], names[p][1]) for _ in range(n)] for p, n in sizes.items()}
-    write_task(folder / "sentiment", parts, {})
-    parts = {p: [thumbs(e) for e in examples] for p, examples in parts.items()}
-    write_task(folder / "sentiment_unseen", parts, {})
+    facts = {p: [describe(rng, *names[p]) for _ in range(n)] for p, n in sizes.items()}
+    reviews = {
+        p: [sentiment(rng, opinions[p], names[p][1]) for _ in range(n)] for p, n in sizes.items()
+    }
+    known = json.dumps([(t["validation"], t.pop("published")) for t in (facts, reviews)])
+    new = [[name for name in kind if name not in known] for kind in (people, places, things)]
+    rng = Random(19)
+    facts["test"] = [describe(rng, *new) for _ in range(400)]
+    reviews["test"] = [sentiment(rng, opinions["published"], new[1]) for _ in range(400)]
+
+    phrasings = {"phrasings": {key: phrases for key, (_, phrases) in SLOTS.items()}}
+    write_task(folder / "describe", facts, {"fact": r"(\w+) is ([^.]+)\."} | phrasings)
+    bare = {p: [bracketed(e) for e in examples] for p, examples in facts.items()}
+    write_task(folder / "describe_brackets", bare, {"fact": r"(\w+)\[([^\]]+)\]"} | phrasings)
+    write_task(folder / "sentiment", reviews, {})
+    unseen = {p: [thumbs(e) for e in examples] for p, examples in reviews.items()}
+    write_task(folder / "sentiment_unseen", unseen, {})
 
 
 def build_bases(folder: Path, names: list[str]) -> None:
@@ -133,7 +143,7 @@ def build_bases(folder: Path, names: list[str]) -> None:
         width, layers, heads, deviation, learning_rate = BASES[name]
         size = {"n_embd": width, "n_layer": layers, "n_head": heads}
         settings = SETTINGS | {"initializer_range": deviation}
-        config = GPTConfig(vocab_size=2048, n_positions=256, **size, **settings)
+        config = GPTConfig(vocab_size=2048, n_positions=CONTEXT, **size, **settings)
         run = pretraining_run(STEPS, learning_rate)
         model, training, held_out_loss = pretrain(documents, config, tokenizer, run)
         shutil.rmtree(folder / name, ignore_errors=True)

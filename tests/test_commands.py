@@ -360,7 +360,7 @@ def test_a_base_that_does_not_exist_is_refused(monkeypatch, capfd, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--max-new-tokens", "300"], "tokens and 300 new tokens exceed the context of 256"),
+        (["--max-new-tokens", "300"], "tokens and 300 new tokens exceed the context of 128"),
         (["--device", "nonsense"], "device 'nonsense' cannot be used"),
     ],
 )
@@ -443,8 +443,8 @@ JOB = "finetune --base 0.3m --train train.jsonl --validation valid.jsonl --outpu
         ('{"prompt": "a", "completion": ""}', "", 'train.jsonl, line 2 needs a "completion": a'),
         (
             "",
-            "--method prompt_tuning --size 251",
-            "12 tokens of text and 251 virtual tokens exceed",
+            "--method prompt_tuning --size 123",
+            "12 tokens of text and 123 virtual tokens exceed",
         ),
     ],
 )
@@ -458,7 +458,7 @@ def test_compare_refuses_before_any_training_what_does_not_fit_into_the_context(
     monkeypatch, capfd, files
 ):
     monkeypatch.setattr(compare, "finetune", lambda *_: pytest.fail("it trained"))
-    line = json.dumps({"prompt": "The name" + " is" * 240, "completion": " Ann"})
+    line = json.dumps({"prompt": "The name" + " is" * 110, "completion": " Ann"})
     (files / "train.jsonl").write_text(line)
     words = JOB.replace("finetune", "compare --methods lora,prompt_tuning").split()
     assert "tokens of text and 20 virtual tokens exceed" in refused(monkeypatch, capfd, *words)

@@ -7,11 +7,12 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import BASE
 
 from minipeft import GPT
 from minipeft.lab import DATA, tasks
-from minipeft.lab.base import load_tokenizer
+from minipeft.lab.base import load_base, load_tokenizer, read_text, windows
 from minipeft.methods.qlora import NF4_CODEBOOK, dequantize_nf4, quantize_nf4
 
 
@@ -62,6 +63,19 @@ def test_the_largest_base_copies_names_it_has_never_seen(world):
     out = model.generate(ids, mask, max_new_tokens=6)[:, ids.shape[1] :].tolist()
     texts = [tokenizer.decode(row) for row in out]
     assert sum(t.startswith(f" {n[1]}") for t, n in zip(texts, lists, strict=True)) >= 90
+
+
+@pytest.mark.parametrize("name", ["0.3m", "1m", "3m"])
+def test_the_last_positions_of_the_context_were_trained(name):
+    base = load_base(DATA / "base" / name)
+    context = base.pretrained.config.n_positions
+    documents = read_text(DATA / "base" / "held_out.txt")
+    encoded = [e.ids for e in base.tokenizer.encode_batch(documents)]
+    ids = windows(encoded, context, base.end)
+    logits = base.model().eval()(ids).logits[:, :-1]  # (b, t - 1, v)
+    losses = F.cross_entropy(logits.mT, ids[:, 1:], reduction="none").mean(0)  # (t - 1,)
+    late = losses[-context // 4 :].mean()
+    assert late < losses.mean() + 0.05, "later tokens have more to look back on: they are easier"
 
 
 def test_the_n_gram_model_is_a_distribution_and_learns_bigrams_and_trigrams(world):

@@ -69,17 +69,17 @@ def test_no_training_prompt_contains_a_held_out_opinion_word(base, world, name):
     assert len(trained) > 70
     assert len(validated) == len(tested) == 18
     assert len(trained | validated | tested) == len(trained) + 36  # disjoint
-    assert 0.4 < sum(e.completion == task.test[0].completion for e in task.test) / 200 < 0.6
+    assert 0.4 < sum(e.completion == task.test[0].completion for e in task.test) / 400 < 0.6
 
 
 @pytest.mark.parametrize("name", ALL_TASKS)
 def test_every_shipped_task_loads_and_no_prompt_repeats_or_ends_with_a_space(base, name):
     task = tasks.load_task(base, name)
-    assert [len(part) for part in (task.train, task.validation, task.test)] == [400, 100, 200]
+    assert [len(part) for part in (task.train, task.validation, task.test)] == [400, 100, 400]
     assert task.metric == ("slot accuracy" if name.startswith("describe") else "exact match")
     assert all(e.completion_ids[-1] == base.end for e in task.train)
     prompts = [e.prompt for e in task.train + task.validation + task.test]
-    assert len(set(prompts)) == len(prompts) == 700
+    assert len(set(prompts)) == len(prompts) == 900
     assert not any(prompt.endswith(" ") for prompt in prompts)
 
 
@@ -123,7 +123,7 @@ def test_slot_tokens_spell_the_values(task, base):
         ("\n{", "line 3 is not JSON"),
         (
             json.dumps({"prompt": "a " * 300, "completion": " b"}),
-            "line 2 has .* the context holds 256",
+            "line 2 has .* the context holds 128",
         ),
     ],
 )

@@ -69,14 +69,14 @@ def test_memory_writes_a_figure_and_refuses_unknown_shapes_and_methods(tmp_path)
 def test_a_context_and_a_measured_batch_have_limits(monkeypatch):
     monkeypatch.setattr(memory, "load_base", lambda folder: None)
     monkeypatch.setattr(memory, "measure", lambda *_: dict.fromkeys(memory.PARTS, 1))
-    for shape, holds in (("gpt2", 1024), ("0.3m", 256)):
+    for shape, holds in (("gpt2", 1024), ("0.3m", 128)):
         memory.of([shape], ["lora"], 8, 1, holds, True)
         with pytest.raises(ValueError, match=f"the context of {shape} holds {holds} tokens, got "):
             memory.of([shape], ["lora"], 8, 1, holds + 1, True)
     memory.of(["llama-2-7b"], ["lora"], 8, 1024, 65_536, True)
-    memory.of(["0.3m"], ["lora"], 8, 64, 256, True)
-    with pytest.raises(ValueError, match="at most 16,384 tokens in a batch, got 16,640"):
-        memory.of(["0.3m"], ["lora"], 8, 65, 256, True)
+    memory.of(["0.3m"], ["lora"], 8, 128, 128, True)
+    with pytest.raises(ValueError, match="at most 16,384 tokens in a batch, got 16,512"):
+        memory.of(["0.3m"], ["lora"], 8, 129, 128, True)
 
 
 def test_the_figures_are_kept_if_they_cannot_be_drawn(tmp_path, monkeypatch):

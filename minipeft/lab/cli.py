@@ -38,7 +38,7 @@ WRITTEN = (  # what the commands write into their output folders
 SIZE, SEEDS = Bounds(int, 1, 1024), Bounds(int, 1, 1000)
 SHAPE = {  # of a GPT to pretrain: default, bounds, help
     "vocab-size": (2048, Bounds(int, 257, 65_536), "256 bytes, the end token, and merged tokens"),
-    "n-positions": (256, Bounds(int, 2, 1024), "tokens that the context holds"),
+    "n-positions": (128, Bounds(int, 2, 1024), "tokens that the context holds"),
     "n-embd": (128, Bounds(int, 1, 1024), "width"),
     "n-layer": (4, Bounds(int, 1, 48), "blocks"),
     "n-head": (4, Bounds(int, 1, 64), "attention heads per block; must divide the width"),
@@ -220,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
                listed(Choice(("full", "lora", "qlora")).parse))  # fmt: skip
     add_option(command, "--rank", 8, "of the adapters", SIZE.parse)
     add_option(command, "--batch-size", 1, "sequences", SIZE.parse)
-    add_option(command, "--length", 256, "tokens per sequence", Bounds(int, 2, 65_536).parse)
+    add_option(command, "--length", 128, "tokens per sequence", Bounds(int, 2, 65_536).parse)
     add_option(command, "--no-checkpointing", False, "keep all activations for the backward pass")
     add_option(command, "--output", "out/memory", "the folder to write")
 

@@ -76,9 +76,9 @@ class Shape:
 
 
 SHAPES = {
-    "0.3m": Shape(3, 72, 3, 2048, 256, ours=True),
-    "1m": Shape(4, 128, 4, 2048, 256, ours=True),
-    "3m": Shape(6, 192, 6, 2048, 256, ours=True),
+    "0.3m": Shape(3, 72, 3, 2048, 128, ours=True),
+    "1m": Shape(4, 128, 4, 2048, 128, ours=True),
+    "3m": Shape(6, 192, 6, 2048, 128, ours=True),
     "gpt2": Shape(12, 768, 12, 50257, 1024),
     "gpt2-medium": Shape(24, 1024, 16, 50257, 1024),
     "gpt2-large": Shape(36, 1280, 20, 50257, 1024),

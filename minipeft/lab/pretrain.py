@@ -37,7 +37,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 def pretrain(
     documents: list[str], config: GPTConfig, tokenizer: Tokenizer, run: RunConfig
 ) -> tuple[GPT, TrainingResult, float | None]:
-    """A GPT trained from scratch on documents, in windows of 128 tokens.
+    """A GPT trained from scratch on documents, in windows as long as the context.
 
     The first fiftieth of the documents is kept out of training; the last result is the loss on
     them, in nats per token.
@@ -45,7 +45,7 @@ def pretrain(
     torch.manual_seed(run.seed)
     model = GPT(config).to(pick_device(run.device))
     encoded = [e.ids for e in tokenizer.encode_batch(documents)]
-    n_held, end, window = len(encoded) // 50, config.eos_token_id, min(128, config.n_positions)
+    n_held, end, window = len(encoded) // 50, config.eos_token_id, config.n_positions
     rows = windows(encoded[n_held:], window, end)
     order = shuffled(range(len(rows)), run.batch_size, run.seed)
     texts = (rows[indices].to(model.device) for indices in order)
