@@ -191,6 +191,22 @@ def test_a_loaded_model_is_float32_trainable_and_in_eval_mode(gpt, tmp_path):
     assert all(p.dtype == torch.float32 and p.requires_grad for p in loaded.parameters())
 
 
+def test_dropout_of_each_block_acts_before_its_residual_sums_and_only_in_training(ids):
+    """If it drops everything, a block returns its input."""
+    model, states = GPT(tiny_config()), []
+    for block in model.transformer.h:
+        for module in block.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 1.0
+        block.register_forward_hook(lambda module, inputs, out: states.append((inputs[0], out[0])))
+    model.train()(ids)
+    for before, after in states:
+        assert torch.equal(before, after), "attention and MLP must both end in resid_dropout"
+    states.clear()
+    model.eval()(ids)
+    assert not any(torch.equal(before, after) for before, after in states)
+
+
 def test_gradient_checkpointing_recomputes_each_block_and_can_be_disabled(gpt, ids):
     calls = []
     for block in gpt.train().transformer.h:

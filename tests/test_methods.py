@@ -1239,6 +1239,13 @@ def cache_of(*shapes) -> Cache:
     return cache
 
 
+def test_the_prefix_is_trained_in_float32_and_passed_in_the_models_dtype():
+    model = GPT(tiny_config()).bfloat16()
+    encoder = PrefixEncoder(model, PrefixTuningConfig(num_virtual_tokens=2))
+    assert encoder.embedding.weight.dtype == torch.float32
+    assert {t.dtype for pair in encoder.past(model, 1) for t in pair} == {torch.bfloat16}
+
+
 def test_a_prefix_has_the_shape_of_the_cache_and_not_of_the_model():
     """With grouped queries there are fewer key heads than query heads: d = 2 · 4, not 24."""
     config = PrefixTuningConfig(num_virtual_tokens=5)

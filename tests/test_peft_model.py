@@ -183,6 +183,62 @@ def test_a_config_of_peft_is_loaded_or_refused_by_the_setting(gpt, tmp_path):
             PeftConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "written",
+    [  # what peft 0.21 writes after get_peft_model, without null, false and empty values
+        {"peft_type": "LORA", "r": 3, "lora_alpha": 8, "target_modules": ["c_attn"]},
+        {"peft_type": "ADALORA", "r": 8, "init_r": 3, "target_r": 2, "lora_alpha": 8,
+         "target_modules": ["c_attn"], "total_step": 10, "deltaT": 1, "beta1": 0.85, "beta2": 0.85,
+         "orth_reg_weight": 0.5, "tinit": 0, "tfinal": 0, "lora_dropout": 0.0},
+        {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"},
+        {"peft_type": "P_TUNING", "encoder_reparameterization_type": "MLP",
+         "encoder_num_layers": 2, "encoder_dropout": 0.0, "encoder_hidden_size": 24},
+        {"peft_type": "PREFIX_TUNING", "encoder_hidden_size": 24, "prefix_projection": False},
+    ],
+    ids=lambda written: written["peft_type"],
+)  # fmt: skip
+def test_a_config_as_peft_writes_it_is_read(written, tmp_path):
+    common = {"task_type": "CAUSAL_LM", "peft_version": "0.21.2", "revision": None}
+    if "target_modules" in written:
+        common |= {
+            "bias": "none", "fan_in_fan_out": True, "init_lora_weights": True,
+            "megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {},
+        }  # fmt: skip
+    else:
+        common |= {
+            "num_virtual_tokens": 2, "num_layers": 4, "num_attention_heads": 2, "token_dim": 24,
+            "num_transformer_submodules": 1,
+        }  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written | common))
+    config = PeftConfig.from_pretrained(tmp_path)
+    for name, value in (written | {"task_type": "CAUSAL_LM"}).items():
+        if hasattr(config, name):  # AdaLoRA's r is not used
+            assert getattr(config, name) == value, f"{name} must be read from the file"
+    for name, value in {
+        "bias": "all",
+        "qalora_group_size": 8,
+        "num_transformer_submodules": 2,
+    }.items():
+        if name in common:
+            changed = json.dumps(written | common | {name: value})
+            (tmp_path / "adapter_config.json").write_text(changed)
+            with pytest.raises(ValueError, match=f"{name}.*{value}"):
+                PeftConfig.from_pretrained(tmp_path)
+
+
+def test_keys_of_pefts_config_that_mean_nothing_here_may_hold_anything(gpt, tmp_path):
+    adapted(gpt, target_modules="all-linear").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    free = {
+        "auto_mapping": {"base_model_class": "GPT2"}, "base_model_name_or_path": "gpt2",
+        "fan_in_fan_out": True, "num_attention_heads": 12, "num_layers": 12,
+        "peft_version": "0.21.2", "revision": "main",
+    }  # fmt: skip
+    file.write_text(json.dumps(json.loads(file.read_text()) | free))
+    model = PeftModel.from_pretrained(GPT(gpt.config), tmp_path)
+    assert model.peft_config["default"].target_modules == "all-linear", "it must stay as written"
+
+
 def test_bad_folders_raise_one_clear_error(gpt, tmp_path):
     base = adapted(gpt)
     base.save_pretrained(tmp_path)
@@ -205,6 +261,7 @@ def test_bad_folders_raise_one_clear_error(gpt, tmp_path):
             r"rank_pattern=\{'nope': 2\} is not implemented here",
         ),
         ({"peft_type": "MAGIC"}, "peft_type must be one of LORA, ADALORA, .*, got 'MAGIC'"),
+        ({"peft_type": ["LORA"]}, r"peft_type must be one of LORA, .*, got \['LORA'\]"),
         ({"r": "eight"}, "adapter_config.json: r must be of type int, got 'eight'"),
         ({"r": True}, "r must be of type int, got True"),
         ({"target_modules": [7]}, r"target_modules must be of type list\[str\].*, got \[7\]"),
