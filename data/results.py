@@ -3,17 +3,15 @@
 python -m data.results  # a few seconds
 """
 
-import math
 import statistics
 from collections.abc import Iterable
 from itertools import groupby
 
 from matplotlib.figure import Figure
 
-from minipeft.files import write_text
 from minipeft.lab import report
 
-from .experiments import HERE, RESULTS, load
+from .experiments import HERE
 
 PAGE = HERE / "RESULTS.md"
 AVERAGED = ("score", "forgetting", "loss", "update_norm", "intruders")
@@ -103,7 +101,9 @@ def forgetting_figure(found: list[dict]) -> Figure:
         mine = [p for p in found if p["method"] == method]
         decays = sorted({p["decay"] for p in mine})
         for decay, shade in zip(decays, (0.3, 0.5, 0.7, 1, 1, 1), strict=False):
-            line = sorted((p for p in mine if p["decay"] == decay), key=lambda p: p["learning_rate"])
+            line = sorted(
+                (p for p in mine if p["decay"] == decay), key=lambda p: p["learning_rate"]
+            )
             axis.plot([p["forgetting"] for p in line], [p["score"] for p in line], "o-",
                       color=COLORS[method], alpha=shade, ms=3 + 4 * shade, mew=0,
                       label=f"ηλ = {decay:g}")  # fmt: skip

@@ -114,7 +114,7 @@ for name, numbers in LARGE.items():
     for checkpointing in (False, True):
         label = name + (", checkpointing" if checkpointing else "")
         found[label] = {}
-        for method in memory.METHODS:
+        for method in memory.MEASURED:
             hand = by_hand(*numbers, method, TOKENS, checkpointing)
             ours = memory.memory(
                 memory.SHAPES[name], method, tokens=TOKENS, checkpointing=checkpointing
@@ -266,7 +266,7 @@ class Gpt2:  # all that `memory.measure` wants of a base
 
 
 step = {}
-for method in memory.METHODS:
+for method in memory.MEASURED:
     print(f"{method:5}", end=" ", flush=True)
     step[method] = memory.measure(Gpt2(), method, r=8, batch_size=1, length=64)
     computed = memory.memory(shape, method, r=8, tokens=64)
@@ -307,7 +307,7 @@ def top(n, layers):
 
 
 a_quarter = LoraConfig(r=8, target_modules=top(c.n_layer // 4, c.n_layer), **CAUSAL)
-left = {name: step[name]["activations"] / 64 for name in memory.METHODS}
+left = {name: step[name]["activations"] / 64 for name in memory.MEASURED}
 model = get_peft_model(gpt2, a_quarter)
 left["lora, top\nquarter"] = leaves(model)
 model = get_peft_model(model.unload(), LoraConfig(r=8, target_modules=NAMES, **CAUSAL))

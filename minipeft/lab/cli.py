@@ -215,9 +215,16 @@ def parser() -> argparse.ArgumentParser:
     add_fields(command, {"seed", "device"})
 
     command = add_command("memory", "where the bytes go, by model shape and method")
-    add_option(command, "--shapes", None, "a list of shapes; without it, all", listed(text))
-    add_option(command, "--methods", None, "a list from full, lora, qlora; without it, all",
-               listed(Choice(("full", "lora", "qlora")).parse))  # fmt: skip
+    add_option(
+        command,
+        "--shapes",
+        None,
+        "a list of shapes, or of config.json files; without it, all shapes",
+        listed(text),
+    )
+    methods = ("full-8", "full", "full-16", "lora", "qlora")  # 8, 12 and 16 bytes per parameter
+    add_option(command, "--methods", None, f"a list from {', '.join(methods)}; without it, all",
+               listed(Choice(methods).parse))  # fmt: skip
     add_option(command, "--rank", 8, "of the adapters", SIZE.parse)
     add_option(command, "--batch-size", 1, "sequences", SIZE.parse)
     add_option(command, "--length", 128, "tokens per sequence", Bounds(int, 2, 65_536).parse)

@@ -5,15 +5,21 @@ each; and the activations, which the forward pass keeps for the backward pass. W
 of them in linear layers, and a in adapters of rank r:
 
                 weights                       gradients    moments
-    full        2 p  (bfloat16)               2 p          8 p
+    full-8      2 p                           2 p          4 p    all in bfloat16
+    full        2 p                           2 p          8 p    moments in float32
+    full-16     2 p + 4 p                     2 p          8 p    and a float32 copy of the weights
     LoRA        2 p + 4 a                     4 a          8 a
     QLoRA       (0.5 + 1/64 + 1/4096) n       4 a          8 a
                 + 4 (p - n) + 4 a
 
-Our own bases are trained in float32, where every 2 is a 4. "Over 780 GB" for a model of 65B
-parameters (Dettmers et al. 2023, arXiv 2305.14314) is the first line: 12 bytes per parameter.
-Not counted: the framework itself, the brief peak of a 4-bit layer's dequantized weight, and
-fragmentation.
+The name says the bytes per parameter. `full-8` is torch's AdamW on a bfloat16 model: small updates
+are rounded away. `full`, 12 bytes, is what "over 780 GB" for a model of 65B parameters counts
+(Dettmers et al. 2023, arXiv 2305.14314). `full-16` is mixed precision, which most people train
+with. Our own bases are trained in float32: `full` takes 4 p + 4 p + 8 p there.
+
+Activations are a lower bound: what a careful implementation must keep. transformers keeps more: see
+`activations`. Not counted: the framework itself, the brief peak of a 4-bit layer's dequantized
+weight, and fragmentation. A card of "80 GB" has 80 GiB, so the tables are in GiB, of 2^30 bytes.
 """
 
 import json
@@ -22,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from minipeft.files import write_text
+from minipeft.files import has_type, read_json, show, write_text
 from minipeft.lab import DATA, report
 from minipeft.lab.base import Base, load_base
 from minipeft.lab.evaluate import activation_bytes, weight_bytes
@@ -31,14 +37,18 @@ from minipeft.lab.recipes import RECIPES, RunConfig
 from minipeft.lab.train import train
 
 PARTS = ("weights", "gradients", "optimizer", "activations")
-METHODS = ("full", "lora", "qlora")
+FULL = {"full-8": (2, 2, 4), "full": (2, 2, 8), "full-16": (6, 2, 8)}  # weights, gradients, moments
+MEASURED = ("full", "lora", "qlora")  # on our own bases
+METHODS = (*FULL, "lora", "qlora")
+LABELS = {"full-8": "full, 8 bytes", "full": "full, 12 bytes", "full-16": "full, 16 bytes"}
+LLAMAS = ("llama", "mistral", "qwen2")  # model types with a gated MLP and no other surprises
 MEASURED_TOKENS = 2**14  # in a step on one of our own bases: up to 2 GB
 Found = dict[str, dict[str, dict[str, int]]]  # by shape, method and part: bytes
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's shape: GPT-2's family, or Llama's (gated MLP, no biases, head not tied)."""
+    """A model's shape: GPT-2's family, or Llama's (gated MLP; biases only in Qwen)."""
 
     n_layer: int
     width: int
@@ -46,7 +56,10 @@ class Shape:
     vocabulary: int
     positions: int = 0  # learned position embeddings
     mlp: int = 0  # 0 is GPT-2's: 4 d
-    keys: int = 0  # Llama only: width of the keys, below d if heads share them
+    keys: int = 0  # Llama only: width of the keys, below that of the queries if heads share them
+    queries: int = 0  # Llama only: width of the queries; 0 is d
+    bias: bool = False  # Llama only: queries, keys and values have biases (Qwen)
+    tied: bool = False  # Llama only: the head is the embedding; GPT-2's always is
     ours: bool = False  # trained as in the lab: float32, no gradient checkpointing
 
     @property
@@ -55,7 +68,8 @@ class Shape:
         d, f = self.width, self.mlp or 4 * self.width
         if not self.keys:
             return [(d, 3 * d), (d, d), (d, f), (f, d)]
-        return [(d, d), (d, self.keys), (d, self.keys), (d, d), (d, f), (d, f), (f, d)]
+        q = self.queries or d
+        return [(d, q), (d, self.keys), (d, self.keys), (q, d), (d, f), (d, f), (f, d)]
 
     @property
     def linear(self) -> int:
@@ -66,7 +80,9 @@ class Shape:
     def parameters(self) -> int:
         d, v = self.width, self.vocabulary
         if self.keys:  # embedding and head; two norms per layer and a last one
-            return self.linear + 2 * v * d + (2 * self.n_layer + 1) * d
+            biases = self.n_layer * ((self.queries or d) + 2 * self.keys) if self.bias else 0
+            tables = v * d if self.tied else 2 * v * d
+            return self.linear + tables + (2 * self.n_layer + 1) * d + biases
         biases = sum(o for _, o in self.linears)  # a norm has a bias too
         return self.linear + (v + self.positions) * d + self.n_layer * (biases + 4 * d) + 2 * d
 
@@ -87,7 +103,43 @@ SHAPES = {
     "llama-2-13b": Shape(40, 5120, 40, 32000, mlp=13824, keys=5120),
     "llama-65b": Shape(80, 8192, 64, 32000, mlp=22016, keys=8192),
     "llama-2-70b": Shape(80, 8192, 64, 32000, mlp=28672, keys=1024),
+    "mistral-7b": Shape(32, 4096, 32, 32768, mlp=14336, keys=1024),  # v0.3
+    "qwen2.5-7b": Shape(28, 3584, 28, 152064, mlp=18944, keys=512, bias=True),
+    "llama-3.1-8b": Shape(32, 4096, 32, 128256, mlp=14336, keys=1024),
 }
+
+
+def read_shape(path: str | Path) -> Shape:
+    """The shape in a model's `config.json`, or in that file of a folder.
+
+    Raises ValueError for another model type than gpt2, llama, mistral and qwen2, and for a size
+    that is missing or not positive.
+    """
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    config = read_json(file)
+    kind = config.get("model_type")
+
+    def size(name: str, default: int | None = None) -> int:
+        value = config.get(name)
+        value = default if value is None and default else value
+        if not has_type(value, int) or not 1 <= value <= 10**7:
+            raise ValueError(f"{file}: {name} must be an integer from 1 to 10^7, got {show(value)}")
+        return value
+
+    if kind == "gpt2":
+        width, layers, heads = size("n_embd"), size("n_layer"), size("n_head")
+        mlp = size("n_inner", 4 * width)
+        return Shape(layers, width, heads, size("vocab_size"), size("n_positions"), mlp)
+    if kind not in LLAMAS:
+        known = ", ".join(("gpt2", *LLAMAS))
+        raise ValueError(f"{file}: model_type must be one of {known}, got {show(kind)}")
+    width, heads = size("hidden_size"), size("num_attention_heads")
+    head = size("head_dim", max(width // heads, 1))
+    return Shape(
+        size("num_hidden_layers"), width, heads, size("vocab_size"), mlp=size("intermediate_size"),
+        keys=head * size("num_key_value_heads", heads), queries=head * heads,
+        bias=kind == "qwen2", tied=config.get("tie_word_embeddings") is True,
+    )  # fmt: skip
 
 
 def activations(shape: Shape, method: str, r: int, tokens: int, checkpointing: bool) -> int:
@@ -96,15 +148,19 @@ def activations(shape: Shape, method: str, r: int, tokens: int, checkpointing: b
     Per block: the inputs of its norms and linear layers, queries, keys and values, what the
     activation function needs, and a few numbers per token. With checkpointing: each block's input,
     plus everything of the one block that is being recomputed.
+
+    This is a lower bound. In bfloat16 and without checkpointing, transformers' Llama (4 layers of
+    width 512) keeps 1.2 times as much in full fine-tuning, and 1.65 times as much with peft's LoRA,
+    whose float32 adapters need float32 inputs: see tests/test_conformance_memory.py.
     """
     d, f, size = shape.width, shape.mlp or 4 * shape.width, 4 if shape.ours else 2
     if shape.keys:  # two norms, three inputs, q, k, v; gate, its activation, up, their product
-        block = 6 * d + 2 * shape.keys + 4 * f + shape.heads + 2
+        block = 4 * d + 2 * (shape.queries or d) + 2 * shape.keys + 4 * f + shape.heads + 2
     else:  # two norms, three inputs (attention's output is one), q, k, v; before and after GELU
         block = 8 * d + 2 * f + shape.heads + 4
-    block += 0 if method == "full" else r * len(shape.linears)  # A x
+    block += 0 if method in FULL else r * len(shape.linears)  # A x
     kept = block + shape.n_layer * d if checkpointing else shape.n_layer * block
-    kept += 2 * d if method == "full" else 0  # inputs of the last norm and the head (LoRA: of
+    kept += 2 * d if method in FULL else 0  # inputs of the last norm and the head (LoRA: of
     return tokens * (size * kept + 4 * shape.vocabulary)  # the first norm, none is needed)
 
 
@@ -113,20 +169,19 @@ def memory(
 ) -> dict[str, int]:
     """Bytes of weights, gradients, optimizer state and activations while fine-tuning.
 
-    Raises ValueError for a method that is not full, lora or qlora.
+    Raises ValueError for an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"memory is computed for {', '.join(METHODS)}, not for {method!r}")
     p, n, a = shape.parameters, shape.linear, shape.adapter(r)
-    size = 4 if shape.ours else 2
-    weights = {
-        "full": size * p,
-        "lora": size * p + 4 * a,
-        "qlora": round(n * (1 / 2 + 1 / 64 + 4 / (64 * 256))) + 4 * (p - n) + 4 * a,
-    }[method]
-    trained, gradient = (p, size) if method == "full" else (a, 4)
     kept = activations(shape, method, r, tokens, checkpointing and not shape.ours)
-    return dict(zip(PARTS, (weights, gradient * trained, 8 * trained, kept), strict=True))
+    if method in FULL:
+        each = (4, 4, 8) if shape.ours else FULL[method]
+        return dict(zip(PARTS, (*(size * p for size in each), kept), strict=True))
+    frozen = (4 if shape.ours else 2) * p
+    if method == "qlora":
+        frozen = round(n * (1 / 2 + 1 / 64 + 4 / (64 * 256))) + 4 * (p - n)
+    return dict(zip(PARTS, (frozen + 4 * a, 4 * a, 8 * a, kept), strict=True))
 
 
 def measure(base: Base, method: str, r: int, batch_size: int, length: int) -> dict[str, int]:
@@ -146,15 +201,20 @@ def of(
 ) -> tuple[Found, Found]:
     """Computed figures for shapes and methods, and measured ones for our own bases.
 
-    Raises ValueError for unknown names, for sequences that are longer than a shape's context, and
-    for batches that are too large to be measured.
+    shapes: keys of SHAPES, and paths of config.json files. Raises ValueError for unknown names, for
+    sequences that are longer than a shape's context, and for batches that are too large to be
+    measured.
     """
     found, measured = {}, {}
     tokens = batch_size * length
     for name in shapes:
-        if name not in SHAPES:
-            raise ValueError(f"there is no shape {name!r}; known shapes: {', '.join(SHAPES)}")
-        shape = SHAPES[name]
+        if name not in SHAPES and not Path(name).exists():
+            known = ", ".join(SHAPES)
+            raise ValueError(
+                f"there is no shape {name!r}, and no such file; known shapes: {known}; or name a "
+                "config.json"
+            )
+        shape = SHAPES[name] if name in SHAPES else read_shape(name)
         if 0 < shape.positions < length:
             raise ValueError(
                 f"the context of {name} holds {shape.positions} tokens, got {length}: choose "
@@ -165,23 +225,32 @@ def of(
                 f"{name} is measured with at most {MEASURED_TOKENS:,} tokens in a batch, got "
                 f"{tokens:,}: choose other shapes, or a smaller batch"
             )
-        found[name] = {m: memory(shape, m, r, tokens, checkpointing) for m in methods}
-    for name in [name for name in shapes if SHAPES[name].ours]:
-        base = load_base(DATA / "base" / name)
-        measured[name] = {m: measure(base, m, r, batch_size, length) for m in methods}
+        kinds = [m for m in methods if m in MEASURED] if shape.ours else methods
+        if not kinds:
+            raise ValueError(f"{name} is trained in float32: choose from {', '.join(MEASURED)}")
+        found[name] = {m: memory(shape, m, r, tokens, checkpointing) for m in kinds}
+        if shape.ours:
+            base = load_base(DATA / "base" / name)
+            measured[name] = {m: measure(base, m, r, batch_size, length) for m in kinds}
     return found, measured
+
+
+def label(shape: str, method: str) -> str:
+    """A method's name in tables. Of full fine-tuning of a large model, with bytes per parameter."""
+    ours = shape in SHAPES and SHAPES[shape].ours
+    return report.NAMES[method] if ours or method not in FULL else LABELS[method]
 
 
 def size(count: float) -> str:
     """Bytes with three digits and a unit."""
-    unit, factor = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
+    unit, factor = ("GiB", 2**30) if count >= 2**30 else ("MiB", 2**20)
     return f"{count / factor:.3g} {unit}"
 
 
 def table(found: Found) -> str:
     """A Markdown table with one line per shape and method."""
     lines = [
-        [name, report.NAMES[method], *(size(n) for n in (*parts.values(), sum(parts.values())))]
+        [name, label(name, method), *map(size, (*parts.values(), sum(parts.values())))]
         for name, methods in found.items()
         for method, parts in methods.items()
     ]

@@ -147,13 +147,14 @@ def sweep_figure(entries: list[dict]) -> Figure:
 
 
 def memory_figure(found: dict[str, dict[str, dict[str, int]]]) -> Figure:
-    """A panel per shape and a stacked bar per method; each panel has its own scale."""
+    """A panel per shape and a stacked bar per method; each panel has its own scale. `full-8` and
+    so on: see memory.py."""
     columns = min(len(found), 4)
     lines = math.ceil(len(found) / columns)
     figure, axes = panels(2.9 * columns, 2.7 * lines + 0.5, lines, columns)
     for axis, (name, methods) in zip(axes, found.items(), strict=False):
         largest = max(sum(parts.values()) for parts in methods.values())
-        unit, factor = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
+        unit, factor = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
         names = [name_of(method) for method in methods]
         bottom = [0.0] * len(methods)
         for part, color in zip(next(iter(methods.values())), PART_COLORS, strict=True):
@@ -161,7 +162,9 @@ def memory_figure(found: dict[str, dict[str, dict[str, int]]]) -> Figure:
             bars = axis.bar(names, heights, 0.65, bottom, color=color, label=part)
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
         axis.bar_label(bars, [f"{total:.3g}" for total in bottom], padding=2)
-        axis.set(title=name, ylabel=unit, ylim=(0, 1.15 * max(bottom)))
+        axis.set(ylabel=unit, ylim=(0, 1.15 * max(bottom)))
+        axis.set_title(name[-30:], parse_math=False)
+        axis.tick_params(axis="x", labelsize=8)
     for axis in axes[len(found) :]:
         axis.set_axis_off()
     parts = axes[0].get_legend_handles_labels()

@@ -1,0 +1,29 @@
+"""How far the computed activations are below what transformers and peft keep in bfloat16."""
+
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+from minipeft.lab import memory  # noqa: E402
+from minipeft.lab.evaluate import activation_bytes  # noqa: E402
+
+pytestmark = pytest.mark.conformance
+
+
+@pytest.mark.parametrize(("method", "ratio"), [("full", 1.2), ("lora", 1.65)])
+def test_the_computed_activations_are_a_lower_bound_for_a_llama_in_bfloat16(method, ratio):
+    config = transformers.LlamaConfig(
+        hidden_size=512, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=8, vocab_size=4096,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).bfloat16().train()
+    if method == "lora":
+        targets = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, targets)
+    ids = torch.randint(4096, (4, 128))
+    kept = activation_bytes(model, {"input_ids": ids, "labels": ids, "use_cache": False})
+    shape = memory.Shape(4, 512, 8, 4096, mlp=1376, keys=512)
+    computed = memory.activations(shape, method, 8, ids.numel(), checkpointing=False)
+    assert kept / computed == pytest.approx(ratio, abs=0.04), "docstrings and README say this ratio"
