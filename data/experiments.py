@@ -11,26 +11,28 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from itertools import product
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minipeft import AdaLoraConfig
 from minipeft.lab import DATA, evaluate, tasks
 from minipeft.lab.base import Base, load_base
 from minipeft.lab.finetune import build_model, check_lengths, micro_batches
 from minipeft.lab.recipes import RECIPES, Recipe, RunConfig
+from minipeft.lab.tasks import Example
 from minipeft.lab.train import train
 from minipeft.peft_model import PeftModel
 from minipeft.targets import find_targets
 
-RESULTS = DATA / "results"
+from .choosing import edges, operating_point, points
+
+RESULTS = Path(__file__).parent / "results"
 DECAYS = (0.0, 0.01, 0.02, 0.04)  # learning rate x weight decay, towards the initial values
 TRIALS = (100, 101, 102)  # seeds for choosing settings; the finals have others
 
@@ -49,36 +51,78 @@ class Setting:
     part: str = "validation"  # the examples that are scored, or "test": in the finals alone
 
 
-def without_penalty(recipe: Recipe) -> Recipe:
-    """AdaLoRA without its orthogonality penalty."""
+def variant(method: str, name: str, **changes) -> Recipe:
+    """A method's recipe under another name, with changes to its config."""
+    recipe = RECIPES[method]
 
-    def config(size: int, steps: int) -> AdaLoraConfig:
-        return replace(recipe.config(size, steps), orth_reg_weight=0.0)
+    def config(size: int, steps: int):
+        return replace(recipe.config(size, steps), **changes)
 
-    return replace(recipe, method="adalora, no penalty", config=config)
+    return replace(recipe, method=f"{method}, {name}", config=config)
 
 
-METHODS = RECIPES | {"adalora, no penalty": without_penalty(RECIPES["adalora"])}
-# Five rates around the best one of a short search without decay; the factor is 2 everywhere.
-RATES = {
-    "full": (0.00025, 0.0005, 0.001, 0.002, 0.004),
-    "lora": (0.0025, 0.005, 0.01, 0.02, 0.04),
-    "qlora": (0.0025, 0.005, 0.01, 0.02, 0.04),
-    "adalora": (0.01, 0.02, 0.04, 0.08, 0.16),
-    "adalora, no penalty": (0.01, 0.02, 0.04, 0.08, 0.16),
-    "bitfit": (0.025, 0.05, 0.1, 0.2, 0.4),
-    "bottleneck": (0.0025, 0.005, 0.01, 0.02, 0.04),
+METHODS = RECIPES | {
+    recipe.method: recipe
+    for recipe in (
+        variant("adalora", "no penalty", orth_reg_weight=0.0),
+        variant("prompt_tuning", "vocabulary", prompt_tuning_init="SAMPLE_VOCAB"),
+        variant("p_tuning", "LSTM", encoder_reparameterization_type="LSTM"),
+        variant("prefix_tuning", "real text"),
+    )
 }
 
 
-def forgetting() -> Iterator[Setting]:
-    """Score against forgetting: seven methods, five rates, four decays, three seeds."""
-    for seed, (method, rates) in product(TRIALS, RATES.items()):
-        for rate, decay in product(rates, DECAYS):
-            yield Setting(method, rate, decay, seed)
+@dataclass(frozen=True)
+class Grid:
+    """The settings of an experiment: five rates per method or so, decays, seeds."""
+
+    rates: dict[str, tuple[float, ...]]
+    decays: tuple[float, ...] = DECAYS
+    seeds: tuple[int, ...] = TRIALS
+    common: dict = field(default_factory=dict)  # the other fields of Setting
+
+    def settings(self) -> list[Setting]:
+        """One seed of everything first, then the next one."""
+        return [
+            Setting(method, rate, decay, seed, **self.common)
+            for seed in self.seeds
+            for method, rates in self.rates.items()
+            for rate, decay in product(rates, self.decays)
+        ]
+
+    def widened(self, rows: list[dict]) -> "Grid":
+        """With one more rate or decay for each method whose operating point is at an edge, once
+        the rows of this grid exist."""
+        found, rates, decays = points(rows), dict(self.rates), set()
+        for method in rates:
+            mine = [point for point in found if point["method"] == method]
+            edge = edges(operating_point(mine), mine)
+            if "learning_rate" in edge:
+                rates[method] = (*rates[method], edge["learning_rate"])
+            if "decay" in edge:
+                decays.add(edge["decay"])
+        return replace(self, rates=rates, decays=(*self.decays, *sorted(decays)))
 
 
-EXPERIMENTS = {"forgetting": forgetting}
+def around(best: float) -> tuple[float, ...]:
+    """Five rates, in steps of a factor of 2."""
+    return tuple(best * 2.0**i for i in (-2, -1, 0, 1, 2))
+
+
+# The middle rates were the best ones in a short search without decay.
+WEIGHT_METHODS = {
+    "full": around(0.001), "lora": around(0.01), "qlora": around(0.01), "adalora": around(0.04),
+    "adalora, no penalty": around(0.04), "bitfit": around(0.1), "bottleneck": around(0.01),
+}  # fmt: skip
+PROMPT_METHODS = {
+    "prompt_tuning": around(0.3), "prompt_tuning, vocabulary": around(0.05),
+    "p_tuning": around(0.01), "p_tuning, LSTM": around(0.01),
+    "prefix_tuning": around(0.2), "prefix_tuning, real text": around(0.05),
+}  # fmt: skip
+EXPERIMENTS = {
+    "forgetting": Grid(WEIGHT_METHODS),
+    "prompts": Grid(PROMPT_METHODS, decays=(0.0,), common={"steps": 300}),
+}
 
 
 # --- one run ---
@@ -101,6 +145,8 @@ def measure(setting: Setting) -> dict:
     )  # fmt: skip
     model = build_model(base, recipe, run)
     check_lengths(model, base, task)
+    if setting.method == "prefix_tuning, real text":
+        start_from_text(model, base, task.train[setting.seed])
     row = asdict(setting)
     row["forgetting_at_start"] = evaluate.text_loss(model, base.held_out) - before
     try:
@@ -113,6 +159,16 @@ def measure(setting: Setting) -> dict:
     row["score"] = task.score(examples, evaluate.complete(model, base, examples))
     row["forgetting"] = evaluate.text_loss(model, base.held_out) - before
     return row | changes(base.pretrained, model)
+
+
+@torch.no_grad()
+def start_from_text(model: PeftModel, base: Base, example: Example) -> None:
+    """Start a prefix from the keys and values of an example's first tokens, as its paper does."""
+    prefix = model.prompt_encoder.embedding.weight  # (p, 2 l d)
+    ids = torch.tensor([(example.prompt_ids + example.completion_ids)[: len(prefix)]])
+    past = base.pretrained(ids, use_cache=True).past_key_values
+    rows = [kv[0].transpose(0, 1).flatten(1) for pair in past for kv in pair]  # each (p, d)
+    prefix.copy_(torch.cat(rows, dim=1))
 
 
 @torch.no_grad()
@@ -150,21 +206,30 @@ def setting_of(row: dict) -> Setting:
 
 
 def missing(name: str) -> list[Setting]:
-    done = {setting_of(row) for row in load(name)}
-    return [setting for setting in EXPERIMENTS[name]() if setting not in done]
+    """The runs that remain. When the grid is complete and an operating point is at its edge, those
+    of a wider grid."""
+    grid, rows = EXPERIMENTS[name], load(name)
+    done = {setting_of(row) for row in rows}
+    while not (todo := [setting for setting in grid.settings() if setting not in done]):
+        wider = grid.widened(rows)
+        if wider == grid:
+            break
+        grid = wider
+    return todo
 
 
 def run(name: str, minutes: float, processes: int) -> None:
     """Do the missing runs, and write each down when it is finished."""
-    todo, until = missing(name), time.monotonic() + 60 * minutes
+    until = time.monotonic() + 60 * minutes
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that start now
     with get_context("spawn").Pool(processes) as pool, (RESULTS / f"{name}.jsonl").open("a") as to:
-        for row in tqdm(pool.imap(measure, todo), name, len(todo)):
-            rounded = {k: float(f"{v:.6g}") if type(v) is float else v for k, v in row.items()}
-            to.write(json.dumps(rounded) + "\n")
-            to.flush()
-            if time.monotonic() > until:
-                break
+        while todo := missing(name):
+            for row in tqdm(pool.imap(measure, todo), name, len(todo)):
+                rounded = {k: float(f"{v:.6g}") if type(v) is float else v for k, v in row.items()}
+                to.write(json.dumps(rounded) + "\n")
+                to.flush()
+                if time.monotonic() > until:
+                    return
 
 
 if __name__ == "__main__":
@@ -177,5 +242,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.name:
         run(arguments.name, arguments.limit, arguments.processes)
-    for name, settings in EXPERIMENTS.items():
-        print(f"{name}: {len(missing(name))} of {len(list(settings()))} runs are missing")
+    for name in EXPERIMENTS:
+        print(f"{name}: {len(load(name))} runs, {len(missing(name))} are missing")

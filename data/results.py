@@ -3,57 +3,17 @@
 python -m data.results  # a few seconds
 """
 
-import statistics
-from collections.abc import Iterable
-from itertools import groupby
-
 from matplotlib.figure import Figure
 
+from minipeft.files import write_text
 from minipeft.lab import report
 
-from .experiments import HERE
+from .choosing import edges, operating_point, points
+from .experiments import RESULTS, load
 
-PAGE = HERE / "RESULTS.md"
-AVERAGED = ("score", "forgetting", "loss", "update_norm", "intruders")
-SLACK = 0.02  # by how much an operating point's score may be below the best
+PAGE = RESULTS.parent / "RESULTS.md"
 NAMES = report.NAMES | {"adalora, no penalty": "AdaLoRA, no penalty"}
 COLORS = report.COLORS | {"adalora, no penalty": "#b2653f"}
-
-
-def points(rows: list[dict]) -> list[dict]:
-    """Means over seeds: a point per method, learning rate and decay. A setting with a run that
-    diverged is left out."""
-
-    def where(row: dict) -> tuple:
-        return row["method"], row["learning_rate"], row["decay"]
-
-    found = []
-    for (method, rate, decay), group in groupby(sorted(rows, key=where), where):
-        runs = list(group)
-        if all("score" in run for run in runs):
-            means = {name: statistics.mean(run[name] for run in runs) for name in AVERAGED}
-            spread = statistics.stdev(run["score"] for run in runs) if len(runs) > 1 else 0.0
-            found.append({"method": method, "learning_rate": rate, "decay": decay, **means,
-                          "score_spread": spread, "seeds": len(runs)})  # fmt: skip
-    return found
-
-
-def operating_point(candidates: Iterable[dict]) -> dict:
-    """The point with the least forgetting among those with nearly the best score."""
-    candidates = list(candidates)
-    best = max(point["score"] for point in candidates)
-    good = [point for point in candidates if point["score"] >= best - SLACK]
-    return min(good, key=lambda point: (round(point["forgetting"], 2), point["loss"]))
-
-
-def at_edge(point: dict, candidates: list[dict]) -> list[str]:
-    """Which settings of a point are the smallest or largest of its method. Zero decay is no edge."""
-    found = []
-    for name in ("learning_rate", "decay"):
-        tried = {p[name] for p in candidates if p["method"] == point["method"]}
-        if point[name] and point[name] in (min(tried), max(tried)):
-            found.append(name)
-    return found
 
 
 # --- score against forgetting ---
@@ -75,7 +35,7 @@ def forgetting_table(found: list[dict]) -> str:
     lines = []
     for method in sorted(plain, key=list(COLORS).index):
         for name, point in ((NAMES[method], plain[method]), ("… with decay", decayed[method])):
-            edge = at_edge(point, found)
+            edge = edges(point, found)
             lines.append(
                 [
                     name,
@@ -118,3 +78,34 @@ def forgetting_figure(found: list[dict]) -> Figure:
     figure.supxlabel("forgetting (nats per token on pretraining text)")
     figure.supylabel("score on validation examples")
     return figure
+
+
+# --- the page ---
+
+
+def page() -> str:
+    """RESULTS.md."""
+    found = points(load("forgetting"))
+    return f"""# Results
+
+Written by `python -m data.results` from the files that `python -m data.experiments` makes.
+[PROTOCOL.md](PROTOCOL.md) says how everything was measured. All results are for models of 0.3M to
+3M parameters, and for tasks that we made: they may not generalise to other models and tasks.
+
+## Score against forgetting
+
+The 1M base on `describe`, 100 steps. Two operating points per method: the best without weight
+decay, and the best with it. Scores are on validation examples (mean ± standard deviation of three
+seeds). A star marks a setting at the edge of its grid.
+
+{forgetting_table(found)}
+
+![Score against forgetting, a panel per method](results/forgetting.png)
+"""
+
+
+if __name__ == "__main__":
+    figure = forgetting_figure(points(load("forgetting")))
+    report.save_figure(figure, RESULTS / "forgetting.png", dpi=80)
+    write_text(PAGE, page())
+    print(f"wrote {PAGE} and its figures")

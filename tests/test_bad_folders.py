@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import load, save_file
 from test_adapters import CONFIGS, IDS, checksum, small_base
 
-from minipeft import LoraConfig, PeftModel, get_peft_model, saving
+from minipeft import (
+    LoraConfig,
+    PeftModel,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    saving,
+)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -255,3 +262,15 @@ def test_an_absurd_size_is_refused_before_memory_is_allocated(folders, tmp_path,
     with pytest.raises(ValueError, match="1000000000"):
         PeftModel.from_pretrained(base, folder, is_trainable=True)
     assert state_of(None, base) == before
+
+
+def test_a_config_cannot_ask_for_more_than_its_tensors_can_hold():
+    """An LSTM of 10^5 layers would take minutes to make before its tensors are compared."""
+    shapes = {"prompt_embeddings": torch.empty(2, 8, device="meta")}
+    saving.check_sizes(PromptTuningConfig(8), shapes)
+    with pytest.raises(ValueError, match=r"num_virtual_tokens is 9, but .* for more than 8"):
+        saving.check_sizes(PromptTuningConfig(9), shapes)
+    deep = {"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 2}
+    saving.check_sizes(PromptEncoderConfig(8, **deep), shapes)
+    with pytest.raises(ValueError, match=r"encoder_num_layers is 3, but .* for more than 2"):
+        saving.check_sizes(PromptEncoderConfig(8, **deep | {"encoder_num_layers": 3}), shapes)

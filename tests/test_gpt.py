@@ -111,6 +111,25 @@ def test_sampling_is_reproducible_and_respects_top_k(gpt, ids):
     assert torch.equal(sample(0, 1), gpt.generate(ids, max_new_tokens=8))
 
 
+def test_top_k_is_no_smaller_for_a_single_prompt(gpt, ids):
+    with torch.no_grad():
+        likely = set(gpt(ids[:1]).logits[0, -1].topk(3).indices.tolist())
+    drawn = torch.cat(
+        [gpt.generate(ids[:1], max_new_tokens=1, do_sample=True, temperature=9.0, top_k=3)
+         for _ in range(60)]
+    )  # fmt: skip
+    assert set(drawn[:, -1].tolist()) == likely
+
+
+def test_layers_that_end_in_a_residual_sum_start_smaller():
+    """Their standard deviation is divided by √(2 layers)."""
+    model = GPT(GPTConfig(vocab_size=500, n_positions=16, n_embd=64, n_layer=8, n_head=2))
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.1), name
+
+
 def test_saving_and_loading_gives_identical_logits(gpt, ids, tmp_path):
     gpt.save_pretrained(tmp_path)
     again = GPT.from_pretrained(tmp_path)

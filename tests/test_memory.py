@@ -67,7 +67,7 @@ CONFIGS = {  # by model type: sizes as in config.json, and the parameters that t
               8_030_261_248),
     "mistral": ({"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 32,
                  "head_dim": 128, "num_key_value_heads": 8, "intermediate_size": 14336,
-                 "vocab_size": 131072}, 12_247_782_400),  # Mistral NeMo, with heads narrower than width / heads
+                 "vocab_size": 131072}, 12_247_782_400),  # Mistral NeMo: narrow heads
     "qwen2": ({"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
                "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936,
                "tie_word_embeddings": True}, 494_032_768),  # Qwen2.5-0.5B, with a tied head

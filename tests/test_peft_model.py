@@ -226,6 +226,13 @@ def test_a_config_as_peft_writes_it_is_read(written, tmp_path):
                 PeftConfig.from_pretrained(tmp_path)
 
 
+def test_task_types_have_pefts_names():
+    assert [str(task.value) for task in TaskType] == [
+        "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION",
+    ]  # fmt: skip
+    assert [task.name for task in TaskType] == [task.value for task in TaskType]
+
+
 def test_keys_of_pefts_config_that_mean_nothing_here_may_hold_anything(gpt, tmp_path):
     adapted(gpt, target_modules="all-linear").save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"

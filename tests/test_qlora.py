@@ -338,6 +338,21 @@ def test_the_output_of_qlora_is_w4_x_plus_b_plus_s_b_a_x():
     assert plain.bias.tolist() == [10, 20]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_output_has_the_inputs_dtype_although_the_adapter_is_float32(dtype):
+    layer = QLoraLinear(Linear4bit(nn.Linear(8, 4).to(dtype)), LoraConfig(r=2))
+    assert layer.lora_A.weight.dtype == torch.float32
+    assert layer(torch.ones(3, 8, dtype=dtype)).dtype == dtype
+
+
+def test_quantized_values_are_not_part_of_a_graph():
+    weight = nn.Parameter(torch.randn(4, 64))
+    for double_quant in (False, True):
+        q = quantize_nf4(weight, double_quant=double_quant)
+        tensors = [t for t in vars(q).values() if isinstance(t, torch.Tensor)]
+        assert not any(t.requires_grad for t in (*tensors, dequantize_nf4(q)))
+
+
 def test_what_is_lost_by_rounding_by_hand():
     """W' / 7 = [4/7, 0, 5/7, 1]: the nearest levels are 0.5626, 0, 0.7230 and 1. |s B A| = 9."""
     lost = 7 * math.hypot(4 / 7 - 0.5626170039176941, 5 / 7 - 0.7229568362236023) / 9

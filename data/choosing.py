@@ -1,0 +1,47 @@
+"""How PROTOCOL.md chooses a setting from rows of runs: means, operating points, and wider grids."""
+
+import statistics
+from collections.abc import Iterable
+from itertools import groupby
+
+AVERAGED = ("score", "forgetting", "loss", "update_norm", "intruders")
+SLACK = 0.02  # by how much an operating point's score may be below the best
+
+
+def points(rows: list[dict]) -> list[dict]:
+    """Means over seeds: a point per method, learning rate and decay. A setting with a run that
+    diverged is left out."""
+
+    def where(row: dict) -> tuple:
+        return row["method"], row["learning_rate"], row["decay"]
+
+    found = []
+    for (method, rate, decay), group in groupby(sorted(rows, key=where), where):
+        runs = list(group)
+        if all("score" in run for run in runs):
+            means = {name: statistics.mean(run[name] for run in runs) for name in AVERAGED}
+            spread = statistics.stdev(run["score"] for run in runs) if len(runs) > 1 else 0.0
+            found.append({"method": method, "learning_rate": rate, "decay": decay, **means,
+                          "score_spread": spread, "seeds": len(runs)})  # fmt: skip
+    return found
+
+
+def operating_point(candidates: Iterable[dict]) -> dict:
+    """The point with the least forgetting among those with nearly the best score."""
+    candidates = list(candidates)
+    best = max(point["score"] for point in candidates)
+    good = [point for point in candidates if point["score"] >= best - SLACK]
+    return min(good, key=lambda point: (round(point["forgetting"], 2), point["loss"]))
+
+
+def edges(point: dict, candidates: Iterable[dict]) -> dict[str, float]:
+    """The settings of a point that are the smallest or largest of its method, each with the value
+    to try next. A decay of zero is no edge."""
+    found, mine = {}, [p for p in candidates if p["method"] == point["method"]]
+    for name in ("learning_rate", "decay"):
+        tried = {p[name] for p in mine if p[name]}
+        if point[name] and point[name] == max(tried):
+            found[name] = 2 * point[name]
+        elif name == "learning_rate" and point[name] == min(tried):
+            found[name] = point[name] / 2
+    return found

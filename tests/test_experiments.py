@@ -1,0 +1,170 @@
+"""The experiments in data/: how settings are chosen, what is measured, and the page of results."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from minipeft import GPT, LoraConfig, PrefixTuningConfig, get_peft_model
+from minipeft.data import choosing, experiments, results
+from minipeft.data.experiments import Grid, Setting
+from minipeft.lab.tasks import Example
+
+
+def row(rate, decay, score, forgetting, loss=0.1, method="lora", seed=0, **more) -> dict:
+    return {
+        "method": method, "learning_rate": rate, "decay": decay, "seed": seed, "score": score,
+        "forgetting": forgetting, "loss": loss, "update_norm": 1.0, "intruders": 0,
+    } | more  # fmt: skip
+
+
+# --- choosing ---
+
+
+def test_points_are_means_over_seeds_and_leave_out_what_diverged():
+    rows = [row(0.1, 0, 0.8, 1.0, seed=1), row(0.1, 0, 0.9, 2.0, seed=2), row(0.2, 0, 1, 9)]
+    diverged = {k: v for k, v in row(0.2, 0, 0, 0, seed=2).items() if k != "score"}
+    (point,) = choosing.points([*rows, diverged])
+    assert point["score"] == pytest.approx(0.85)
+    assert point["forgetting"] == 1.5
+    assert point["score_spread"] == pytest.approx(0.0707, abs=1e-4)
+    assert point["seeds"] == 2
+
+
+@pytest.mark.parametrize(
+    ("candidates", "best"),
+    [  # score, forgetting, loss
+        ([(0.98, 2.0, 0.1), (0.961, 0.5, 0.2), (0.95, 0.1, 0.3)], 1),  # 0.95 scores too little
+        ([(0.98, 0.500, 0.2), (0.97, 0.504, 0.1)], 1),  # equal forgetting: the lower loss
+        ([(0.98, 0.50, 0.2), (0.97, 0.52, 0.1)], 0),
+    ],
+)
+def test_the_operating_point_forgets_least_among_the_nearly_best(candidates, best):
+    rows = [row(2.0**i, 0, *values) for i, values in enumerate(candidates)]
+    assert choosing.operating_point(rows)["learning_rate"] == 2.0**best
+
+
+def test_an_operating_point_at_an_edge_widens_the_grid():
+    grid = Grid({"lora": (0.1, 0.2, 0.4), "full": (1.0, 2.0, 4.0)}, (0.0, 0.01), (1, 2))
+    rows = [row(r, d, 0.5, 1.0) for r in (0.1, 0.2, 0.4) for d in (0.0, 0.01)]
+    rows += [row(r, d, 0.5, 1.0, method="full") for r in (1.0, 2.0, 4.0) for d in (0.0, 0.01)]
+    rows[2]["score"] = rows[8]["score"] = 0.9  # in the middle, and no decay
+    assert grid.widened(rows) == grid
+    rows[2]["score"], rows[0]["score"] = 0.5, 0.9  # lora at 0.1
+    assert grid.widened(rows).rates == {"lora": (0.1, 0.2, 0.4, 0.05), "full": (1.0, 2.0, 4.0)}
+    assert grid.widened(rows).decays == (0.0, 0.01)
+    rows[0]["score"], rows[5]["score"] = 0.5, 0.9  # lora at 0.4, with decay
+    wider = grid.widened(rows)
+    assert wider.rates["lora"] == (0.1, 0.2, 0.4, 0.8)
+    assert wider.decays == (0.0, 0.01, 0.02), "each method is tried with the new decay"
+    new = set(wider.settings()) - set(grid.settings())
+    assert len(new) == 2 * (3 + 3 + 3)
+
+
+def test_what_is_missing_is_the_grid_and_then_the_wider_grid(monkeypatch):
+    grid, done = Grid({"lora": (0.1, 0.2, 0.4)}, (0.0,), (1,)), []
+    monkeypatch.setitem(experiments.EXPERIMENTS, "toy", grid)
+    monkeypatch.setattr(experiments, "load", lambda name: done)
+    assert experiments.missing("toy") == grid.settings()
+    done += [row(s.learning_rate, 0.0, s.learning_rate, 1.0, seed=1) for s in grid.settings()]
+    assert experiments.missing("toy") == [Setting("lora", 0.8, 0.0, 1)]
+    done.append(row(0.8, 0.0, 0.1, 1.0, seed=1))
+    assert experiments.missing("toy") == []
+
+
+# --- measuring ---
+
+
+def test_intruders_are_large_new_directions():
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(40, 40))[0] for _ in range(2))
+    before = u * torch.linspace(5, 1, 40) @ v.T
+    assert not experiments.intruders(before, before).any()
+    turned = before @ torch.linalg.qr(torch.randn(40, 40))[0]  # the left singular vectors stay
+    assert not experiments.intruders(before, turned).any()
+    assert not experiments.intruders(before, -turned).any(), "the sign of a vector is arbitrary"
+    new = u.sum(1, keepdim=True) @ v.sum(1, keepdim=True).T / 40  # a bit of all directions
+    found = experiments.intruders(before, before + 20 * new)
+    assert found.tolist() == [True] + [False] * 9
+
+
+def test_changes_count_the_linear_layers_and_nothing_else():
+    torch.manual_seed(0)
+    base, model = GPT(tiny_config()), GPT(tiny_config())
+    model.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        model.transformer.wte.weight += 1
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] += 3.0
+        model.transformer.h[1].attn.c_proj.weight[0, 0] += 4.0
+    assert experiments.changes(base, model)["update_norm"] == pytest.approx(5, rel=1e-5)
+    adapted = get_peft_model(GPT(tiny_config()), LoraConfig(target_modules=["c_fc"]))
+    adapted.base_model.load_state_dict(base.state_dict(), strict=False)
+    for name, layer in adapted.adapters["default"].layers.items():
+        layer.base_layer.load_state_dict(base.get_submodule(name).state_dict())
+        layer.lora_B.weight.data.fill_(0.1)
+    found = experiments.changes(base, adapted)["update_norm"]
+    norms = [
+        (0.1 * layer.scaling * layer.lora_A.weight.sum(0)).norm() * layer.out_features**0.5
+        for layer in adapted.adapters["default"].layers.values()
+    ]
+    assert found == pytest.approx(torch.stack(norms).norm().item(), rel=1e-4)
+
+
+def test_a_prefix_of_real_text_does_what_the_text_does(base):
+    model = get_peft_model(base.model(), PrefixTuningConfig(num_virtual_tokens=5))
+    text, rest = [17, 300, 41, 99, 7], torch.tensor([[55, 1200, 8]])
+    example = Example("", "", text[:3], [*text[3:], 0], [])
+    experiments.start_from_text(model, base, example)
+    whole = base.pretrained(torch.cat((torch.tensor([text]), rest), dim=1)).logits[:, 5:]
+    assert torch.allclose(model(rest).logits, whole, atol=1e-4)
+
+
+def test_one_run_is_measured_against_the_untouched_base(monkeypatch, base):
+    few = replace(base, held_out=base.held_out[:2])
+    monkeypatch.setattr(experiments, "opened", lambda name: (few, 1.0))
+    task = experiments.tasks.load_task(few, "sentiment")
+    task = replace(task, train=task.train[:16], validation=task.validation[:3])
+    monkeypatch.setattr(experiments.tasks, "load_task", lambda *_: task)
+    settings, train = [], experiments.train
+    monkeypatch.setattr(
+        experiments, "train", lambda m, b, run, o: settings.append(run) or train(m, b, run, o)
+    )
+    found = experiments.measure(Setting("lora", 0.01, 0.02, 100, task="sentiment", steps=1))
+    (run,) = settings
+    assert run.weight_decay * run.learning_rate == pytest.approx(0.02), "the product is the setting"
+    assert run.decay_to == "start"
+    assert found["seed"] == run.seed == 100
+    assert found["forgetting_at_start"] > -1
+    assert {"loss", "score", "forgetting", "update_norm", "intruders"} <= found.keys()
+
+
+def test_a_run_that_diverges_has_no_measurements(monkeypatch, base):
+    monkeypatch.setattr(experiments, "opened", lambda name: (base, 1.0))
+
+    def fail(*_):
+        raise FloatingPointError("the loss is nan at step 3")
+
+    monkeypatch.setattr(experiments, "train", fail)
+    found = experiments.measure(Setting("lora", 0.01, 0.02, 100))
+    assert "score" not in found
+    assert found["method"] == "lora"
+
+
+# --- what is committed ---
+
+
+@pytest.mark.parametrize("name", [n for n in experiments.EXPERIMENTS if experiments.load(n)])
+def test_no_run_is_there_twice_and_each_belongs_to_its_experiment(name):
+    rows = experiments.load(name)
+    settings = [experiments.setting_of(r) for r in rows]
+    assert len(set(settings)) == len(settings)
+    grid = experiments.EXPERIMENTS[name]
+    for setting in settings:
+        assert setting.method in grid.rates
+        assert setting.seed in grid.seeds
+        assert setting.part == "validation", "only the finals use the test examples"
+
+
+def test_the_page_of_results_is_made_from_the_committed_rows():
+    assert results.page() == results.PAGE.read_text(), "run python -m data.results"
