@@ -34,6 +34,14 @@ def operating_point(candidates: Iterable[dict]) -> dict:
     return min(good, key=lambda point: (round(point["forgetting"], 2), point["loss"]))
 
 
+def operating_points(found: list[dict], decayed: bool) -> list[dict]:
+    """Each method's operating point, among all its points or among those without decay."""
+    return [
+        operating_point(p for p in found if p["method"] == method and (decayed or not p["decay"]))
+        for method in dict.fromkeys(p["method"] for p in found)
+    ]
+
+
 def edges(point: dict, candidates: Iterable[dict]) -> dict[str, float]:
     """The settings of a point that are the smallest or largest of its method, each with the value
     to try next. A decay of zero is no edge."""

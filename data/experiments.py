@@ -8,6 +8,7 @@ Every run is one line of results/NAME.jsonl. `python -m data.results` makes tabl
 """
 
 import argparse
+import copy
 import json
 import os
 import time
@@ -30,10 +31,11 @@ from minipeft.lab.train import train
 from minipeft.peft_model import PeftModel
 from minipeft.targets import find_targets
 
-from .choosing import edges, operating_point, points
+from .choosing import edges, operating_point, operating_points, points
 
 RESULTS = Path(__file__).parent / "results"
 DECAYS = (0.0, 0.01, 0.02, 0.04)  # learning rate x weight decay, towards the initial values
+FACTORS = (0.5, 0.0)  # for singular values of intruder dimensions
 TRIALS = (100, 101, 102)  # seeds for choosing settings; the finals have others
 
 
@@ -49,6 +51,7 @@ class Setting:
     task: str = "describe"
     steps: int = 100
     part: str = "validation"  # the examples that are scored, or "test": in the finals alone
+    scaled: bool = False  # also measure the model with intruder dimensions scaled down
 
 
 def variant(method: str, name: str, **changes) -> Recipe:
@@ -104,6 +107,30 @@ class Grid:
         return replace(self, rates=rates, decays=(*self.decays, *sorted(decays)))
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The operating points of another experiment, without decay and with it, on other seeds."""
+
+    source: str
+    seeds: tuple[int, ...]
+    common: dict = field(default_factory=dict)  # changes to fields of Setting
+
+    def settings(self) -> list[Setting]:
+        """Empty as long as runs of the other experiment are missing."""
+        if missing(self.source):
+            return []
+        rows, settings = load(self.source), []
+        chosen = [*operating_points(points(rows), False), *operating_points(points(rows), True)]
+        for point, seed in product(chosen, self.seeds):
+            names = ("method", "learning_rate", "decay")
+            first = next(row for row in rows if all(row[n] == point[n] for n in names))
+            settings.append(replace(setting_of(first), seed=seed, **self.common))
+        return list(dict.fromkeys(settings))  # both points of a method may be the same
+
+    def widened(self, rows: list[dict]) -> "Chosen":
+        return self
+
+
 def around(best: float) -> tuple[float, ...]:
     """Five rates, in steps of a factor of 2."""
     return tuple(best * 2.0**i for i in (-2, -1, 0, 1, 2))
@@ -121,6 +148,7 @@ PROMPT_METHODS = {
 }  # fmt: skip
 EXPERIMENTS = {
     "forgetting": Grid(WEIGHT_METHODS),
+    "intruders": Chosen("forgetting", TRIALS, {"scaled": True}),
     "prompts": Grid(PROMPT_METHODS, decays=(0.0,), common={"steps": 300}),
 }
 
@@ -155,10 +183,20 @@ def measure(setting: Setting) -> dict:
     except FloatingPointError:
         return row
     examples = getattr(task, setting.part)
+
+    def results(model: nn.Module) -> dict:
+        score = task.score(examples, evaluate.complete(model, base, examples))
+        return {"score": score, "forgetting": evaluate.text_loss(model, base.held_out) - before}
+
     row |= evaluate.task_loss(model, examples, base.end)
-    row["score"] = task.score(examples, evaluate.complete(model, base, examples))
-    row["forgetting"] = evaluate.text_loss(model, base.held_out) - before
-    return row | changes(base.pretrained, model)
+    row |= results(model) | changes(base.pretrained, model)
+    if setting.scaled and row["intruders"]:
+        plain = model.merge_and_unload() if isinstance(model, PeftModel) else model
+        row["scaled"] = [
+            {"which": which, "factor": factor, **results(scaled(base, plain, which, factor))}
+            for which, factor in product(("intruders", "others"), FACTORS)
+        ]
+    return row
 
 
 @torch.no_grad()
@@ -190,6 +228,26 @@ def intruders(before: Tensor, after: Tensor, k: int = 10, below: float = 0.6) ->
     old = torch.linalg.svd(before, full_matrices=False)[0]  # (out, n)
     new = torch.linalg.svd(after, full_matrices=False)[0][:, :k]  # (out, k)
     return (old.T @ new).abs().amax(0) < below
+
+
+@torch.no_grad()
+def scaled(base: Base, model: nn.Module, which: str, factor: float) -> nn.Module:
+    """A copy of a model with the singular values of some directions multiplied by a factor.
+
+    which: "intruders", or as a control "others": in each layer as many of the ten first directions
+    that are no intruders, or as many as there are.
+    """
+    model = copy.deepcopy(model)
+    for name, layer in find_targets(base.pretrained, "all-linear").items():
+        weight = model.get_submodule(name).weight
+        found = intruders(layer.weight, weight)
+        if which == "others":
+            others = (~found).nonzero().flatten()[: found.sum()]
+            found = torch.zeros_like(found).index_fill(0, others, True)
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        s[: len(found)][found] *= factor
+        weight.copy_(u * s @ vh)
+    return model
 
 
 # --- all runs ---

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from minipeft.files import write_text
 from minipeft.lab import report
 
-from .choosing import edges, operating_point, points
+from .choosing import edges, operating_points, points
 from .experiments import RESULTS, load
 
 PAGE = RESULTS.parent / "RESULTS.md"
@@ -16,25 +16,21 @@ NAMES = report.NAMES | {"adalora, no penalty": "AdaLoRA, no penalty"}
 COLORS = report.COLORS | {"adalora, no penalty": "#b2653f"}
 
 
+def order(point: dict) -> tuple:
+    """The place of a method in tables; variants follow their method."""
+    method, *variant = point["method"].split(", ")
+    return list(COLORS).index(method), variant
+
+
 # --- score against forgetting ---
-
-
-def chosen(found: list[dict], regularized: bool) -> dict[str, dict]:
-    """Each method's operating point, among all its points or among those without decay."""
-    return {
-        method: operating_point(
-            p for p in found if p["method"] == method and (regularized or not p["decay"])
-        )
-        for method in dict.fromkeys(p["method"] for p in found)
-    }
 
 
 def forgetting_table(found: list[dict]) -> str:
     """Two lines per method: the operating point without decay, and with it."""
-    plain, decayed = chosen(found, False), chosen(found, True)
+    plain, decayed = operating_points(found, False), operating_points(found, True)
     lines = []
-    for method in sorted(plain, key=list(COLORS).index):
-        for name, point in ((NAMES[method], plain[method]), ("… with decay", decayed[method])):
+    for pair in sorted(zip(plain, decayed, strict=True), key=lambda pair: order(pair[0])):
+        for name, point in zip((NAMES[pair[0]["method"]], "… with decay"), pair, strict=True):
             edge = edges(point, found)
             lines.append(
                 [
@@ -54,10 +50,9 @@ def forgetting_table(found: list[dict]) -> str:
 def forgetting_figure(found: list[dict]) -> Figure:
     """A panel per method: score against forgetting, a line per decay. The circle is the operating
     point; the cross is full fine-tuning's."""
-    full = chosen(found, True)["full"]
-    methods = sorted({p["method"] for p in found}, key=list(COLORS).index)
+    best = {point["method"]: point for point in sorted(operating_points(found, True), key=order)}
     figure, axes = report.panels(13, 6.2, 2, 4)
-    for axis, method in zip(axes, methods, strict=False):
+    for axis, method in zip(axes, best, strict=False):
         mine = [p for p in found if p["method"] == method]
         decays = sorted({p["decay"] for p in mine})
         for decay, shade in zip(decays, (0.3, 0.5, 0.7, 1, 1, 1), strict=False):
@@ -67,12 +62,14 @@ def forgetting_figure(found: list[dict]) -> Figure:
             axis.plot([p["forgetting"] for p in line], [p["score"] for p in line], "o-",
                       color=COLORS[method], alpha=shade, ms=3 + 4 * shade, mew=0,
                       label=f"ηλ = {decay:g}")  # fmt: skip
-        best = operating_point(mine)
-        axis.plot(best["forgetting"], best["score"], "o", ms=14, mfc="none", color="black")
-        axis.plot(full["forgetting"], full["score"], "+", ms=14, mew=2, color=COLORS["full"])
+        for point, style in (
+            (best[method], {"marker": "o", "mfc": "none", "color": "black"}),
+            (best["full"], {"marker": "+", "mew": 2, "color": COLORS["full"]}),
+        ):
+            axis.plot(point["forgetting"], point["score"], ms=14, **style)
         axis.set(title=NAMES[method], xscale="log", ylim=(0, 1.05), xlim=(0.05, 10))
         axis.xaxis.set_major_formatter("{x:g}")
-    for axis in axes[len(methods) :]:
+    for axis in axes[len(best) :]:
         axis.set_axis_off()
     axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center", frameon=False)
     figure.supxlabel("forgetting (nats per token on pretraining text)")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from minipeft import LoraConfig, PrefixTuningConfig, get_peft_model
-from minipeft.lab import DATA, compare, evaluate, sweep, tasks
+from minipeft.lab import DATA, compare, evaluate, report, sweep, tasks
 from minipeft.lab.finetune import build_model
 from minipeft.lab.recipes import RECIPES, RunConfig
 from minipeft.targets import list_targets
@@ -406,6 +406,16 @@ def test_the_readmes_qlora_numbers_match_the_committed_results():
     assert qlora[0].paging["evictions"] > 0
     fall = compare.mean(lora, "score") - compare.mean(qlora, "score")
     assert fall == pytest.approx(0.04, abs=0.006)
+    base = qlora[0].weight_bytes - 4 * qlora[0].trainable, rows["full"][0].weight_bytes
+    assert [round(size / 1e6, 1) for size in base] == [3.2, 12.4]
+    placed = compare.rows(compare.load(RESULTS / "placement" / "compare.json"))
+    pairs = zip(placed["lora, attention"], placed["lora, all-linear"], strict=True)
+    gaps = [a.score - b.score for a, b in pairs]
+    middle, half = statistics.mean(gaps), report.interval(gaps)
+    assert [round(x, 2) for x in (middle, middle - half, middle + half)] == [0.03, -0.03, 0.09]
+    verdicts = compare.rows(compare.load(RESULTS / "sentiment" / "compare.json"))
+    pairs = zip(verdicts["p_tuning"], verdicts["prompt_tuning"], strict=True)
+    assert all(a.score > b.score for a, b in pairs)
     same = {"base": "3m", "task": "describe", "steps": 100, "examples": 400, "size": 8}
     points = {
         e["method"]: {p["learning_rate"]: p for p in e["points"]}
