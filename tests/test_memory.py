@@ -59,6 +59,13 @@ def test_full_fine_tuning_takes_8_12_or_16_bytes_per_parameter(method, each):
     assert ours["weights"] + ours["gradients"] + ours["optimizer"] == 16 * 1_071_872
 
 
+def test_embeddings_and_head_are_a_seventh_of_current_models():
+    for name, share in (("llama-3.1-8b", 0.13), ("qwen2.5-7b", 0.14)):
+        shape = memory.SHAPES[name]
+        tables = 2 * shape.vocabulary * shape.width
+        assert tables / shape.parameters == pytest.approx(share, abs=0.005)
+
+
 CONFIGS = {  # by model type: sizes as in config.json, and the parameters that transformers counts
     "gpt2": ({"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
              124_439_808),

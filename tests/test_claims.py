@@ -1,0 +1,84 @@
+"""The ledger of claims: it is complete, and no page states a measured number without a claim."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from minipeft.data import claims
+from minipeft.lab import DATA
+
+ROOT = DATA.parent
+LEDGER = {claim["id"]: claim for claim in claims.load()}
+# PROTOCOL.md has settings, LOG.md is a diary of dated entries, the other two are generated
+PAGES = [ROOT / "README.md", DATA / "README.md", *sorted((ROOT / "lessons" / "src").glob("*.py"))]
+
+
+def prose(page: Path) -> list[str]:
+    """The paragraphs of a page, or of the Markdown cells of a lesson's source."""
+    text = page.read_text()
+    if page.suffix == ".py":
+        cells = re.split(r"^# %%", text, flags=re.M)
+        cells = [cell.partition("\n")[2] for cell in cells if cell.startswith(" [markdown]")]
+        text = "\n\n".join(re.sub(r"^# ?", "", cell, flags=re.M) for cell in cells)
+        text = re.sub(r"\$[^$]*\$", "", text)  # formulas
+    return list(claims.paragraphs(text))
+
+
+def untold(paragraph: str) -> list[str]:
+    """The measured numbers of a paragraph that none of its claims has."""
+    told = [LEDGER[i]["claim"] + str(LEDGER[i]["interval"]) for i in claims.tags(paragraph)]
+    return [n for n in claims.numbers(paragraph) if not any(n in text for text in told)]
+
+
+def test_every_claim_is_complete():
+    assert len(LEDGER) == len(claims.load()) >= 40
+    for claim in LEDGER.values():
+        assert claim["verdict"] in claims.VERDICTS, claim["id"]
+        assert claim["claim"].endswith("."), claim["id"]
+        assert claim["command"] or claim["verdict"] == "not tested", claim["id"]
+        random = claim["verdict"] in ("differs", "no difference seen")
+        assert not random or (claim["seeds"] >= 3 and claim["interval"]), claim["id"]
+
+
+@pytest.mark.parametrize("check", sorted({c["check"] for c in LEDGER.values() if c["check"]}))
+def test_the_test_that_checks_a_claim_exists(check):
+    file, _, name = check.partition("::")
+    assert f"\ndef {name}(" in (ROOT / file).read_text()
+
+
+def test_the_page_of_claims_is_made_from_the_ledger():
+    assert claims.page(claims.load()) == claims.PAGE.read_text(), "run python -m data.claims"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_states_no_measured_number_without_a_claim(page):
+    for paragraph in prose(page):
+        assert not untold(paragraph), f"no claim has this number: {paragraph[:200]}"
+
+
+def test_every_claim_that_names_a_page_is_tagged_there():
+    for page in ("README.md", "data/README.md"):
+        tagged = {i for paragraph in prose(ROOT / page) for i in claims.tags(paragraph)}
+        missing = {i for i, claim in LEDGER.items() if claim["where"] == page} - tagged
+        assert not missing, f"{page} does not tag {missing}"
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "LoRA forgets 0.42 more.",
+        "It closes 97 % of it.",
+        "It takes 1.5 times as long.",
+        "- a gap of -0.3",
+    ],
+)
+def test_a_planted_number_is_found(planted):
+    assert untold(planted)
+    assert not untold(f"`{planted}`"), "code is no claim"
+
+
+def test_a_planted_number_is_found_in_a_tagged_paragraph_too():
+    assert not untold("It ends 0.04 below LoRA. <!-- claim: qlora-score -->")
+    assert untold("It ends 0.05 below LoRA. <!-- claim: qlora-score -->") == ["0.05"]
+    assert untold("In arXiv 2405.09673 and with Python 3.10, as [here](a/0.5)") == []
