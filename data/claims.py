@@ -38,7 +38,7 @@ def page(claims: list[dict]) -> str:
     """CLAIMS.md."""
     parts = [
         "# The ledger of claims",
-        "Written by `python -m data.claims` from `claims.json`. A page names its claims in\ncomments. "
+        "Written by `python -m data.claims` from `claims.json`. A page names its claims in comments.",
         "The column *seeds* is 0 where nothing is random.",
     ]
     for verdict, meaning in VERDICTS.items():
