@@ -24,6 +24,13 @@ VERDICTS = {
     "not tested": "we do not know",
     "withdrawn": "a claim of the first edition that its evidence does not support",
 }
+INTRODUCTION = """\
+Written by `python -m data.claims` from `claims.json`. A page that states a claim has its id in an
+HTML comment, which Markdown does not show. The column *seeds* is 0 where nothing is random, or
+nothing was run. The test checks that a page shows what was measured. Only the command measures it
+again. Claims from `compare`, `sweep` and `study` are the first edition's: the 3M base, three seeds,
+learning rates chosen on validation examples, no weight decay, and a test set of 200 examples that
+is not used any more."""
 # A number with decimals, a share in percent, or a ratio: what a page must not state without a claim
 MEASURED = re.compile(
     r"(?<![\w./-])(?<!Python )[-+]?\d+(?:\.\d+(?![\w.])|(?:\.\d+)? (?:%|times\b))"
@@ -38,8 +45,7 @@ def page(claims: list[dict]) -> str:
     """CLAIMS.md."""
     parts = [
         "# The ledger of claims",
-        "Written by `python -m data.claims` from `claims.json`. A page names its claims in comments.",
-        "The column *seeds* is 0 where nothing is random.",
+        INTRODUCTION,
     ]
     for verdict, meaning in VERDICTS.items():
         lines = [

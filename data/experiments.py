@@ -3,6 +3,7 @@
 python -m data.experiments                       # the experiments, and how many runs are missing
 python -m data.experiments forgetting            # the missing runs of one, in two processes
 python -m data.experiments forgetting --limit 60 # … for about an hour
+python -m data.experiments forgetting --repeat 3 # three of its runs again, next to what was written
 
 Every run is one line of results/NAME.jsonl. `python -m data.results` makes tables and figures.
 """
@@ -11,7 +12,9 @@ import argparse
 import copy
 import json
 import os
+import random
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from itertools import product
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minipeft.lab import DATA, evaluate, tasks
-from minipeft.lab.base import Base, load_base
+from minipeft.lab.base import WINDOW, Base, load_base, windows
 from minipeft.lab.finetune import build_model, check_lengths, micro_batches
 from minipeft.lab.recipes import RECIPES, Recipe, RunConfig
 from minipeft.lab.tasks import Example
@@ -32,6 +35,7 @@ from minipeft.peft_model import PeftModel
 from minipeft.targets import find_targets
 
 from .choosing import edges, operating_point, operating_points, points
+from .text import document
 
 RESULTS = Path(__file__).parent / "results"
 DECAYS = (0.0, 0.01, 0.02, 0.04)  # learning rate x weight decay, towards the initial values
@@ -157,15 +161,19 @@ EXPERIMENTS = {
 
 
 @cache
-def opened(name: str) -> tuple[Base, float]:
-    """A base, and its loss on held-out text."""
+def opened(name: str, part: str) -> tuple[Base, float]:
+    """A base, and its loss on held-out text. The finals have text of their own."""
     base = load_base(DATA / "base" / name)
+    if part == "test":
+        rng = random.Random(3)
+        encoded = base.tokenizer.encode_batch([document(rng) for _ in range(300)])
+        base.held_out = windows([e.ids for e in encoded], WINDOW, base.end)
     return base, evaluate.text_loss(base.model(), base.held_out)
 
 
 def measure(setting: Setting) -> dict:
     """Train, and measure: a row. A run whose loss does not stay finite has no measurements."""
-    base, before = opened(setting.base)
+    base, before = opened(setting.base, setting.part)
     task, recipe = tasks.load_task(base, setting.task), METHODS[setting.method]
     run = RunConfig(
         steps=setting.steps, learning_rate=setting.learning_rate, seed=setting.seed, quiet=True,
@@ -290,6 +298,12 @@ def run(name: str, minutes: float, processes: int) -> None:
                     return
 
 
+def repeat(name: str, n: int) -> Iterator[tuple[dict, dict]]:
+    """n rows, drawn at random but always the same ones, and what their runs measure now."""
+    for row in random.Random(0).sample(load(name), n):
+        yield row, measure(setting_of(row))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -297,8 +311,14 @@ if __name__ == "__main__":
     parser.add_argument("name", nargs="?", choices=EXPERIMENTS)
     parser.add_argument("--limit", type=float, default=1e9, metavar="MINUTES", help="stop then")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--repeat", type=int, metavar="N", help="run N of the runs again")
     arguments = parser.parse_args()
-    if arguments.name:
+    if arguments.name and arguments.repeat:
+        for row, again in repeat(arguments.name, arguments.repeat):
+            print(setting_of(row))
+            for key in ("score", "forgetting", "loss"):
+                print(f"  {key}: {row.get(key)} written, {again.get(key)} now")
+    elif arguments.name:
         run(arguments.name, arguments.limit, arguments.processes)
     for name in EXPERIMENTS:
         print(f"{name}: {len(load(name))} runs, {len(missing(name))} are missing")

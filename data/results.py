@@ -24,6 +24,22 @@ def order(point: dict) -> tuple:
 
 # --- score against forgetting ---
 
+CIRCLE = {"marker": "o", "ls": "", "ms": 14, "mfc": "none", "color": "black"}
+CROSS = {"marker": "+", "ls": "", "ms": 16, "mew": 2, "color": COLORS["full"]}
+
+
+def cells(name: str, point: dict, edge: dict) -> list:
+    """A line of a table: a point, with a star at settings that are at an edge."""
+    rate, decay = (f"{point[n]:g}{'*' * (n in edge)}" for n in ("learning_rate", "decay"))
+    spread = f" ± {point['score_spread']:.3f}" if point["seeds"] > 1 else ""
+    return [
+        name, rate, decay, point["seeds"], f"{point['score']:.3f}{spread}",
+        f"{point['forgetting']:+.2f}", f"{point['update_norm']:.1f}", f"{point['intruders']:.1f}",
+    ]  # fmt: skip
+
+
+HEAD = ["method", "η", "ηλ", "seeds", "score", "forgetting", "update norm", "intruders"]
+
 
 def forgetting_table(found: list[dict]) -> str:
     """Two lines per method: the operating point without decay, and with it."""
@@ -31,20 +47,35 @@ def forgetting_table(found: list[dict]) -> str:
     lines = []
     for pair in sorted(zip(plain, decayed, strict=True), key=lambda pair: order(pair[0])):
         for name, point in zip((NAMES[pair[0]["method"]], "… with decay"), pair, strict=True):
-            edge = edges(point, found)
-            lines.append(
-                [
-                    name,
-                    f"{point['learning_rate']:g}" + ("*" if "learning_rate" in edge else ""),
-                    f"{point['decay']:g}" + ("*" if "decay" in edge else ""),
-                    f"{point['score']:.3f} ± {point['score_spread']:.3f}",
-                    f"{point['forgetting']:+.2f}",
-                    f"{point['update_norm']:.1f}",
-                    f"{point['intruders']:.1f}",
-                ]
-            )
-    head = ["method", "η", "ηλ", "score", "forgetting", "update norm", "intruders"]
-    return report.markdown_table(head, lines)
+            lines.append(cells(name, point, edges(point, found)))
+    return report.markdown_table(HEAD, lines)
+
+
+def equal_score(found: list[dict], score: float) -> dict[str, tuple[dict | None, dict | None]]:
+    """For each method, the point that forgets least among those that reach a score, without decay
+    and with any; None if no point reaches it."""
+    best = {}
+    for method in sorted({p["method"] for p in found}, key=lambda m: order({"method": m})):
+        reached = [p for p in found if p["method"] == method and p["score"] >= score]
+        best[method] = tuple(
+            min(points, key=lambda p: p["forgetting"], default=None)
+            for points in ([p for p in reached if not p["decay"]], reached)
+        )
+    return best
+
+
+def equal_score_table(found: list[dict], scores: tuple[float, ...]) -> str:
+    """The least forgetting at equal scores, without decay -> with it."""
+
+    def show(point: dict | None) -> str:
+        return f"{point['forgetting']:+.2f}" if point else "–"
+
+    columns = [equal_score(found, score) for score in scores]
+    lines = [
+        [NAMES[method], *(" → ".join(map(show, column[method])) for column in columns)]
+        for method in columns[0]
+    ]
+    return report.markdown_table(["method", *(f"score at least {s:g}" for s in scores)], lines)
 
 
 def forgetting_figure(found: list[dict]) -> Figure:
@@ -52,26 +83,32 @@ def forgetting_figure(found: list[dict]) -> Figure:
     point; the cross is full fine-tuning's."""
     best = {point["method"]: point for point in sorted(operating_points(found, True), key=order)}
     figure, axes = report.panels(13, 6.2, 2, 4)
+    decays = sorted({p["decay"] for p in found})
     for axis, method in zip(axes, best, strict=False):
-        mine = [p for p in found if p["method"] == method]
-        decays = sorted({p["decay"] for p in mine})
-        for decay, shade in zip(decays, (0.3, 0.5, 0.7, 1, 1, 1), strict=False):
-            line = sorted(
-                (p for p in mine if p["decay"] == decay), key=lambda p: p["learning_rate"]
-            )
+        for i, decay in enumerate(decays):
+            line = [p for p in found if (p["method"], p["decay"]) == (method, decay)]
+            line.sort(key=lambda p: p["learning_rate"])
+            strength = 0.25 + 0.75 * i / max(len(decays) - 1, 1)
             axis.plot([p["forgetting"] for p in line], [p["score"] for p in line], "o-",
-                      color=COLORS[method], alpha=shade, ms=3 + 4 * shade, mew=0,
-                      label=f"ηλ = {decay:g}")  # fmt: skip
-        for point, style in (
-            (best[method], {"marker": "o", "mfc": "none", "color": "black"}),
-            (best["full"], {"marker": "+", "mew": 2, "color": COLORS["full"]}),
+                      color=COLORS[method], alpha=strength, ms=2 + 4 * strength, mew=0)  # fmt: skip
+            axes[-1].plot([], [], "o-", color="black", alpha=strength, ms=2 + 4 * strength, mew=0,
+                          label=f"ηλ = {decay:g}")  # fmt: skip
+        for point, style, name in (
+            (best[method], CIRCLE, "the operating point"),
+            (best["full"], CROSS, "full fine-tuning's"),
         ):
-            axis.plot(point["forgetting"], point["score"], ms=14, **style)
-        axis.set(title=NAMES[method], xscale="log", ylim=(0, 1.05), xlim=(0.05, 10))
+            axis.plot(point["forgetting"], point["score"], label=name, **style)
+        axis.set(title=NAMES[method], xscale="log", ylim=(0, 1.05), xlim=(0.04, 10))
         axis.xaxis.set_major_formatter("{x:g}")
     for axis in axes[len(best) :]:
         axis.set_axis_off()
-    axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center", frameon=False)
+    marks = [
+        m
+        for axis in (axes[-1], axes[0])
+        for m in zip(*axis.get_legend_handles_labels(), strict=True)
+    ]
+    legend = {label: handle for handle, label in marks}  # each label once
+    axes[-1].legend(legend.values(), legend, loc="center", frameon=False)
     figure.supxlabel("forgetting (nats per token on pretraining text)")
     figure.supylabel("score on validation examples")
     return figure
@@ -85,19 +122,30 @@ def page() -> str:
     found = points(load("forgetting"))
     return f"""# Results
 
-Written by `python -m data.results` from the files that `python -m data.experiments` makes.
-[PROTOCOL.md](PROTOCOL.md) says how everything was measured. All results are for models of 0.3M to
-3M parameters, and for tasks that we made: they may not generalise to other models and tasks.
+Written by `python -m data.results` from the runs of `python -m data.experiments`.
+[PROTOCOL.md](PROTOCOL.md) says how everything was measured: read it first. All results are for
+models of 0.3M to 3M parameters, and for two tasks that we made: they may not generalise to others.
 
 ## Score against forgetting
 
-The 1M base on `describe`, 100 steps. Two operating points per method: the best without weight
-decay, and the best with it. Scores are on validation examples (mean ± standard deviation of three
-seeds). A star marks a setting at the edge of its grid.
+The 1M base on `describe`, 100 steps, validation examples. The question: does the method decide how
+much is forgotten, or the regularizer?
+
+![Score against forgetting, a panel per method](results/forgetting.png)
+
+Each line connects the learning rates that were tried with one weight decay, small rates on the
+left. Up and left is better: a high score, and little forgetting. Darker lines have more decay.
+
+Operating points, chosen among the runs without weight decay, and among all runs. The score is the
+mean over seeds ± their standard deviation. A star marks a setting at the edge of the grid: there, a
+wider grid has not been run yet.
 
 {forgetting_table(found)}
 
-![Score against forgetting, a panel per method](results/forgetting.png)
+The same at equal scores: the least forgetting among settings that reach a score, without weight
+decay → with any weight decay of the grid. A dash: no setting reaches it.
+
+{equal_score_table(found, (0.8, 0.9, 0.95))}
 """
 
 

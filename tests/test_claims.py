@@ -1,15 +1,20 @@
 """The ledger of claims: it is complete, and no page states a measured number without a claim."""
 
 import re
+import statistics
 from pathlib import Path
 
 import pytest
 
 from minipeft.data import claims
-from minipeft.lab import DATA
+from minipeft.lab import DATA, compare, report
 
 ROOT = DATA.parent
 LEDGER = {claim["id"]: claim for claim in claims.load()}
+RUNS = {
+    task: compare.rows(compare.load(DATA / "results" / folder / "compare.json"))
+    for task, folder in (("describe", "."), ("sentiment", "sentiment"))
+}
 # PROTOCOL.md has settings, LOG.md is a diary of dated entries, the other two are generated
 PAGES = [ROOT / "README.md", DATA / "README.md", *sorted((ROOT / "lessons" / "src").glob("*.py"))]
 
@@ -39,6 +44,34 @@ def test_every_claim_is_complete():
         assert claim["command"] or claim["verdict"] == "not tested", claim["id"]
         random = claim["verdict"] in ("differs", "no difference seen")
         assert not random or (claim["seeds"] >= 3 and claim["interval"]), claim["id"]
+
+
+def paired(more: list, less: list, form: str = "+.2f") -> str:
+    """The mean difference of scores and its 95 % t interval, as the ledger writes them."""
+    gaps = [a.score - b.score for a, b in zip(more, less, strict=True)]
+    middle, half = statistics.mean(gaps), report.interval(gaps)
+    return "{} [{}, {}]".format(*(format(x, form) for x in (middle, middle - half, middle + half)))
+
+
+def test_the_intervals_of_the_first_editions_claims_come_from_its_records():
+    full, lora, adalora, qlora = (RUNS["describe"][m] for m in ("full", "lora", "adalora", "qlora"))
+    assert f"LoRA {paired(lora, full)}" in LEDGER["lora-gap"]["interval"]
+    assert f"AdaLoRA {paired(adalora, full)}" in LEDGER["lora-gap"]["interval"]
+    assert paired(qlora, lora) in LEDGER["qlora-score"]["interval"]
+    verdicts = RUNS["sentiment"]
+    gap = paired(verdicts["p_tuning"], verdicts["prompt_tuning"])
+    assert gap in LEDGER["p-tuning-sentiment"]["interval"]
+    study = compare.load(DATA / "results" / "study.json")
+    for name, steps, examples, form in (
+        ("few-steps", 33, 400, "+.2f"),
+        ("many-steps", 300, 400, "+.3f"),
+        ("few-examples", 100, 50, "+.2f"),
+    ):
+        pair = [
+            [r for r in study if (r.steps, r.n_train, r.method) == (steps, examples, method)]
+            for method in ("lora", "full")
+        ]
+        assert paired(*pair, form) in LEDGER[name]["interval"], name
 
 
 @pytest.mark.parametrize("check", sorted({c["check"] for c in LEDGER.values() if c["check"]}))

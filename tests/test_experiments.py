@@ -73,6 +73,22 @@ def test_what_is_missing_is_the_grid_and_then_the_wider_grid(monkeypatch):
     assert experiments.missing("toy") == []
 
 
+def test_chosen_settings_are_the_operating_points_once_all_their_runs_exist(monkeypatch):
+    grid, rows = Grid({"lora": (0.1, 0.2, 0.4)}, (0.0, 0.01, 0.02), (1,)), []
+    monkeypatch.setitem(experiments.EXPERIMENTS, "toy", grid)
+    monkeypatch.setattr(experiments, "load", lambda name: rows)
+    chosen = experiments.Chosen("toy", (5, 6), {"part": "test"})
+    assert chosen.settings() == [], "runs of the toy experiment are missing"
+    for s in grid.settings():
+        middle = s.learning_rate == 0.2
+        rows.append(row(s.learning_rate, s.decay, 0.9 if middle else 0.5, 1 - s.decay, seed=1))
+    rows[5]["score"] = 0.5  # decay 0.02 is worse: 0.01 forgets least
+    wanted = [
+        Setting("lora", 0.2, decay, seed, part="test") for decay in (0, 0.01) for seed in (5, 6)
+    ]
+    assert chosen.settings() == wanted
+
+
 # --- measuring ---
 
 
@@ -87,6 +103,25 @@ def test_intruders_are_large_new_directions():
     new = u.sum(1, keepdim=True) @ v.sum(1, keepdim=True).T / 40  # a bit of all directions
     found = experiments.intruders(before, before + 20 * new)
     assert found.tolist() == [True] + [False] * 9
+
+
+def test_intruders_or_as_many_others_are_scaled_down(base):
+    model = base.model()
+    layer = model.get_submodule("transformer.h.0.attn.c_proj")
+    u, _, vh = torch.linalg.svd(layer.weight.detach())
+    strange = 9 * torch.outer(u.sum(1), vh.sum(0)) / len(u)  # a bit of all directions
+    layer.weight.data += strange
+    assert experiments.changes(base.pretrained, model)["intruders"] == 1
+    calm = experiments.scaled(base, model, "intruders", 0.0)
+    assert experiments.changes(base.pretrained, calm)["intruders"] == 0
+    other = experiments.scaled(base, model, "others", 0.0)
+    assert experiments.changes(base.pretrained, other)["intruders"] == 1, "it must stay"
+    for changed in (calm, other):
+        difference = changed.get_submodule("transformer.h.0.attn.c_proj").weight - layer.weight
+        assert torch.linalg.matrix_rank(difference, atol=1e-3) == 1
+        for name in ("transformer.h.1.attn.c_proj", "transformer.h.0.mlp.c_fc"):
+            kept = changed.get_submodule(name).weight, model.get_submodule(name).weight
+            assert torch.allclose(*kept, atol=1e-5), "layers without intruders stay as they are"
 
 
 def test_changes_count_the_linear_layers_and_nothing_else():
@@ -122,7 +157,7 @@ def test_a_prefix_of_real_text_does_what_the_text_does(base):
 
 def test_one_run_is_measured_against_the_untouched_base(monkeypatch, base):
     few = replace(base, held_out=base.held_out[:2])
-    monkeypatch.setattr(experiments, "opened", lambda name: (few, 1.0))
+    monkeypatch.setattr(experiments, "opened", lambda *_: (few, 1.0))
     task = experiments.tasks.load_task(few, "sentiment")
     task = replace(task, train=task.train[:16], validation=task.validation[:3])
     monkeypatch.setattr(experiments.tasks, "load_task", lambda *_: task)
@@ -140,7 +175,7 @@ def test_one_run_is_measured_against_the_untouched_base(monkeypatch, base):
 
 
 def test_a_run_that_diverges_has_no_measurements(monkeypatch, base):
-    monkeypatch.setattr(experiments, "opened", lambda name: (base, 1.0))
+    monkeypatch.setattr(experiments, "opened", lambda *_: (base, 1.0))
 
     def fail(*_):
         raise FloatingPointError("the loss is nan at step 3")

@@ -234,9 +234,10 @@ report.compare_figure(compare.rows([frozen, full, thin]), task)
 # fine-tuning at one.
 #
 # Now look at *forgetting*, the rise of the loss on the pretraining text: with its adapter on, LoRA has forgotten
-# more than full fine-tuning. A paper named below found that LoRA forgets less; here it does not, not even at
-# equal score (the README has a table). Frozen weights are no memory by themselves. But LoRA has a switch, and with the
-# adapter off, the base is there again, to the bit.
+# more than full fine-tuning. Do not conclude that the *method* forgets more: neither of these runs had any regularizer. With weight decay
+# towards the initial weights, both forget a small part of this (`data/RESULTS.md`). A paper named below found that
+# LoRA forgets less on a much larger model. Frozen weights are no memory by themselves. But LoRA has a switch: with the
+# adapter off, the base is back, bit for bit.
 
 # %%
 share = compare.share_of_gap([frozen, full, thin], [thin])
@@ -526,7 +527,7 @@ else:
 # - The change that full fine-tuning makes is thin in part: a few directions hold much of it, and a long tail the rest.
 # - LoRA writes the change as (α/r) B A, trains r · (in + out) numbers a layer, and starts as the base, to the bit.
 # - It comes close to full fine-tuning on a task that the pretrained base is ready for.
-# - With the adapter on it forgets, here more than full fine-tuning; switched off, the base is back, to the bit.
+# - With the adapter on it forgets, and weight decay decides how much; switched off, the base is back, bit for bit.
 # - On a random base it fails, less for its rank than for what it freezes: random embeddings.
 #
 # **To read:** the LoRA paper, sections 4 and 7; Biderman et al. 2024, *LoRA Learns Less and Forgets Less*,

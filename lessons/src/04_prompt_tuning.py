@@ -362,7 +362,7 @@ assert by_name["prompt_tuning"].forgot("on") > by_name["full"].forgot("on") + 1
 #
 # ## What breaks it, and what mends it
 #
-# Take tokens away: does a single one still steer? Then take fifty instead of twenty: is the prompt that was stuck
+# Take tokens away: does a single one still steer? Then take three times as many steps: is the prompt that was stuck
 # on the new skill stuck for good? **Guess**, then run.
 
 # %%
@@ -371,24 +371,21 @@ print(f"sentiment, 50 steps: loss with 1 soft token {single:.3f}, with 20 {words
 print(
     f"undecided between the two words {unsure:.3f}; the base alone {by_name['frozen'].test_loss:.3f}"
 )
-# fifty tokens leave no room for the windows of old text, so forgetting is not measured
-roomy = replace(base, held_out=None)
-wide = finetune(roomy, skill, RECIPES["prompt_tuning"].with_size(50), run)
-for record in (stuck, wide):
+longer = finetune(base, skill, RECIPES["prompt_tuning"], replace(run, steps=300))
+for record in (stuck, longer):
     print(
-        f"describe, {record.size} soft tokens: template loss {record.test_template_loss:.2f}, "
+        f"describe, {record.steps} steps: template loss {record.test_template_loss:.2f}, "
         f"{skill.metric} {record.score:.2f}"
     )
-print(f"(expect 0.02 to 0.4 with 50; LoRA in as many steps: {mean['describe']['lora']:.2f})")
+print(f"(expect 0.1 to 0.5 with 300; LoRA in 100 steps: {mean['describe']['lora']:.2f})")
 assert single < 2 * unsure
-assert wide.test_template_loss < 0.8 * stuck.test_template_loss
-assert 0.02 < wide.score < 0.6 * mean["describe"]["lora"]
+assert longer.test_template_loss < 0.8 * stuck.test_template_loss
+assert 0.02 < longer.score < 0.6 * mean["describe"]["lora"]
 
 # %% [markdown]
-# One vector goes most of the way when steering. And "stuck" was too strong a word: with fifty
-# vectors the facts begin to come. So it is not that vectors *cannot*; they are slow, and far behind LoRA in the
-# same number of steps. What do three times the *steps* do? `finetune(base, skill, RECIPES["prompt_tuning"], RunConfig(steps=300))` tells you in a
-# minute. More vectors cost, too: every soft token takes a place in the context and is computed in each forward pass, in training
+# One vector goes most of the way when steering. And "stuck" was too strong a word: with three times
+# the steps the facts begin to come. So it is not that vectors *cannot* learn a new skill: they are slow, and far behind LoRA even with
+# more steps. More vectors help too (try `.with_size(28)`, the most that fits), but they cost: every soft token takes a place in the context and is computed in each forward pass, in training
 # and in use. Look at the seconds in the table above: hundreds of times fewer trained numbers do not make a step even twice as fast. The gradient
 # still goes through the whole model, and the text is twenty tokens longer.
 #

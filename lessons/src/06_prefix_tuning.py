@@ -768,7 +768,7 @@ else:
 # - A prefix is p trained keys and values before the text in every layer: no queries, no MLP, not in embedding space, and a mask of its own.
 # - It does not start as the base: the positions move on, zero keys take about half of the attention, and a start from zeros keeps all p tokens equal.
 # - On a new skill it is far ahead of prompt tuning and behind LoRA and full fine-tuning; how much attention it gets does not tell why.
-# - Its step is the cheapest and its file small; it forgets most while it is on, nothing when off, and it stays in every cache, for it can't be merged.
+# - Its step is cheap and its file small; it forgets much while it is on, nothing when off, and it stays in every cache, for it can't be merged.
 # - One token can't do it, twenty do better than five, the network brought nothing that shows; a rate ten times off, or the wrong mask, ruins it.
 #
 # **To read:** the paper, sections 4 and 7; He et al. 2021, *Towards a Unified View of Parameter-Efficient Transfer Learning*, arXiv 2110.04366,

@@ -392,6 +392,9 @@ assert times > 4
 # tasks. Here the trade is there, along each path, but the paths lie the other way round. So never believe
 # "forgets less" without the rates; plot the path. AdaLoRA's path stays on the left until its largest rate; that is the work of its penalty (lesson 03).
 #
+# And all of these paths lack something: a regularizer. With weight decay towards the initial weights, each path moves far to the left
+# (`data/RESULTS.md` has the figure). So this table compares methods *without weight decay*, and not the methods as such.
+#
 # ## The loss is not the score
 #
 # The sweep judges by slot loss, since a loss moves before a score does, and in smaller steps. Does the lowest loss bring the best score?
@@ -911,7 +914,7 @@ else:
 #
 # - Freezing saves parameters, gradients and optimizer state, a third of the arithmetic at most, and with LoRA none of the activations: checkpointing does that.
 # - A method is compared with its own learning rate or not at all: at one rate for both, the rate decides who wins.
-# - "LoRA forgets less" is true at the same rate and false at the same score; off, an adapter forgets nothing.
+# - Without weight decay, "LoRA forgets less" is true at the same rate and false at the same score; weight decay changes that more than the method does. Off, an adapter forgets nothing.
 # - For a new skill LoRA and its kin come close to full fine-tuning and the prompt methods do not; to steer, almost anything will do, so take the smallest.
 # - Loss and score mostly agree and part where it is close; a higher rank needs a new search.
 #
