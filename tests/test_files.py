@@ -16,6 +16,8 @@ from minipeft import (
     AdaLoraConfig,
     LoraConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
     files,
     get_peft_model,
@@ -265,8 +267,13 @@ def test_settings_for_training_may_be_edited():
     assert {f.name for f in fields(AdaLoraConfig)} - training == {
         "init_r", "lora_alpha", "target_modules", "rank_pattern", "bias", "peft_type",
     }  # fmt: skip
-    assert {f.name for f in fields(PromptTuningConfig)} - training == {
-        "num_virtual_tokens", "token_dim", "peft_type",
+    prompt = {"num_virtual_tokens", "token_dim", "peft_type"}
+    assert {f.name for f in fields(PromptTuningConfig)} - training == prompt
+    assert {f.name for f in fields(PromptEncoderConfig)} - training == prompt | {
+        "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers",
+    }  # fmt: skip
+    assert {f.name for f in fields(PrefixTuningConfig)} - training == prompt | {
+        "prefix_projection", "encoder_hidden_size", "num_layers", "num_attention_heads",
     }  # fmt: skip
     config = AdaLoraConfig(target_modules=["c_fc"], total_step=9)
     changed = AdaLoraConfig(target_modules=["c_fc"], total_step=99, beta1=0.5, target_r=2)
@@ -347,3 +354,28 @@ def test_only_what_is_needed_is_downloaded(gpt, tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert GPT.from_pretrained("someone/model").name_or_path == "someone/model"
+
+
+# --- what is written ---
+
+
+def test_the_config_is_written_as_sorted_lines_for_inference(folder):
+    lines = (folder / CONFIG).read_text().split("\n")
+    assert (lines[0], lines[-2:]) == ("{", ["}", ""])
+    assert '  "inference_mode": true,' in lines, "a saved adapter is for inference, as in peft"
+    keys = [line.split(":")[0] for line in lines if line.startswith('  "')]
+    assert keys == sorted(keys)
+    assert {'  "lora_alpha"', '  "peft_type"', '  "target_modules"'} < set(keys)
+
+
+def test_a_file_without_the_tensors_of_some_layers_is_refused(gpt, tmp_path):
+    """With "all-linear", the layers are those of the model, not those of the file."""
+    get_peft_model(gpt, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    rest = {key: tensor for key, tensor in tensors.items() if "h.1.mlp.c_fc" not in key}
+    for found in (rest, {}):
+        save_file(found, tmp_path / WEIGHTS)
+        with pytest.raises(
+            ValueError, match=r"c_fc\.lora_A\.weight is missing|lora_.* is missing;"
+        ):
+            PeftModel.from_pretrained(GPT(gpt.config), tmp_path)

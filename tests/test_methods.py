@@ -1448,7 +1448,7 @@ def test_a_prompt_that_is_loaded_frozen_has_no_network(gpt, ids, tmp_path, name)
 
 
 class Answers(nn.Module):
-    """A model with an output of any kind, and a loss of 0."""
+    """A model with an output of any kind, and a loss of 7."""
 
     def __init__(self, kind):
         super().__init__()
@@ -1456,7 +1456,7 @@ class Answers(nn.Module):
 
     def forward(self, x, labels=None):
         logits = self.fc(x)
-        return self.kind(logits.sum() * 0, logits)
+        return self.kind(logits.sum() * 0 + 7, logits)
 
 
 Pair = namedtuple("Pair", ["loss", "logits"])
@@ -1477,8 +1477,8 @@ def test_the_penalty_is_added_to_the_loss_of_any_kind_of_output(kind):
         out.values() if kind == "dict" else vars(out).values() if kind == "object" else out
     )
     assert type(out) is type(KINDS[kind](1, 2))
-    assert torch.equal(loss, model.penalty())
-    assert loss > 0.1
+    assert torch.equal(loss, 7 + model.penalty())
+    assert loss > 7.1
     assert torch.equal(logits, model.base_model.fc(x))
 
 
@@ -1498,3 +1498,14 @@ def test_an_unknown_layer_in_the_rank_pattern_is_named(gpt):
     config = AdaLoraConfig(target_modules=["c_attn"], rank_pattern=pattern, total_step=5)
     with pytest.raises(ValueError, match=r"rank_pattern: 'transformer\.h\.9\..*' is not a target"):
         get_peft_model(gpt, config)
+
+
+def test_the_whole_penalty_is_added_to_a_loss_that_needs_no_labels():
+    """Without labels there is no share of the step's labels, whatever num_items_in_batch is."""
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=5, target_modules=["fc"])
+    base = Answers(KINDS["dict"])
+    base.forward = lambda x, labels=None, num_items_in_batch=1: {"loss": base.fc(x).sum() * 0}
+    model, x = get_peft_model(base, config).train(), torch.randn(2, 6)
+    assert torch.equal(model(x, num_items_in_batch=8)["loss"], model.penalty())
+    labels = torch.tensor([1, 2])  # 2 of 8; this model has no `loss_type`
+    assert torch.equal(model(x, labels=labels, num_items_in_batch=8)["loss"], model.penalty() / 4)

@@ -1211,6 +1211,8 @@ def test_safe_merge_looks_at_biases_too(gpt):
     with pytest.raises(ValueError, match=r"h\.1\.mlp\.c_fc: the merged weight has NaN or infinite"):
         model.merge_adapter(safe_merge=True)
     model.merge_adapter()  # it is not checked by default
+    model.unmerge_adapter()
+    assert model.merge_and_unload().transformer.h[1].mlp.c_fc.bias[0].isinf()
 
 
 def test_state_dict_has_the_options_of_nn_module(gpt):
@@ -1240,13 +1242,19 @@ def test_the_embeddings_count_among_the_trainable_parameters_only_if_trained(gpt
     assert model.num_parameters(only_trainable=True, exclude_embeddings=True) == trainable
 
 
-def test_bad_names_of_adapters_are_refused_before_anything_changes(gpt, ids):
+def test_bad_names_of_adapters_are_refused_before_anything_changes(gpt, ids, tmp_path):
     model = adapted(gpt)
+    model.save_pretrained(tmp_path)
     before = model(ids).logits
     for name in ("default", "a.b", "a/b", "a\\b", "", None, 3):
-        with pytest.raises(ValueError, match=r"adapter_name must have 1 to|already is an adapter"):
-            model.add_adapter(name, LoraConfig(r=2, target_modules=["c_fc"]))
-        assert list(model.adapters) == ["default"]
+        for add in (
+            lambda name: model.add_adapter(name, LoraConfig(r=2, target_modules=["c_fc"])),
+            lambda name: model.load_adapter(tmp_path, name),
+            lambda name: model.add_weighted_adapter(["default"], [1.0], name),
+        ):
+            with pytest.raises(ValueError, match=r"adapter_name must have 1|already is an adapter"):
+                add(name)
+            assert list(model.adapters) == ["default"]
     assert torch.equal(model(ids).logits, before)
 
 
@@ -1264,3 +1272,61 @@ def test_a_merged_weight_has_the_bases_dtype(gpt):
     config = AdaLoraConfig(init_r=2, target_r=1, total_step=5, target_modules=["c_fc"])
     model = get_peft_model(gpt.bfloat16(), config)
     assert model.get_submodule("transformer.h.0.mlp.c_fc").weight.dtype == torch.bfloat16
+
+
+# --- what models outside this package may do ---
+
+
+def test_generate_batch_is_that_of_the_base_with_the_adapter(gpt, ids):
+    gpt.generate_batch = lambda ids, scale=1: scale * gpt(ids).logits
+    model = adapted(gpt)
+    model.add_adapter("prompt", CONFIGS["prompt"]())
+    assert torch.equal(model.generate_batch(ids, scale=3), 3 * model(ids).logits)
+    model.set_adapter("prompt")
+    with model.disable_adapter():
+        assert torch.equal(model.generate_batch(ids, scale=3), 3 * model(ids).logits)
+
+
+def test_an_object_that_is_not_initialised_yet_has_no_attributes():
+    """And no recursion without end: some copiers and debuggers ask before `__init__` ran."""
+    empty = PeftModel.__new__(PeftModel)
+    assert not hasattr(empty, "config")
+    assert empty.forward.__self__ is empty, "methods are there"
+
+
+def test_adaloras_scores_move_with_the_model_and_are_never_cast(gpt, ids):
+    model = get_peft_model(gpt, CONFIGS["adalora"]()).train()
+    for step in range(1, 4):  # the third prunes
+        model(ids, labels=ids).loss.backward()
+        model.update_and_allocate(step)
+
+    def places() -> set:
+        state = model.state_dict().items()
+        return {(t.device.type, t.dtype) for key, t in state if ".allocator." in key} - step
+
+    step = {("cpu", torch.int64)}  # a number that the CPU reads
+    assert places() == {("cpu", torch.float32), ("cpu", torch.bool)}
+    model.bfloat16()
+    assert places() == {("cpu", torch.float32), ("cpu", torch.bool)}, "rounding changes the ranks"
+    model.to("meta")
+    assert places() == {("meta", torch.float32), ("meta", torch.bool)}
+
+
+@pytest.mark.parametrize(
+    "task", [None, *TaskType, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"]
+)
+def test_tasks_without_a_head_of_their_own_are_accepted(task):
+    config = LoraConfig(r=1, target_modules=["0"], task_type=task)
+    assert get_peft_model(nn.Sequential(nn.Linear(2, 2)), config).is_attached
+
+
+def test_safe_merge_accepts_layers_without_a_bias(gpt):
+    config = LoraConfig(r=1, target_modules=["c_fc"], trainable_token_indices=[3])
+    get_peft_model(gpt, config).merge_adapter(safe_merge=True)
+
+
+def test_a_move_that_is_not_recursive_moves_neither_the_base_nor_an_adapter(gpt):
+    model = adapted(gpt)
+    model.add_adapter("other", CONFIGS["lora"]())
+    model.to_empty(device="meta", recurse=False)
+    assert not any(t.is_meta for t in (*model.parameters(), *model.state_dict().values()))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_qlora import Conv1D
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -114,6 +115,13 @@ def test_no_warning_where_everything_is_reached(gpt, recwarn):
     assert not recwarn.list
 
 
+def test_no_warning_about_weights_that_were_not_asked_for(recwarn):
+    model = nn.Sequential(nn.Linear(8, 8), Experts())
+    lora(model, ["0"]).unload()
+    get_peft_model(model, BitFitConfig("all-linear"))  # experts have no bias
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("by", ["object", "memory"])
 def test_a_tied_weight_is_refused(gpt, by):
     weight = gpt.transformer.wte.weight
@@ -150,3 +158,23 @@ def test_a_compiled_base_is_refused(gpt):
     """Its layers' names would be written into the adapter's file."""
     with pytest.raises(ValueError, match="add the adapter first, then call"):
         lora(torch.compile(gpt, backend="eager"), ["c_attn"])
+
+
+def test_a_conv1d_of_transformers_is_a_linear_layer():
+    model, x = nn.Sequential(Conv1D(5, 3)), torch.randn(2, 3)
+    plain = model(x)
+    for targets in ("all-linear", ["0"]):
+        adapted = lora(model, targets).eval()
+        layer = adapted.base_model[0]
+        nn.init.ones_(layer.lora_B.weight)
+        update = x @ (4 * layer.lora_A.weight.sum(0))  # α / r = 8 / 2
+        assert torch.allclose(adapted(x) - plain, update[:, None].expand(2, 5), atol=1e-5)
+        adapted.unload()
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=2, target_modules=["0"]), BitFitConfig()])
+def test_a_layer_that_accelerate_placed_but_did_not_offload_is_adapted(config):
+    """device_map="auto" gives every layer a hook."""
+    model = nn.Sequential(nn.Linear(6, 6))
+    model[0]._hf_hook = object()
+    assert list(get_peft_model(model, config).adapters["default"].layers) == ["0"]
