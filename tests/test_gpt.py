@@ -522,6 +522,20 @@ def test_generation_stops_when_all_rows_are_done_and_not_before(gpt, ids):
     assert gpt.generate(ids[[0, other]], max_new_tokens=9).shape == (2, 19)
 
 
-def test_the_device_is_that_of_the_embedding(gpt):
+def test_tokens_and_cache_may_fill_the_context_but_not_exceed_it(gpt):
+    ids = torch.ones(1, 32, dtype=torch.long)
+    assert gpt(ids).logits.shape == (1, 32, 61)
+    cache = gpt(ids[:, :30], use_cache=True).past_key_values
+    assert gpt(ids[:, :2], past_key_values=cache).logits.shape == (1, 2, 61)
+    with pytest.raises(ValueError, match="got 33 tokens, but the context holds 32"):
+        gpt(ids[:, :3], past_key_values=cache)
+
+
+def test_everything_is_computed_on_the_device_of_the_model(gpt, ids):
     assert gpt.device == torch.device("cpu")
-    assert gpt.to("meta").device == torch.device("meta")
+    gpt, ids = gpt.to("meta"), ids.to("meta")
+    assert gpt.device == torch.device("meta")
+    cache = gpt(ids[:, :4], use_cache=True).past_key_values
+    for mask in (None, torch.ones_like(ids)):
+        out = gpt(ids[:, 4:], mask, labels=ids[:, 4:], past_key_values=cache)
+        assert out.loss.device == torch.device("meta")
