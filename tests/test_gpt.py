@@ -504,7 +504,8 @@ def test_generate_writes_20_tokens_greedily_and_samples_at_temperature_1(gpt, id
 
     def sample(**settings):
         generator = torch.Generator().manual_seed(0)
-        return gpt.generate(ids, do_sample=True, generator=generator, **settings)
+        options = {"max_new_tokens": 5, "do_sample": True, "generator": generator}
+        return gpt.generate(ids, **options, **settings)
 
     assert torch.equal(sample(), sample(temperature=1.0))
     assert not torch.equal(sample(), sample(temperature=2.0))
