@@ -1,6 +1,7 @@
 """The GPT: logits, masks, cache, generation, and reading and writing its files."""
 
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -363,3 +364,179 @@ def test_the_input_can_require_a_gradient(gpt, ids):
     assert gpt(ids).logits.requires_grad
     gpt.disable_input_require_grads()
     assert not gpt(ids).logits.requires_grad
+
+
+# --- settings, by hand ---
+
+
+def test_the_default_settings_are_those_of_the_smallest_gpt2():
+    assert dataclasses.asdict(GPTConfig()) == {
+        "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,
+        "n_inner": None, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1,
+        "layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "bos_token_id": 50256,
+        "eos_token_id": 50256, "pad_token_id": None,
+    }  # fmt: skip
+    assert GPT.accepts_loss_kwargs, "transformers' Trainer must pass num_items_in_batch"
+    assert GPT.loss_type == "ForCausalLM"
+    assert GPT(tiny_config())._get_name() == "GPT2LMHeadModel"
+
+
+@pytest.mark.parametrize(
+    ("names", "good", "bad"),
+    [
+        (["vocab_size", "n_positions", "n_embd", "n_layer"], [1, 7], [0, -1, True, 2.0, None]),
+        (["n_head"], [1, 3, 24], [0, -1, True, 2.0, None, 5]),
+        (["n_inner"], [None, 1, 7], [0, -1, True, 2.0]),
+        (["embd_pdrop", "attn_pdrop", "resid_pdrop"], [0, 0.9], [-0.1, 1, math.nan]),
+        (["layer_norm_epsilon", "initializer_range"], [1e-9, 2], [0, -1.0, math.inf, math.nan]),
+    ],
+)
+def test_every_setting_has_bounds(names, good, bad):
+    for name in names:
+        heads = {} if name == "n_head" else {"n_head": 1}
+        for value in good:
+            assert getattr(tiny_config(**(heads | {name: value})), name) == value
+        for value in bad:
+            with pytest.raises(ValueError, match=f"{name} must"):
+                tiny_config(**(heads | {name: value}))
+
+
+def by_hand(model: GPT, ids: torch.Tensor, eps: float) -> torch.Tensor:
+    """The logits of GPT-2, from the tensors of the model alone."""
+    w = {name.removeprefix("transformer."): p for name, p in model.state_dict().items()}
+
+    def norm(x, name):
+        x, variance = x - x.mean(-1, keepdim=True), x.var(-1, correction=0, keepdim=True)
+        return x / (variance + eps) ** 0.5 * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    x = w["wte.weight"][ids] + w["wpe.weight"][: ids.shape[1]]
+    future = torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool()
+    for i in range(2):
+        q, k, v = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(24, dim=-1)
+        heads = []
+        for part in (slice(0, 8), slice(8, 16), slice(16, 24)):
+            scores = q[..., part] @ k[..., part].mT / 8**0.5
+            heads.append(scores.masked_fill(future, -math.inf).softmax(-1) @ v[..., part])
+        x = x + linear(torch.cat(heads, dim=-1), f"h.{i}.attn.c_proj")
+        y = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        y = y / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (y + 0.044715 * y**3)))
+        x = x + linear(y, f"h.{i}.mlp.c_proj")
+    return norm(x, "ln_f") @ w["wte.weight"].T
+
+
+def test_the_logits_are_those_of_gpt2_by_hand(ids):
+    model = GPT(tiny_config(n_inner=10, layer_norm_epsilon=0.3)).double()
+    for p in model.parameters():
+        p.data.normal_(std=0.3)
+    assert model.transformer.h[0].mlp.c_fc.weight.shape == (10, 24)
+    assert torch.allclose(model(ids).logits, by_hand(model, ids, 0.3), rtol=0, atol=1e-12)
+
+
+def test_biases_start_at_zero_and_norms_as_the_identity(gpt):
+    for name, p in gpt.named_parameters():
+        if p.dim() == 1:
+            start = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
+            assert (p == start).all(), name
+
+
+@pytest.mark.parametrize("name", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])
+def test_each_dropout_acts_in_training_only(ids, name):
+    torch.manual_seed(0)
+    model = GPT(tiny_config(**{name: 0.5}))
+    plain = GPT(tiny_config())
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(ids).logits, plain(ids).logits), "no dropout in eval mode"
+    assert not torch.allclose(model.train()(ids).logits, model(ids).logits, atol=1e-3)
+
+
+# --- half precision and gradients ---
+
+
+def test_the_loss_of_a_bfloat16_model_is_computed_in_float32(gpt, ids):
+    loss, logits = gpt.bfloat16()(ids, labels=ids).values()
+    expected = nn.functional.cross_entropy(logits[:, :-1].float().mT, ids[:, 1:])
+    assert (logits.dtype, loss.dtype) == (torch.bfloat16, torch.float32)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_cache_of_another_precision_takes_that_of_the_model(gpt, ids):
+    first = gpt(ids[:, :4], use_cache=True)
+    out = gpt.bfloat16()(ids[:, 4:], past_key_values=first.past_key_values, use_cache=True)
+    assert {t.dtype for pair in out.past_key_values for t in pair} == {torch.bfloat16}
+
+
+def test_blocks_are_recomputed_only_in_training_and_with_gradients(gpt, ids):
+    calls = []
+    gpt.gradient_checkpointing_enable()
+    gpt.transformer.h[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    gpt.eval()(ids, labels=ids).loss.backward()
+    assert len(calls) == 1, "nothing is recomputed in eval mode"
+    with torch.no_grad():
+        out = gpt.train()(ids)
+    assert torch.equal(out.logits, gpt.eval()(ids).logits)
+    with pytest.raises(ValueError, match="not implemented: every_n_layers=1, offload=True"):
+        gpt.activation_checkpointing_enable(offload=True)
+
+
+# --- generation ---
+
+
+def test_generation_is_in_eval_mode_without_gradients_and_restores_the_mode(ids):
+    torch.manual_seed(0)
+    model, modes = GPT(tiny_config(resid_pdrop=0.5, eos_token_id=None)), []
+    expected = model.eval().generate(ids, max_new_tokens=3)
+    model.register_forward_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    assert torch.equal(model.train().generate(ids, max_new_tokens=3), expected)
+    assert model.training
+    assert not model.eval().generate(ids, max_new_tokens=3).requires_grad
+    assert not model.training
+    assert modes == [False] * 6
+
+
+def test_generate_writes_20_tokens_greedily_and_samples_at_temperature_1(gpt, ids):
+    gpt.config.eos_token_id = None
+    assert gpt.generate(ids).shape == (3, 10 + 20)
+    assert torch.equal(gpt.generate(ids), gpt.generate(ids, max_new_tokens=22)[:, :30])
+    assert torch.equal(gpt.generate(ids, temperature=0, top_k=0), gpt.generate(ids)), "not used"
+
+    def sample(**settings):
+        generator = torch.Generator().manual_seed(0)
+        options = {"max_new_tokens": 5, "do_sample": True, "generator": generator}
+        return gpt.generate(ids, **options, **settings)
+
+    assert torch.equal(sample(), sample(temperature=1.0))
+    assert not torch.equal(sample(), sample(temperature=2.0))
+    assert not torch.equal(sample(), sample(temperature=0.5))
+    assert torch.equal(sample(), sample(top_k=62)), "top_k may exceed the vocabulary"
+
+
+def test_generation_stops_when_all_rows_are_done_and_not_before(gpt, ids):
+    stop = int(gpt.generate(ids[:1], max_new_tokens=1)[0, 10])
+    assert gpt.generate(ids[:1], max_new_tokens=9, eos_token_id=stop).shape == (1, 11)
+    gpt.config.eos_token_id = stop  # the default
+    assert gpt.generate(ids[:1], max_new_tokens=9).shape == (1, 11)
+    free = gpt.generate(ids, max_new_tokens=9, eos_token_id=60)
+    other = next(i for i in range(1, 3) if stop not in free[i, 10:])
+    assert gpt.generate(ids[[0, other]], max_new_tokens=9).shape == (2, 19)
+
+
+def test_tokens_and_cache_may_fill_the_context_but_not_exceed_it(gpt):
+    ids = torch.ones(1, 32, dtype=torch.long)
+    assert gpt(ids).logits.shape == (1, 32, 61)
+    cache = gpt(ids[:, :30], use_cache=True).past_key_values
+    assert gpt(ids[:, :2], past_key_values=cache).logits.shape == (1, 2, 61)
+    with pytest.raises(ValueError, match="got 33 tokens, but the context holds 32"):
+        gpt(ids[:, :3], past_key_values=cache)
+
+
+def test_everything_is_computed_on_the_device_of_the_model(gpt, ids):
+    assert gpt.device == torch.device("cpu")
+    gpt, ids = gpt.to("meta"), ids.to("meta")
+    assert gpt.device == torch.device("meta")
+    cache = gpt(ids[:, :4], use_cache=True).past_key_values
+    for mask in (None, torch.ones_like(ids)):
+        out = gpt(ids[:, 4:], mask, labels=ids[:, 4:], past_key_values=cache)
+        assert out.loss.device == torch.device("meta")

@@ -214,6 +214,16 @@ def test_the_task_loss_counts_completions_and_separates_slots(batch_size):
     assert evaluate.task_loss(Next(), examples[1:], 0) == {"loss": pytest.approx(RIGHT)}
 
 
+def test_losses_of_a_bfloat16_model_are_computed_in_float32():
+    """Its log 3 is 1.1015625; wrong predictions cost log(3 + exp(1.1015625)) = 1.7927…"""
+    wrong = math.log(3 + math.exp(1.1015625))
+    rows = torch.tensor([[0, 1], [1, 1], [2, 2]])  # right, wrong, wrong
+    expected = pytest.approx((3 * wrong - 1.1015625) / 3, rel=1e-6)
+    assert evaluate.text_loss(Next().bfloat16(), rows) == expected
+    examples = [tasks.Example("", "", [p], [c], [False]) for p, c in rows.tolist()]
+    assert evaluate.task_loss(Next().bfloat16(), examples, 0) == {"loss": expected}
+
+
 @pytest.mark.parametrize(("n_positions", "limits"), [(99, [11, 11]), (9, [6, 8])])
 def test_completions_get_8_tokens_more_than_the_longest_but_stay_in_the_context(
     n_positions, limits

@@ -1509,3 +1509,80 @@ def test_the_whole_penalty_is_added_to_a_loss_that_needs_no_labels():
     assert torch.equal(model(x, num_items_in_batch=8)["loss"], model.penalty())
     labels = torch.tensor([1, 2])  # 2 of 8; this model has no `loss_type`
     assert torch.equal(model(x, labels=labels, num_items_in_batch=8)["loss"], model.penalty() / 4)
+
+
+# --- gradients, precision and devices of the prompt methods ---
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_generate_runs_without_gradients_even_if_the_bases_own_does_not(name):
+    class Writes(GPT):
+        def generate(self, input_ids):
+            return self(input_ids).logits
+
+    model = get_peft_model(Writes(tiny_config()), CONFIGS[name]())
+    ids = torch.ones(1, 3, dtype=torch.long)
+    assert not model.generate(ids).requires_grad
+    assert model(ids).logits.requires_grad
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_tensors_of_a_prompt_carry_no_graph(gpt, name):
+    adapter = get_peft_model(gpt, CONFIGS[name]()).adapters["default"]
+    for tensors in (adapter.tensors(), adapter.network(), adapter.places()):
+        for key, tensor in tensors.items():
+            assert not tensor.requires_grad, f"{key} would keep the whole network in memory"
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "cache_params", "state"])
+def test_a_pass_with_a_cache_of_any_name_gets_no_second_prompt(gpt, ids, name):
+    lengths = []
+
+    class Recurrent(GPT):
+        def forward(self, input_ids=None, inputs_embeds=None, **caches):
+            lengths.append((input_ids if inputs_embeds is None else inputs_embeds).shape[1])
+
+        def generate(self, input_ids):
+            for new in (input_ids, input_ids[:, -1:]):
+                self(input_ids=new, **{name: "filled"})
+
+    get_peft_model(Recurrent(gpt.config), CONFIGS["prompt"]()).generate(ids)
+    assert lengths == [5 + 10, 1]
+
+
+def test_a_cache_is_filled_unless_it_says_that_it_is_not():
+    empty, full, silent = Layer(), Layer(), object()
+    full.is_initialized = True
+    for layers, filled in (([], False), ([empty], False), ([empty, full], True), ([silent], True)):
+        assert prompt_adapter.is_filled(types.SimpleNamespace(layers=layers)) is filled
+    assert prompt_adapter.is_filled(((1, 2),))
+    assert not prompt_adapter.is_filled(None)
+
+
+def test_the_lstm_has_its_settings_and_computes_in_float32_under_autocast(gpt, ids):
+    """Three layers of width 7; dropout between them acts in training only."""
+    config = PromptEncoderConfig(
+        5, "LSTM", encoder_hidden_size=7, encoder_num_layers=3, encoder_dropout=0.5
+    )
+    model = get_peft_model(gpt, config)
+    encoder, dtypes = model.prompt_encoder, []
+    numbers = 56 * (24 + 9) + 2 * 56 * (21 + 2)
+    assert sum(p.numel() for p in encoder.lstm_head.parameters()) == numbers
+    assert not torch.equal(encoder.train().prompt(), encoder.prompt())
+    assert torch.equal(encoder.eval().prompt(), encoder.prompt())
+    encoder.lstm_head.register_forward_hook(lambda *args: dtypes.append(args[2][0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids)
+    assert dtypes == [torch.float32], "not every CPU has a bfloat16 LSTM"
+
+
+@pytest.mark.parametrize("name", ["prompt", "p_tuning", "prefix"])
+def test_what_is_put_in_front_is_on_the_device_of_the_input(gpt, ids, name):
+    model = get_peft_model(gpt.to("meta"), CONFIGS[name]())
+    ids = ids.to("meta")
+    positions = torch.arange(10, device="meta")[None]
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": positions, "labels": ids}
+    found = model.prompt_encoder.prepend(gpt, ids, **given)
+    places = [t.device.type for t in found.values() if torch.is_tensor(t)]
+    assert places == ["meta"] * 4
+    assert model(ids, **given).loss.device.type == "meta"

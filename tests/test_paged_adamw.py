@@ -728,6 +728,16 @@ def test_the_root_of_the_bias_correction_is_taken_as_in_torch():
     assert torch.equal(theirs, ours)
 
 
+def test_a_transposed_gradient_gives_the_step_of_a_contiguous_one():
+    first, second = parameter(5, 3), parameter(5, 3)
+    gradient = torch.arange(15.0).view(3, 5).t()
+    first.grad, second.grad = gradient, gradient.contiguous()
+    assert not first.grad.is_contiguous()
+    for p in (first, second):
+        PagedAdamW([p], page_bytes=32, device_budget_bytes=32).step()
+    assert torch.equal(first, second)
+
+
 # --- in lockstep with AdamW ---
 
 ACTIONS = ("step", "step", "step", "add", "exchange", "deepcopy", "pickle", "bad state")

@@ -118,6 +118,16 @@ def test_a_device_that_cannot_be_used_is_refused_in_one_line(name):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(("error", "reason"), [("", "RuntimeError"), ("none\nat all", "none")])
+def test_the_reason_is_the_first_line_of_the_error_or_its_type(monkeypatch, error, reason):
+    def ones(n, device):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    with pytest.raises(ValueError, match=f"^device 'cpu' cannot be used: {reason}$"):
+        pick_device("cpu")
+
+
 def test_a_micro_batch_without_labelled_tokens_is_refused():
     labels = torch.tensor([[1, 2, 3]])
     batches = [{"labels": labels}, {"labels": torch.full_like(labels, -100)}]
