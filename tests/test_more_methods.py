@@ -12,19 +12,25 @@ from torch import nn
 
 from minipeft import (
     GPT,
+    AdaLoraConfig,
     BitFitConfig,
     BottleneckConfig,
     LoraConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     get_peft_model,
     quantize_model,
 )
 from minipeft.lab import recipes
 from minipeft.lab.finetune import build_model
 from minipeft.lab.recipes import RECIPES, RunConfig
+from minipeft.methods.adalora import SVDLinear
 from minipeft.methods.bitfit import BitFitLayer, add_bitfit
 from minipeft.methods.bottleneck import BottleneckLayer, add_bottleneck
-from minipeft.methods.lora import add_lora
+from minipeft.methods.lora import LoraLinear, add_lora
+from minipeft.methods.qlora import Linear4bit, QLoraLinear
 from minipeft.targets import find_targets
 
 CONFIGS = {
@@ -337,6 +343,37 @@ def test_new_layers_follow_the_device_and_the_mode_of_the_model(gpt, name):
         layers = ADD[name](base, CONFIGS[name]())
         assert {p.device.type for p in base.parameters()} == {"meta"}
         assert {m.training for layer in layers.values() for m in layer.modules()} == {mode}
+
+
+CONFIG_CLASSES = [
+    AdaLoraConfig, BitFitConfig, BottleneckConfig, LoraConfig, PrefixTuningConfig,
+    PromptEncoderConfig, PromptTuningConfig,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIG_CLASSES)
+def test_the_class_of_a_config_fixes_its_peft_type(config):
+    with pytest.raises(TypeError, match="peft_type"):
+        config(peft_type="LORA")
+
+
+MERGED = {
+    "lora": lambda base: LoraLinear(base, LoraConfig(r=2)),
+    "adalora": lambda base: SVDLinear(base, AdaLoraConfig(total_step=9)),
+    "qlora": lambda base: QLoraLinear(Linear4bit(base), LoraConfig(r=2)),
+    "bitfit": lambda base: BitFitLayer(base, BitFitConfig()),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_a_merged_layer_is_not_part_of_a_graph(name):
+    """Otherwise every output of a merged model would keep its activations in memory."""
+    base = nn.Linear(6, 4).requires_grad_(False)
+    layer = MERGED[name](base).eval()
+    layer.merge()
+    assert not layer(torch.ones(1, 6)).requires_grad, "the stored W' or b' must be a constant"
+    plain = MERGED[name](base).merge_into_base()
+    assert not any(p.requires_grad for p in plain.parameters()), "merging must keep W frozen"
 
 
 # --- BitFit ---
