@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from conftest import BASE, tiny_config
+from test_qlora import Conv1D
 from torch import nn
 
 from minipeft import (
@@ -374,6 +375,38 @@ def test_a_merged_layer_is_not_part_of_a_graph(name):
     assert not layer(torch.ones(1, 6)).requires_grad, "the stored W' or b' must be a constant"
     plain = MERGED[name](base).merge_into_base()
     assert not any(p.requires_grad for p in plain.parameters()), "merging must keep W frozen"
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_a_merged_layer_in_training_mode_runs_only_without_gradients(name):
+    layer, x = MERGED[name](nn.Linear(6, 4)).train(), torch.ones(1, 6)
+    y = layer(x)
+    layer.merge()
+    with pytest.raises(RuntimeError, match="this layer is merged: call unmerge"):
+        layer(x)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), y, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_the_weight_of_an_adapted_layer_computes_its_output(name):
+    """For code that reads `weight` and `bias` instead of calling the layer."""
+    torch.manual_seed(0)
+    layer, x = MERGED[name](nn.Linear(6, 4)), torch.randn(3, 6)
+    for p in layer.parameters():
+        p.data = torch.randn_like(p)
+    expected = layer(x)
+    assert layer.weight.shape == (4, 6), "`weight` must be (out, in), as W is"
+    y = nn.functional.linear(x, layer.weight, layer.bias)
+    assert torch.allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_linear_needs_no_output_head_and_finds_a_conv1d(name):
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), Conv1D(6, 4))
+    config = CONFIGS[name]()
+    config.target_modules = "all-linear"
+    assert list(ADD[name](model, config)) == ["0", "2"]
 
 
 # --- BitFit ---
