@@ -521,6 +521,15 @@ def test_a_bias_that_two_layers_share_is_refused(gpt):
     assert get_peft_model(gpt, BitFitConfig(["c_attn"])), "layers that share nothing can be adapted"
 
 
+def test_all_linear_leaves_out_an_output_head_that_has_a_bias():
+    class Model(nn.Sequential):
+        def get_output_embeddings(self):
+            return self[1]
+
+    layers = add_bitfit(Model(nn.Linear(4, 4), nn.Linear(4, 9)), BitFitConfig("all-linear"))
+    assert list(layers) == ["0"], "the output head must be left out"
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_bitfit_adapts_layers_and_not_their_containers(strict):
     """An adapter around a container would change the names of the layers inside it."""
@@ -666,6 +675,11 @@ def test_a_bottleneck_changes_only_the_output_of_its_own_layer():
     assert torch.equal(model(x), y), "W_up and b_up must start at zero"
     nn.init.ones_(layers["0"].up.bias)
     assert torch.allclose(model(x), model[1](layers["0"].base_layer(x) + 1))
+
+
+def test_a_bottleneck_needs_targets():
+    with pytest.raises(ValueError, match="target_modules=None matches no linear layer"):
+        add_bottleneck(nn.Sequential(nn.Linear(4, 4)), BottleneckConfig())
 
 
 def test_a_bottleneck_of_size_1_is_allowed():
