@@ -319,10 +319,16 @@ def test_add_lora_ignores_an_entry_without_a_match_next_to_one_that_matches(gpt)
     assert list(layers) == [f"transformer.h.{i}.attn.c_attn" for i in range(2)]
 
 
-def test_a_second_adapter_on_the_same_model_is_refused(gpt):
-    add_lora(gpt, LoraConfig(target_modules=ALL))
+@pytest.mark.parametrize("add", [get_peft_model, add_lora])
+def test_a_second_adapter_on_the_same_model_is_refused(gpt, add):
+    add_lora(gpt, LoraConfig(target_modules=["c_fc"]))
     with pytest.raises(ValueError, match="already has an adapter: remove it before adding another"):
-        get_peft_model(gpt, LoraConfig(target_modules=ALL))
+        add(gpt, LoraConfig(target_modules=["c_attn"]))
+
+
+def test_lora_layers_are_made_on_the_device_of_the_model(gpt):
+    add_lora(gpt.to("meta"), LoraConfig(target_modules="all-linear"))
+    assert {p.device.type for p in gpt.parameters()} == {"meta"}, "A and B must be where W is"
 
 
 @pytest.mark.parametrize("targets", [["linear1"], ["out_proj"]])

@@ -398,6 +398,28 @@ def test_importance_uncertainty_and_scores_are_equations_3_and_4():
     assert allocator.ranks() == {"0": 1}
 
 
+def test_beta_1_weighs_the_old_importance_and_the_rest_the_new_sensitivity():
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=9, beta1=0.75, beta2=0.5)
+    layer = SVDLinear(nn.Linear(2, 1), config)
+    allocator = RankAllocator({"0": layer}, config)
+    for p in (layer.lora_A, layer.lora_E, layer.lora_B):
+        p.data, p.grad = torch.ones_like(p), torch.full_like(p, 4.0)
+    allocator.update_importance()  # I = 4, so Ī = 0.25 · 4 and Ū = 0.5 |4 - 1|
+    assert allocator.importance["0", "E"].tolist() == [[1], [1]]
+    assert allocator.uncertainty["0", "E"].tolist() == [[1.5], [1.5]]
+    layer.lora_E.grad.zero_()
+    allocator.update_importance()  # I = 0, so Ī = 0.75 · 1 and Ū = 0.5 · 1.5 + 0.5 |0 - 0.75|
+    assert allocator.importance["0", "E"].tolist() == [[0.75], [0.75]]
+    assert allocator.uncertainty["0", "E"].tolist() == [[1.125], [1.125]]
+    for smoothed in (*allocator.importance.values(), *allocator.uncertainty.values()):
+        assert not smoothed.requires_grad, "the graphs of all past steps would stay in memory"
+
+
+def test_the_penalty_is_computed_on_the_device_of_the_layers():
+    layer = SVDLinear(nn.Linear(3, 2, device="meta"), AdaLoraConfig(total_step=9))
+    assert orthogonality({"0": layer}).device.type == "meta"
+
+
 def by_hand(**changes) -> SVDLinear:
     """W = [[1, 2], [3, 4]] and b = [10, 20]; B diag(E) A = [[2, 0], [-4, -4]], and the scale is
     3 / (2 + 1e-5) = 1.5."""

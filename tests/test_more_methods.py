@@ -8,23 +8,30 @@ import threading
 import pytest
 import torch
 from conftest import BASE, tiny_config
+from test_qlora import Conv1D
 from torch import nn
 
 from minipeft import (
     GPT,
+    AdaLoraConfig,
     BitFitConfig,
     BottleneckConfig,
     LoraConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     get_peft_model,
     quantize_model,
 )
 from minipeft.lab import recipes
 from minipeft.lab.finetune import build_model
 from minipeft.lab.recipes import RECIPES, RunConfig
+from minipeft.methods.adalora import SVDLinear
 from minipeft.methods.bitfit import BitFitLayer, add_bitfit
 from minipeft.methods.bottleneck import BottleneckLayer, add_bottleneck
-from minipeft.methods.lora import add_lora
+from minipeft.methods.lora import LoraLinear, add_lora
+from minipeft.methods.qlora import Linear4bit, QLoraLinear
 from minipeft.targets import find_targets
 
 CONFIGS = {
@@ -339,6 +346,69 @@ def test_new_layers_follow_the_device_and_the_mode_of_the_model(gpt, name):
         assert {m.training for layer in layers.values() for m in layer.modules()} == {mode}
 
 
+CONFIG_CLASSES = [
+    AdaLoraConfig, BitFitConfig, BottleneckConfig, LoraConfig, PrefixTuningConfig,
+    PromptEncoderConfig, PromptTuningConfig,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIG_CLASSES)
+def test_the_class_of_a_config_fixes_its_peft_type(config):
+    with pytest.raises(TypeError, match="peft_type"):
+        config(peft_type="LORA")
+
+
+MERGED = {
+    "lora": lambda base: LoraLinear(base, LoraConfig(r=2)),
+    "adalora": lambda base: SVDLinear(base, AdaLoraConfig(total_step=9)),
+    "qlora": lambda base: QLoraLinear(Linear4bit(base), LoraConfig(r=2)),
+    "bitfit": lambda base: BitFitLayer(base, BitFitConfig()),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_a_merged_layer_is_not_part_of_a_graph(name):
+    """Otherwise every output of a merged model would keep its activations in memory."""
+    base = nn.Linear(6, 4).requires_grad_(False)
+    layer = MERGED[name](base).eval()
+    layer.merge()
+    assert not layer(torch.ones(1, 6)).requires_grad, "the stored W' or b' must be a constant"
+    plain = MERGED[name](base).merge_into_base()
+    assert not any(p.requires_grad for p in plain.parameters()), "merging must keep W frozen"
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_a_merged_layer_in_training_mode_runs_only_without_gradients(name):
+    layer, x = MERGED[name](nn.Linear(6, 4)).train(), torch.ones(1, 6)
+    y = layer(x)
+    layer.merge()
+    with pytest.raises(RuntimeError, match="this layer is merged: call unmerge"):
+        layer(x)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), y, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_the_weight_of_an_adapted_layer_computes_its_output(name):
+    """For code that reads `weight` and `bias` instead of calling the layer."""
+    torch.manual_seed(0)
+    layer, x = MERGED[name](nn.Linear(6, 4)), torch.randn(3, 6)
+    for p in layer.parameters():
+        p.data = torch.randn_like(p)
+    expected = layer(x)
+    assert layer.weight.shape == (4, 6), "`weight` must be (out, in), as W is"
+    y = nn.functional.linear(x, layer.weight, layer.bias)
+    assert torch.allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_linear_needs_no_output_head_and_finds_a_conv1d(name):
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), Conv1D(6, 4))
+    config = CONFIGS[name]()
+    config.target_modules = "all-linear"
+    assert list(ADD[name](model, config)) == ["0", "2"]
+
+
 # --- BitFit ---
 
 
@@ -449,6 +519,15 @@ def test_a_bias_that_two_layers_share_is_refused(gpt):
     with pytest.raises(ValueError, match=message):
         get_peft_model(gpt, BitFitConfig())
     assert get_peft_model(gpt, BitFitConfig(["c_attn"])), "layers that share nothing can be adapted"
+
+
+def test_all_linear_leaves_out_an_output_head_that_has_a_bias():
+    class Model(nn.Sequential):
+        def get_output_embeddings(self):
+            return self[1]
+
+    layers = add_bitfit(Model(nn.Linear(4, 4), nn.Linear(4, 9)), BitFitConfig("all-linear"))
+    assert list(layers) == ["0"], "the output head must be left out"
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -596,6 +675,11 @@ def test_a_bottleneck_changes_only_the_output_of_its_own_layer():
     assert torch.equal(model(x), y), "W_up and b_up must start at zero"
     nn.init.ones_(layers["0"].up.bias)
     assert torch.allclose(model(x), model[1](layers["0"].base_layer(x) + 1))
+
+
+def test_a_bottleneck_needs_targets():
+    with pytest.raises(ValueError, match="target_modules=None matches no linear layer"):
+        add_bottleneck(nn.Sequential(nn.Linear(4, 4)), BottleneckConfig())
 
 
 def test_a_bottleneck_of_size_1_is_allowed():

@@ -288,6 +288,60 @@ def test_a_quantized_layer_comes_back_in_its_class_and_orientation(bits):
     assert list(plain[0].state_dict()) == ["weight", "bias"]
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_the_options_of_a_4bit_layer_reach_its_quantizer(double_quant):
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 6)
+    options = {"blocksize": 16, "double_quant": double_quant}
+    expected = quantize_nf4(layer.weight, 16, double_quant)
+    model = quantize_model(nn.Sequential(layer), **options)
+    assert torch.equal(model[0].weight, dequantize_nf4(expected))
+    assert bits_per_weight(model) == expected.bits()
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_padding_takes_no_memory(double_quant):
+    q = quantize_nf4(torch.ones(3), double_quant=double_quant)
+    for tensor in (q.codes, q.scales):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, "the padding is kept"
+
+
+def test_a_block_may_be_larger_than_a_chunk():
+    w = torch.tensor([1.0, -1.0, 0.0])
+    q = quantize_nf4(w, blocksize=2**18, double_quant=False)
+    assert dequantize_nf4(q).tolist() == [1, -1, 0]
+
+
+def test_a_4bit_layer_is_dequantized_on_its_own_device():
+    layer = Linear4bit(nn.Linear(70, 30)).to("meta")
+    assert layer.weight.device.type == "meta"
+    assert layer(torch.ones(2, 70, device="meta")).device.type == "meta"
+
+
+def test_the_gradient_with_a_compute_dtype_is_that_of_the_weight_in_it():
+    torch.manual_seed(0)
+    rough = Linear4bit(nn.Linear(70, 30), compute_dtype=torch.bfloat16)
+    x = torch.randn(3, 70, requires_grad=True)
+    rough(x).sum().backward()
+    expected = torch.ones(3, 30).bfloat16() @ rough.dequantize(torch.bfloat16)
+    assert torch.equal(x.grad, expected.float())
+
+
+@pytest.mark.parametrize("kind", [Linear4bit, Linear8bit])
+def test_a_float32_layer_takes_inputs_of_other_dtypes(kind):
+    layer = kind(nn.Linear(6, 4))
+    for dtype in (torch.bfloat16, torch.float64):
+        assert layer(torch.ones(2, 6, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_layer_with_two_names_is_quantized_under_both(bits):
+    layer = nn.Linear(6, 6)
+    model = quantize_model(nn.Sequential(layer, nn.Sequential(layer)), bits)
+    assert model[0] is model[1][0], "the layer must stay shared"
+    assert isinstance(model[0], (Linear4bit, Linear8bit))
+
+
 # --- LoRA on 4-bit layers ---
 
 
@@ -359,6 +413,18 @@ def test_what_is_lost_by_rounding_by_hand():
     assert by_hand().lost_by_rounding() == pytest.approx(lost, rel=1e-5)
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_what_is_lost_by_rounding_depends_on_double_quantization(double_quant):
+    torch.manual_seed(0)
+    base = Linear4bit(nn.Linear(64, 8), double_quant=double_quant)
+    layer = QLoraLinear(base, LoraConfig(r=2))
+    nn.init.normal_(layer.lora_B.weight)
+    update = 4 * layer.lora_B.weight @ layer.lora_A.weight
+    w = base.weight + update
+    lost = (dequantize_nf4(quantize_nf4(w, 64, double_quant)) - w).norm() / update.norm()
+    assert layer.lost_by_rounding() == pytest.approx(lost.item(), rel=1e-4)
+
+
 def test_dropout_of_qlora_acts_on_the_adapters_input_only():
     """W x + b = 3 stays. With p = 0.5, an entry of x is dropped or doubled: A x is 0, 2 or 4."""
     torch.manual_seed(0)
@@ -401,6 +467,15 @@ def test_add_qlora_needs_a_quantized_model_and_says_how_to_get_one(gpt):
     ):
         add_qlora(gpt, LoraConfig(target_modules=["c_attn"]))
     assert all(p.requires_grad for p in gpt.parameters())
+
+
+def test_add_qlora_freezes_what_is_not_quantized_and_ignores_8bit_layers(gpt):
+    coarse = quantize_model(copy.deepcopy(gpt), 8)
+    with pytest.raises(ValueError, match="matches no 4-bit layer"):
+        add_qlora(coarse, LoraConfig(target_modules="all-linear"))
+    add_qlora(quantize_model(gpt), LoraConfig(target_modules=["c_fc"]))
+    trained = {name.split(".")[-2] for name, p in gpt.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A", "lora_B"}, "norms and embeddings must be frozen"
 
 
 def test_a_new_adapter_equals_the_4bit_base_and_only_it_is_trained(gpt, ids):
