@@ -1,8 +1,11 @@
 """How PROTOCOL.md chooses a setting from rows of runs: means, operating points, and wider grids."""
 
+import math
 import statistics
 from collections.abc import Iterable
 from itertools import groupby
+
+from minipeft.lab.report import T_95
 
 AVERAGED = ("score", "forgetting", "loss", "update_norm", "intruders")
 SLACK = 0.02  # by how much an operating point's score may be below the best
@@ -53,3 +56,11 @@ def edges(point: dict, candidates: Iterable[dict]) -> dict[str, float]:
         elif name == "learning_rate" and point[name] == min(tried):
             found[name] = point[name] / 2
     return found
+
+
+def prediction_interval(values: list[float]) -> tuple[float, float]:
+    """Where 95 % of new values should lie, if all are drawn from one normal distribution:
+    mean ± t s √(1 + 1/n)."""
+    n, mean = len(values), statistics.mean(values)
+    half = T_95[n - 2] * statistics.stdev(values) * math.sqrt(1 + 1 / n) if n > 1 else math.inf
+    return mean - half, mean + half

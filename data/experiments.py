@@ -34,7 +34,7 @@ from minipeft.lab.train import train
 from minipeft.peft_model import PeftModel
 from minipeft.targets import find_targets
 
-from .choosing import edges, operating_point, operating_points, points
+from .choosing import edges, operating_point, operating_points, points, prediction_interval
 from .text import document
 
 RESULTS = Path(__file__).parent / "results"
@@ -150,10 +150,18 @@ PROMPT_METHODS = {
     "p_tuning": around(0.01), "p_tuning, LSTM": around(0.01),
     "prefix_tuning": around(0.2), "prefix_tuning, real text": around(0.05),
 }  # fmt: skip
+SENTIMENT = {
+    "full": around(0.00025), "lora": around(0.0025), "qlora": around(0.0025),
+    "adalora": around(0.01), "adalora, no penalty": around(0.01), "bitfit": around(0.003),
+    "bottleneck": around(0.0025),
+}  # fmt: skip
 EXPERIMENTS = {
     "forgetting": Grid(WEIGHT_METHODS),
     "intruders": Chosen("forgetting", TRIALS, {"scaled": True}),
     "prompts": Grid(PROMPT_METHODS, decays=(0.0,), common={"steps": 300}),
+    "sentiment": Grid(SENTIMENT, decays=(0.0, 0.02, 0.04), common={"task": "sentiment"}),
+    "finals": Chosen("forgetting", tuple(range(10)), {"part": "test"}),
+    "finals-sentiment": Chosen("sentiment", tuple(range(5)), {"part": "test"}),
 }
 
 
@@ -298,10 +306,21 @@ def run(name: str, minutes: float, processes: int) -> None:
                     return
 
 
-def repeat(name: str, n: int) -> Iterator[tuple[dict, dict]]:
-    """n rows, drawn at random but always the same ones, and what their runs measure now."""
-    for row in random.Random(0).sample(load(name), n):
-        yield row, measure(setting_of(row))
+def repeat(name: str, n: int, seed: int | None) -> Iterator[tuple[Setting, str, str, float]]:
+    """Measure n rows again, drawn at random but always the same ones.
+
+    Yields a setting, the name of a value, what to expect, and the value now. With the same seed, we
+    expect the value that was written; with a new one, the other seeds' 95 % prediction interval.
+    """
+    rows = [row for row in load(name) if "score" in row]
+    for row in random.Random(0).sample(rows, n):
+        setting = setting_of(row)
+        again = measure(setting if seed is None else replace(setting, seed=seed))
+        like = [r for r in rows if replace(setting_of(r), seed=setting.seed) == setting]
+        for key in ("score", "forgetting", "loss"):
+            low, high = prediction_interval([r[key] for r in like])
+            expected = f"{low:.3f} to {high:.3f}" if seed is not None else f"{row[key]:.6g}"
+            yield setting, key, expected, again[key]
 
 
 if __name__ == "__main__":
@@ -312,12 +331,15 @@ if __name__ == "__main__":
     parser.add_argument("--limit", type=float, default=1e9, metavar="MINUTES", help="stop then")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeat", type=int, metavar="N", help="run N of the runs again")
+    parser.add_argument("--seed", type=int, help="with --repeat: a new seed")
     arguments = parser.parse_args()
     if arguments.name and arguments.repeat:
-        for row, again in repeat(arguments.name, arguments.repeat):
-            print(setting_of(row))
-            for key in ("score", "forgetting", "loss"):
-                print(f"  {key}: {row.get(key)} written, {again.get(key)} now")
+        for setting, key, expected, value in repeat(
+            arguments.name, arguments.repeat, arguments.seed
+        ):
+            rate, decay = setting.learning_rate, setting.decay
+            what = f"{setting.method}, η {rate:g}, ηλ {decay:g}, {key}"
+            print(f"{what}: {expected}; now {value:.6g}")
     elif arguments.name:
         run(arguments.name, arguments.limit, arguments.processes)
     for name in EXPERIMENTS:

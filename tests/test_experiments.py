@@ -89,6 +89,21 @@ def test_chosen_settings_are_the_operating_points_once_all_their_runs_exist(monk
     assert chosen.settings() == wanted
 
 
+def test_a_prediction_interval_is_wider_than_the_values_spread():
+    low, high = choosing.prediction_interval([1.0, 2.0, 3.0])  # t for 2 degrees of freedom: 4.30
+    assert [low, high] == pytest.approx([2 - 4.30 * (4 / 3) ** 0.5, 2 + 4.30 * (4 / 3) ** 0.5])
+
+
+def test_a_repeated_run_is_compared_with_its_row_or_with_other_seeds(monkeypatch):
+    rows = [row(0.1, 0.0, score, 1.0, seed=s) for s, score in ((1, 0.8), (2, 0.9))]
+    monkeypatch.setattr(experiments, "load", lambda name: rows)
+    monkeypatch.setattr(experiments, "measure", lambda s: row(0.1, 0.0, 0.5, 1.0, seed=s.seed))
+    (setting, key, expected, value), *_ = experiments.repeat("toy", 1, None)
+    assert (key, float(expected), value) == ("score", {1: 0.8, 2: 0.9}[setting.seed], 0.5)
+    _, _, expected, value = next(experiments.repeat("toy", 1, 7))
+    assert expected == "-0.251 to 1.951"  # 0.85 ± 12.71 · 0.0707 · √1.5
+
+
 # --- measuring ---
 
 
@@ -196,9 +211,9 @@ def test_no_run_is_there_twice_and_each_belongs_to_its_experiment(name):
     assert len(set(settings)) == len(settings)
     grid = experiments.EXPERIMENTS[name]
     for setting in settings:
-        assert setting.method in grid.rates
+        assert setting.method in experiments.METHODS
         assert setting.seed in grid.seeds
-        assert setting.part == "validation", "only the finals use the test examples"
+        assert (setting.part == "test") == name.startswith("finals"), "test examples are sealed"
 
 
 def test_the_page_of_results_is_made_from_the_committed_rows():
