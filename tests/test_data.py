@@ -137,4 +137,4 @@ def test_the_experiment_by_bits_rounds_like_nf4_and_the_readme_shows_it(world):
 
 def test_the_shipped_files_are_small():
     size = sum(file.stat().st_size for file in DATA.rglob("*.*") if file.suffix != ".pyc")
-    assert size < 20e6
+    assert size < 24e6
