@@ -76,13 +76,14 @@ def test_a_subclass_is_tested_in_the_dtype_of_its_weight(dtype):
     assert list(find_targets(model.to("meta"), ["0"])) == ["0"], "nothing can be computed there"
 
 
-def test_a_subclass_that_computes_wx_only_at_small_inputs_is_refused():
-    class Clipped(nn.Linear):
+@pytest.mark.parametrize("change", [lambda x: x.clamp(-0.9, 0.9), torch.abs, torch.relu])
+def test_a_subclass_that_computes_wx_for_some_inputs_only_is_refused(change):
+    class Changed(nn.Linear):
         def forward(self, x):
-            return super().forward(x.clamp(-0.9, 0.9))
+            return super().forward(change(x))
 
     with pytest.raises(ValueError, match="it does not compute W x"):
-        find_targets(nn.Sequential(Clipped(8, 8)), ["0"])
+        find_targets(nn.Sequential(Changed(8, 8)), ["0"])
 
 
 def test_a_subclass_that_computes_wx_is_adapted_and_merged():

@@ -195,6 +195,8 @@ def test_a_training_run_by_hand(monkeypatch, capfd):
     assert "counting: 100%" in shown
     assert "10/10" in shown
     assert f"loss={found.losses[-1]:.3f}, lr=1.0e-01" in shown
+    train(model, batches, RunConfig(steps=1, learning_rate=0.1))
+    assert "training: 100%" in capfd.readouterr().err
     train(model, batches, RunConfig(steps=1, learning_rate=0.1, quiet=True))
     assert capfd.readouterr().err == ""
 
