@@ -532,6 +532,12 @@ def test_tokens_and_cache_may_fill_the_context_but_not_exceed_it(gpt):
         gpt(ids[:, :3], past_key_values=cache)
 
 
+def test_the_default_device_makes_no_difference(gpt, ids):
+    expected = gpt.eval()(ids).logits
+    with torch.device("meta"):
+        assert torch.equal(gpt(ids).logits, expected)
+
+
 def test_everything_is_computed_on_the_device_of_the_model(gpt, ids):
     assert gpt.device == torch.device("cpu")
     gpt, ids = gpt.to("meta"), ids.to("meta")

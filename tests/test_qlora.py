@@ -201,6 +201,19 @@ def test_the_state_dict_holds_the_4bit_form_and_casting_keeps_the_scales():
     assert wide(torch.randn(3, 70)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", [Linear4bit, Linear8bit])
+def test_no_call_that_casts_a_model_casts_codes_or_scales(kind):
+    layer = kind(nn.Linear(70, 30))
+    before = {name: (t.dtype, t.clone()) for name, t in layer.named_buffers()}
+    for cast in (layer.half, layer.double, lambda: layer.type(torch.float16)):
+        cast()
+        for name, (dtype, values) in before.items():
+            found = layer.get_buffer(name)
+            assert found.dtype == dtype, f"{name} became {found.dtype}"
+            assert torch.equal(found, values)
+    assert layer.weight.dtype == torch.float16
+
+
 def test_compute_dtype_is_the_dtype_of_the_product():
     torch.manual_seed(0)
     layer, x = nn.Linear(70, 30), torch.randn(3, 70)

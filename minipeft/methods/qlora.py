@@ -195,11 +195,12 @@ class QuantizedLinear(nn.Module):
     weight = property(lambda self: self.dequantize(self.dtype))
 
     def _apply(self, fn, recurse: bool = True):
-        """`.to()`, `.half()` and so on move the scales to another device, but do not cast them."""
-        scales = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        """`.to()`, `.half()` and so on move codes and scales to another device, without a cast."""
+        buffers = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
-        for name, tensor in scales.items():
-            self._buffers[name] = tensor.to(self.codes.device)
+        device = self.codes.device
+        for name, buffer in buffers.items():
+            self._buffers[name] = buffer.to(device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # the dtype that fn casts to
         return self
 
