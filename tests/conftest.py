@@ -10,6 +10,13 @@ from minipeft.lab.base import Base, load_base
 BASE = DATA / "base" / "1m"
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Do not import peft and transformers, which takes seconds, for tests that will not run."""
+    if "not conformance" in config.option.markexpr:
+        return collection_path.name.startswith("test_conformance") or None
+    return None
+
+
 def tiny_config(**changes) -> GPTConfig:
     shape = {"vocab_size": 61, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 3}
     dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
