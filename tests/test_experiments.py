@@ -216,5 +216,15 @@ def test_no_run_is_there_twice_and_each_belongs_to_its_experiment(name):
         assert (setting.part == "test") == name.startswith("finals"), "test examples are sealed"
 
 
+def test_weight_decay_at_least_halves_forgetting_at_equal_score():
+    found = choosing.points(experiments.load("forgetting"))
+    pairs = {m: pair for m, pair in results.equal_score(found, 0.9).items() if all(pair)}
+    assert {"full", "lora", "qlora", "adalora"} <= pairs.keys()
+    assert all(plain["forgetting"] > 2 * any_["forgetting"] for plain, any_ in pairs.values())
+    forgotten = [pair[0]["forgetting"] for pair in pairs.values()]
+    regularized = [pair[1]["forgetting"] for pair in pairs.values()]
+    assert max(regularized) - min(regularized) < 0.15 * (max(forgotten) - min(forgotten))
+
+
 def test_the_page_of_results_is_made_from_the_committed_rows():
     assert results.page() == results.PAGE.read_text(), "run python -m data.results"
