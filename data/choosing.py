@@ -45,6 +45,19 @@ def operating_points(found: list[dict], decayed: bool) -> list[dict]:
     ]
 
 
+def equal_score(found: list[dict], score: float) -> dict[str, tuple[dict | None, dict | None]]:
+    """For each method, the point that forgets least among those that reach a score, without decay
+    and among all; None if no point reaches it."""
+    best = {}
+    for method in dict.fromkeys(point["method"] for point in found):
+        reached = [p for p in found if p["method"] == method and p["score"] >= score]
+        best[method] = tuple(
+            min(points, key=lambda point: point["forgetting"], default=None)
+            for points in ([p for p in reached if not p["decay"]], reached)
+        )
+    return best
+
+
 def edges(point: dict, candidates: Iterable[dict]) -> dict[str, float]:
     """The settings of a point that are the smallest or largest of its method, each with the value
     to try next. A decay of zero is no edge."""

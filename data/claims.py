@@ -21,7 +21,7 @@ VERDICTS = {
     "holds": "measured, and as claimed",
     "differs": "a difference that the seeds agree on",
     "no difference seen": "within the interval or spread that is given",
-    "not tested": "we do not know",
+    "not tested": "not tested well enough to know",
     "withdrawn": "a claim of the first edition that its evidence does not support",
 }
 INTRODUCTION = """\

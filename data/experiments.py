@@ -34,7 +34,14 @@ from minipeft.lab.train import train
 from minipeft.peft_model import PeftModel
 from minipeft.targets import find_targets
 
-from .choosing import edges, operating_point, operating_points, points, prediction_interval
+from .choosing import (
+    edges,
+    equal_score,
+    operating_point,
+    operating_points,
+    points,
+    prediction_interval,
+)
 from .text import document
 
 RESULTS = Path(__file__).parent / "results"
@@ -113,7 +120,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The operating points of another experiment, without decay and with it, on other seeds."""
+    """The operating points of another experiment, without decay and with it, and those that forget
+    least at a score of 0.9; on other seeds."""
 
     source: str
     seeds: tuple[int, ...]
@@ -124,12 +132,14 @@ class Chosen:
         if missing(self.source):
             return []
         rows, settings = load(self.source), []
-        chosen = [*operating_points(points(rows), False), *operating_points(points(rows), True)]
+        found = points(rows)
+        chosen = [*operating_points(found, False), *operating_points(found, True)]
+        chosen += [point for pair in equal_score(found, 0.9).values() for point in pair if point]
         for point, seed in product(chosen, self.seeds):
             names = ("method", "learning_rate", "decay")
             first = next(row for row in rows if all(row[n] == point[n] for n in names))
             settings.append(replace(setting_of(first), seed=seed, **self.common))
-        return list(dict.fromkeys(settings))  # both points of a method may be the same
+        return list(dict.fromkeys(settings))  # several points of a method may be the same
 
     def widened(self, rows: list[dict]) -> "Chosen":
         return self

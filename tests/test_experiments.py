@@ -218,12 +218,26 @@ def test_no_run_is_there_twice_and_each_belongs_to_its_experiment(name):
 
 def test_weight_decay_at_least_halves_forgetting_at_equal_score():
     found = choosing.points(experiments.load("forgetting"))
-    pairs = {m: pair for m, pair in results.equal_score(found, 0.9).items() if all(pair)}
+    pairs = {m: pair for m, pair in choosing.equal_score(found, 0.9).items() if all(pair)}
     assert {"full", "lora", "qlora", "adalora"} <= pairs.keys()
     assert all(plain["forgetting"] > 2 * any_["forgetting"] for plain, any_ in pairs.values())
-    forgotten = [pair[0]["forgetting"] for pair in pairs.values()]
-    regularized = [pair[1]["forgetting"] for pair in pairs.values()]
-    assert max(regularized) - min(regularized) < 0.15 * (max(forgotten) - min(forgotten))
+    for method in ("lora", "qlora"):
+        ratios = [
+            other["forgetting"] / full["forgetting"]
+            for other, full in zip(pairs[method], pairs["full"], strict=True)
+        ]
+        assert all(1.5 < ratio < 3 for ratio in ratios), f"{method} forgets about twice as much"
+    assert pairs["adalora"][0]["forgetting"] < 0.5 * pairs["full"][0]["forgetting"]
+    assert pairs["adalora"][1]["forgetting"] > 0.9 * pairs["full"][1]["forgetting"]
+
+
+def test_the_least_forgetting_at_a_score_is_none_where_no_setting_reaches_it():
+    found = choosing.points(
+        [row(0.1, 0, 0.9, 3.0), row(0.1, 0.01, 0.9, 1.0), row(0.2, 0, 0.8, 0.1)]
+    )
+    plain, decayed = choosing.equal_score(found, 0.9)["lora"]
+    assert (plain["forgetting"], decayed["forgetting"]) == (3.0, 1.0)
+    assert choosing.equal_score(found, 0.95)["lora"] == (None, None)
 
 
 def test_the_page_of_results_is_made_from_the_committed_rows():

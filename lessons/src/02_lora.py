@@ -234,8 +234,8 @@ report.compare_figure(compare.rows([frozen, full, thin]), task)
 # fine-tuning at one.
 #
 # Now look at *forgetting*, the rise of the loss on the pretraining text: with its adapter on, LoRA has forgotten
-# more than full fine-tuning. Do not conclude that the *method* forgets more: neither of these runs had any regularizer. With weight decay
-# towards the initial weights, both forget a small part of this (`data/RESULTS.md`). A paper named below found that
+# more than full fine-tuning. That says little about the *method* yet: neither of these runs had any regularizer. With weight decay
+# towards the initial weights, both forget a small part of this (`data/RESULTS.md` compares them at equal score). A paper named below found that
 # LoRA forgets less on a much larger model. Frozen weights are no memory by themselves. But LoRA has a switch: with the
 # adapter off, the base is back, bit for bit.
 
