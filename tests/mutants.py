@@ -266,8 +266,6 @@ def run_tests(files: list[str], limit: float, plugin=None) -> tuple[str, str]:
                 "--tb=no" if isinstance(plugin, Recorder) else "-x",
                 "-p",
                 "no:cacheprovider",
-                "-p",
-                "no:nbmake",
                 "-rfE",
             ]
             code = pytest.main([*options, *files], [plugin] if plugin else [])
