@@ -4,6 +4,7 @@ python -m data.results  # a few seconds
 """
 
 import textwrap
+from itertools import product
 
 from matplotlib.figure import Figure
 
@@ -14,6 +15,7 @@ from .choosing import edges, equal_score, operating_points, points
 from .experiments import RESULTS, load
 
 PAGE = RESULTS.parent / "RESULTS.md"
+SCORES = (0.8, 0.9, 0.95)  # at which methods are compared
 NAMES = report.NAMES | {"adalora, no penalty": "AdaLoRA, no penalty"}
 COLORS = report.COLORS | {"adalora, no penalty": "#b2653f"}
 
@@ -36,7 +38,8 @@ def cells(name: str, point: dict, edge: dict) -> list:
     spread = f" ± {point['score_spread']:.3f}" if point["seeds"] > 1 else ""
     return [
         name, rate, decay, point["seeds"], f"{point['score']:.3f}{spread}",
-        f"{point['forgetting']:+.2f}", f"{point['update_norm']:.1f}", f"{point['intruders']:.1f}",
+        f"{point['forgetting']:+.2f}",
+        *(f"{point[n]:.1f}" if point["update_norm"] else "–" for n in ("update_norm", "intruders")),
     ]  # fmt: skip
 
 
@@ -48,36 +51,57 @@ def forgetting_table(found: list[dict]) -> str:
     plain, decayed = operating_points(found, False), operating_points(found, True)
     lines = []
     for pair in sorted(zip(plain, decayed, strict=True), key=lambda pair: order(pair[0])):
-        for name, point in zip((NAMES[pair[0]["method"]], "… with decay"), pair, strict=True):
+        for name, point in zip((NAMES[pair[0]["method"]], "… with any decay"), pair, strict=True):
             lines.append(cells(name, point, edges(point, found)))
     return report.markdown_table(HEAD, lines)
 
 
-def equal_score_table(found: list[dict], scores: tuple[float, ...]) -> str:
+def equal_score_table(found: list[dict]) -> str:
     """The least forgetting at equal scores, without decay -> with it."""
 
     def show(point: dict | None) -> str:
         return f"{point['forgetting']:+.2f}" if point else "–"
 
-    columns = [equal_score(found, score) for score in scores]
+    columns = [equal_score(found, score) for score in SCORES]
     lines = [
         [NAMES[method], *(" → ".join(map(show, column[method])) for column in columns)]
         for method in sorted(columns[0], key=lambda method: order({"method": method}))
     ]
-    return report.markdown_table(["method", *(f"score at least {s:g}" for s in scores)], lines)
+    return report.markdown_table(["method", *(f"score at least {s:g}" for s in SCORES)], lines)
 
 
-def what_decay_does(found: list[dict], score: float = 0.9) -> str:
-    """The ranges of least forgetting at a score, over the methods that reach it both ways."""
-    pairs = [pair for pair in equal_score(found, score).values() if all(pair)]
+def what_decay_does(found: list[dict]) -> str:
+    """The least forgetting at equal scores in words: what decay divides it by, and how far methods
+    are apart."""
+    pairs = [pair for pair in equal_score(found, 0.9).values() if all(pair)]
     plain, decayed = ([p["forgetting"] for p in column] for column in zip(*pairs, strict=True))
-    ratios = [a / b for a, b in zip(plain, decayed, strict=True)]
-    low, high = (min(plain), min(decayed)), (max(plain), max(decayed))
-    return (
-        f"{len(pairs)} methods reach a score of {score:g} without decay and with it. At that score "
-        f"they forget {low[0]:.2f} to {high[0]:.2f} nats per token without decay, and {low[1]:.2f} "
-        f"to {high[1]:.2f} with it: each of them {min(ratios):.1f} to {max(ratios):.1f} times less."
+    ratios = sorted(a / b for a, b in zip(plain, decayed, strict=True))
+    text = (
+        f"{len(pairs)} methods reach a score of 0.9 without decay and with it. At that score decay "
+        f"divides forgetting by {', '.join(f'{ratio:.1f}' for ratio in ratios)}. Without decay "
+        f"these methods differ by a factor of {max(plain) / min(plain):.1f}, and with it by "
+        f"{max(decayed) / min(decayed):.1f}. At the three scores of the table, LoRA and QLoRA forget "
     )
+    low, high = to_full(found, "lora", "qlora")
+    text += f"{low[0]:.1f} to {low[1]:.1f} times as much as full fine-tuning without decay, and "
+    text += f"{high[0]:.1f} to {high[1]:.1f} times with it; AdaLoRA, which has a penalty, "
+    low, high = to_full(found, "adalora")
+    text += (
+        f"{low[0]:.1f} to {low[1]:.1f} times without, and {high[0]:.1f} to {high[1]:.1f} with it."
+    )
+    return text
+
+
+def to_full(found: list[dict], *methods: str) -> list[tuple[float, float]]:
+    """The smallest and largest ratio of least forgetting to full fine-tuning's, over methods and
+    scores: without decay, and with it."""
+    ratios = [[], []]
+    for best, method, i in product(
+        [equal_score(found, score) for score in SCORES], methods, range(2)
+    ):
+        if best[method][i] and best["full"][i]:
+            ratios[i].append(best[method][i]["forgetting"] / best["full"][i]["forgetting"])
+    return [(min(found), max(found)) for found in ratios]
 
 
 def forgetting_figure(found: list[dict]) -> Figure:
@@ -90,13 +114,17 @@ def forgetting_figure(found: list[dict]) -> Figure:
         for i, decay in enumerate(decays):
             line = [p for p in found if (p["method"], p["decay"]) == (method, decay)]
             line.sort(key=lambda p: p["learning_rate"])
+            if not line:
+                continue
             strength = 0.4 + 0.6 * i / max(len(decays) - 1, 1)
+            axis.plot(line[0]["forgetting"], line[0]["score"], "s", color=COLORS[method],
+                      alpha=strength, ms=4 + 4 * strength, mew=0)  # fmt: skip
             axis.plot([p["forgetting"] for p in line], [p["score"] for p in line], "o-",
                       color=COLORS[method], alpha=strength, ms=2 + 4 * strength, mew=0)  # fmt: skip
             axes[-1].plot([], [], "o-", color="black", alpha=strength, ms=2 + 4 * strength, mew=0,
                           label=f"ηλ = {decay:g}")  # fmt: skip
         for point, style, name in (
-            (best[method], CIRCLE, "the operating point"),
+            (best[method], CIRCLE, "the operating point (any decay)"),
             (best["full"], CROSS, "that of full fine-tuning"),
         ):
             axis.plot(point["forgetting"], point["score"], label=name, **style)
@@ -136,28 +164,28 @@ much is forgotten, or the regularizer?
 
 ![Score against forgetting, a panel per method](results/forgetting.png)
 
-Each line connects the learning rates that were tried with one weight decay, small rates on the
-left. Up and left is better: a high score, and little forgetting. Darker lines have more decay.
+Each line connects the learning rates that were tried with one weight decay, from the smallest one,
+the square. Up and left is better: a high score, and little forgetting. Darker lines have more decay.
+Where a line falls to zero, training broke down. Prompt methods have not been run yet.
 
-The first table has two operating points per method: chosen among the runs without weight decay, and
-among all runs, those included. The score is the mean over seeds ± their standard deviation. A star
-marks a setting at the edge of the grid: there, a wider grid has not been run yet. (*Intruders* and
-*update norm*: see the protocol.)
+The first table has two operating points per method. First row: the best setting without weight
+decay. Second row: the best of all settings. The learning rate is tuned in both. The score is the
+mean over seeds ± their standard deviation. A star marks a setting at the edge of the grid: there, a
+wider grid has not been run yet. A dash: the method changes no weights of linear layers.
 
 {forgetting_table(found)}
 
-The second table compares methods at the same score: the least forgetting of the settings that reach
-it. Left of the arrow, among those without weight decay; right of it, among all. A dash: no setting
-reaches the score.
+The second table compares methods at the same score: the least forgetting of the settings that
+reach it. Left of the arrow, only ηλ = 0 is allowed; on the right, any ηλ. A dash: no setting
+reaches it.
 
-{equal_score_table(found, (0.8, 0.9, 0.95))}
+{equal_score_table(found)}
 
-{textwrap.fill(what_decay_does(found), 100)}
+{textwrap.fill(what_decay_does(found), 100, break_on_hyphens=False)}
 
-So weight decay changes forgetting more than the choice of method does, and in nats the methods
-come much closer together. As a ratio, they do not: at the same score LoRA and QLoRA forget about
-twice as much as full fine-tuning, without decay and with it. AdaLoRA's lead over full fine-tuning,
-which came from its penalty, is gone when both have decay. <!-- claim: decay-decides -->
+So at equal score most methods forget several times less with weight decay, and they come closer
+together. LoRA still forgets more than full fine-tuning at each of these scores.
+<!-- claim: decay-decides -->
 
 This is preliminary. The right side of an arrow is the best of about twenty settings, the left side
 the best of five, with rates a factor of two apart. Points were chosen and measured on the same

@@ -221,14 +221,14 @@ def test_weight_decay_at_least_halves_forgetting_at_equal_score():
     pairs = {m: pair for m, pair in choosing.equal_score(found, 0.9).items() if all(pair)}
     assert {"full", "lora", "qlora", "adalora"} <= pairs.keys()
     assert all(plain["forgetting"] > 2 * any_["forgetting"] for plain, any_ in pairs.values())
-    for method in ("lora", "qlora"):
-        ratios = [
-            other["forgetting"] / full["forgetting"]
-            for other, full in zip(pairs[method], pairs["full"], strict=True)
-        ]
-        assert all(1.5 < ratio < 3 for ratio in ratios), f"{method} forgets about twice as much"
-    assert pairs["adalora"][0]["forgetting"] < 0.5 * pairs["full"][0]["forgetting"]
-    assert pairs["adalora"][1]["forgetting"] > 0.9 * pairs["full"][1]["forgetting"]
+    for score in results.SCORES:
+        best = choosing.equal_score(found, score)
+        for method in ("lora", "qlora"):
+            plain, decayed = (
+                other["forgetting"] / full["forgetting"]
+                for other, full in zip(best[method], best["full"], strict=True)
+            )
+            assert 1 < decayed < plain, f"{method} at {score}"
 
 
 def test_the_least_forgetting_at_a_score_is_none_where_no_setting_reaches_it():
