@@ -80,7 +80,7 @@ def what_decay_does(found: list[dict]) -> str:
         f"{len(pairs)} methods reach a score of 0.9 without decay and with it. At that score decay "
         f"divides forgetting by {', '.join(f'{ratio:.1f}' for ratio in ratios)}. Without decay "
         f"these methods differ by a factor of {max(plain) / min(plain):.1f}, and with it by "
-        f"{max(decayed) / min(decayed):.1f}. At the three scores of the table, LoRA and QLoRA forget "
+        f"{max(decayed) / min(decayed):.1f}. At the scores of the table, LoRA and QLoRA forget "
     )
     low, high = to_full(found, "lora", "qlora")
     text += f"{low[0]:.1f} to {low[1]:.1f} times as much as full fine-tuning without decay, and "
@@ -165,8 +165,8 @@ much is forgotten, or the regularizer?
 ![Score against forgetting, a panel per method](results/forgetting.png)
 
 Each line connects the learning rates that were tried with one weight decay, from the smallest one,
-the square. Up and left is better: a high score, and little forgetting. Darker lines have more decay.
-Where a line falls to zero, training broke down. Prompt methods have not been run yet.
+the square. Up and left is better: a high score, and little forgetting. Darker lines have more
+decay. Where a line falls to zero, training broke down. Prompt methods have not been run yet.
 
 The first table has two operating points per method. First row: the best setting without weight
 decay. Second row: the best of all settings. The learning rate is tuned in both. The score is the
