@@ -1,0 +1,1 @@
+"""What is graded: a file per method, with its checks by level."""

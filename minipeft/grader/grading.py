@@ -1,0 +1,179 @@
+"""Grade the files in a folder: run each level in a process of its own, and report a line per task.
+
+The processes share one that has imported torch, where the platform can fork. Each has a time limit.
+A task whose result does not arrive is wrong: an exit status proves nothing.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import METHODS, skeleton, values
+from .judge import LEVELS, grade
+
+SECONDS = 30  # that a level may take at least
+FACTOR = 10  # how many times as long as the reference it may take
+
+
+@dataclass
+class Result:
+    """What a task's line says."""
+
+    method: str
+    level: str
+    task: str
+    status: str  # "done", "not done yet", "wrong" or "blocked"
+    message: str = ""
+    printed: str = ""  # by the student's code
+
+    def line(self, number: int) -> str:
+        text = f"{self.status}{': ' * (self.status == 'wrong') or ' '}{self.message}".strip()
+        lines = [f"{number:3d} {self.task:<44} {text}"]
+        if self.status == "wrong":
+            lines += [f"      printed: {line}" for line in self.printed.splitlines()[-3:]]
+        return "\n".join(lines)
+
+
+def context():
+    """A way to start processes: from one that has imported torch, where the platform can fork."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    found = get_context("forkserver")
+    found.set_forkserver_preload(["minipeft.grader.preload"])
+    return found
+
+
+class Level:
+    """A level's process."""
+
+    def __init__(self, method: str, folder: Path, level: str, seed: int, skip=(), given=None):
+        self.pipe, other = context().Pipe()
+        args = other, method, str(folder), level, seed, list(skip), given
+        self.process = context().Process(target=grade, args=args, daemon=True)
+        self.process.start()
+        other.close()
+
+    def receive(self, until: float):
+        """The next message. Raises TimeoutError or EOFError if there is none."""
+        if not self.pipe.poll(max(until - time.monotonic(), 0)):
+            raise TimeoutError
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def run_level(
+    method: str, folder: Path, level: str, seed: int, given=None, seconds: float = SECONDS
+) -> list[Result]:
+    """Grade one level. A task that ends its process, or takes too long, is wrong; the others are
+    graded in a new process."""
+    found: dict[str, Result] = {}
+    while True:
+        run = Level(method, folder, level, seed, found, given)
+        until, task = time.monotonic() + 600, ""  # importing torch may take long on a cold disk
+        try:
+            tasks = run.receive(until)
+            until = time.monotonic() + seconds
+            fault = run.receive(until)
+            if fault:
+                return [Result(method, level, task, "wrong", fault) for task in tasks]
+            remaining = iter([task for task in tasks if task not in found])
+            while (task := next(remaining, None)) is not None:
+                name, result = run.receive(until)
+                if name != task:
+                    raise EOFError
+                found[task] = Result(method, level, task, **result)
+            return list(found.values())
+        except (TimeoutError, EOFError, OSError) as error:
+            run.process.join(0.5)
+            message = f"the process ended before the check did (status {run.process.exitcode})"
+            if isinstance(error, TimeoutError):
+                message = f"takes longer than {seconds:.0f} s"
+            if not task:  # the file did not even finish importing
+                message = f"importing the file: {message}"
+                return [Result(method, level, task, "wrong", message) for task in tasks]
+            found[task] = Result(method, level, task, "wrong", message)
+        finally:
+            run.close()
+
+
+def limit(method: str, level: str, seed: int, given=None) -> float:
+    """Seconds for a level: ten times what the reference takes here, and at least 30."""
+    start = time.monotonic()
+    run_level(method, skeleton.reference(method).parent, level, seed, given)
+    return max(SECONDS, FACTOR * (time.monotonic() - start))
+
+
+def grade_method(method: str, folder: Path, seed: int = 0, live: bool = True) -> list[Result]:
+    """The results of all tasks of a method, level by level."""
+    results: list[Result] = []
+    if not (folder / f"{method}.py").is_file():
+        raise ValueError(f"{folder} has no {method}.py: python -m minipeft build start {method} …")
+    for level in tqdm(LEVELS, method, leave=False, disable=None):
+        given = live_values(method, seed) if live and level == "values" else None
+        found = run_level(method, folder, level, seed, given)
+        if any("takes longer than" in r.message for r in found):
+            seconds = limit(method, level, seed, given)
+            if seconds > SECONDS:
+                found = run_level(method, folder, level, seed, given, seconds)
+        results += blocked(found, results)
+    return results
+
+
+def live_values(method: str, seed: int) -> dict | None:
+    """Values that the installed libraries compute now, in a process of their own; None if they are
+    not installed, or fail: then the stored values are used."""
+    if not values.installed(method):
+        return None
+    pipe, other = context().Pipe()
+    process = context().Process(target=values.send, args=(other, method, seed + 1), daemon=True)
+    process.start()
+    found = pipe.recv() if pipe.poll(120) else "no answer"
+    process.kill()
+    return found if isinstance(found, dict) else None
+
+
+def blocked(found: list[Result], earlier: list[Result]) -> list[Result]:
+    """A later level's failures do not count as wrong while a piece is missing or wrong."""
+    open_pieces = [r.task for r in earlier if r.level == "pieces" and r.status != "done"]
+    for result in found:
+        if result.status == "wrong" and open_pieces:
+            result.status, result.message = "blocked", f"by {open_pieces[0]}"
+    return found
+
+
+def check(
+    folder: Path, methods: Iterable[str] = (), seed: int = 0, live: bool = True
+) -> list[Result]:
+    """Grade the files in a folder (all that are there, or these), and print a line per task."""
+    there = [method for method in METHODS if (folder / f"{method}.py").is_file()]
+    chosen = list(methods) or there
+    for method in chosen:
+        skeleton.load(method)  # raises ValueError for an unknown one
+    if not chosen:
+        raise ValueError(f"{folder} has none of {', '.join(f'{m}.py' for m in METHODS)}")
+    everything = []
+    for method in chosen:
+        results = grade_method(method, folder, seed, live)
+        print(f"{method}: {folder / method}.py")
+        for number, result in enumerate(results, 1):
+            print(result.line(number))
+        print(f"{summary(results)}\n")
+        everything += results
+    return everything
+
+
+def summary(results: list[Result]) -> str:
+    done = sum(r.status == "done" for r in results)
+    text = f"{done} of {len(results)} done"
+    following = next((r for r in results if r.status in ("wrong", "not done yet")), None)
+    if following is None or following.level != "pieces":
+        return text
+    return f"{text}. A hint: python -m minipeft build hint {following.method} {following.task}"
