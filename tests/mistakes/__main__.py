@@ -40,11 +40,13 @@ def main() -> None:
     )
     parser.add_argument("methods", nargs="*", choices=[[], *METHODS])
     parser.add_argument("--messages", action="store_true", help="print every diagnosis")
+    parser.add_argument("--only", default="", metavar="TEXT", help="those with this in their name")
     arguments = parser.parse_args()
     lines = []
     for method in arguments.methods or METHODS:
         counts = dict.fromkeys(("mistakes", "caught", "named", "right", "accepted"), 0)
-        for variant in tqdm(variants(method), method, leave=False):
+        chosen = [v for v in variants(method) if arguments.only in v.name]
+        for variant in tqdm(chosen, method, leave=False):
             ok, named, first = verdict(variant, graded(method, variant))
             kinds = ("right", "accepted") if variant.task is None else ("mistakes", "caught")
             counts[kinds[0]] += 1
