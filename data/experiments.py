@@ -34,6 +34,7 @@ from minipeft.lab.train import train
 from minipeft.peft_model import PeftModel
 from minipeft.targets import find_targets
 
+from .bits import BLOCK, CODES, rounded
 from .choosing import (
     edges,
     equal_score,
@@ -48,6 +49,9 @@ RESULTS = Path(__file__).parent / "results"
 DECAYS = (0.0, 0.01, 0.02, 0.04)  # learning rate x weight decay, towards the initial values
 FACTORS = (0.5, 0.0)  # for singular values of intruder dimensions
 TRIALS = (100, 101, 102)  # seeds for choosing settings; the finals have others
+RANKS = (1, 4, 16, 64)
+ROUNDED = ("int3", "int2")  # codes of a base that LoRA is trained on
+STEPS = (33, 100, 300, 1000, 3000)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Setting:
     task: str = "describe"
     steps: int = 100
     part: str = "validation"  # the examples that are scored, or "test": in the finals alone
+    random_base: bool = False  # train a model of the same shape that was never pretrained
     scaled: bool = False  # also measure the model with intruder dimensions scaled down
 
 
@@ -82,6 +87,14 @@ METHODS = RECIPES | {
         variant("prompt_tuning", "vocabulary", prompt_tuning_init="SAMPLE_VOCAB"),
         variant("p_tuning", "LSTM", encoder_reparameterization_type="LSTM"),
         variant("prefix_tuning", "real text"),
+        *(variant("lora", f"r {r}", r=r, lora_alpha=2 * r) for r in RANKS),
+        *(variant("lora", f"r {r}, α 16", r=r) for r in RANKS),
+        *(variant("lora", f"r {r}, rsLoRA", r=r, use_rslora=True) for r in RANKS),
+        *(variant("lora", f"{code} base") for code in ROUNDED),
+        *(
+            replace(RECIPES["lora"].placed(place), method=f"lora, {place}")
+            for place in ("attention", "mlp")
+        ),
     )
 }
 
@@ -150,6 +163,20 @@ def around(best: float) -> tuple[float, ...]:
     return tuple(best * 2.0**i for i in (-2, -1, 0, 1, 2))
 
 
+@dataclass(frozen=True)
+class Several:
+    """Grids that are one experiment; they are not widened."""
+
+    grids: tuple[Grid, ...]
+    seeds: tuple[int, ...] = TRIALS
+
+    def settings(self) -> list[Setting]:
+        return [setting for grid in self.grids for setting in grid.settings()]
+
+    def widened(self, rows: list[dict]) -> "Several":
+        return self
+
+
 # The middle rates were the best ones in a short search without decay.
 WEIGHT_METHODS = {
     "full": around(0.001), "lora": around(0.01), "qlora": around(0.01), "adalora": around(0.04),
@@ -165,6 +192,16 @@ SENTIMENT = {
     "adalora": around(0.01), "adalora, no penalty": around(0.01), "bitfit": around(0.003),
     "bottleneck": around(0.0025),
 }  # fmt: skip
+LORA_RATES = around(0.01)[1:4]
+PLACES = dict.fromkeys(("lora", "lora, attention", "lora, mlp"), LORA_RATES)
+BITS = dict.fromkeys(("lora", "qlora", "lora, int3 base", "lora, int2 base"), (0.01,))
+RANKED = {
+    f"lora, r {r}{how}": LORA_RATES for r in RANKS for how in ("", ", α 16", ", rsLoRA")
+}  # fmt: skip
+BY_STEPS = {  # the best rate at 100 steps, and lower ones for longer runs
+    "full": (0.001, 0.00025), "lora": (0.01, 0.0025), "bitfit": (0.1, 0.025),
+    "prompt_tuning": (0.3, 0.075),
+}  # fmt: skip
 EXPERIMENTS = {
     "forgetting": Grid(WEIGHT_METHODS),
     "intruders": Chosen("forgetting", TRIALS, {"scaled": True}),
@@ -172,7 +209,22 @@ EXPERIMENTS = {
     "sentiment": Grid(SENTIMENT, decays=(0.0, 0.02, 0.04), common={"task": "sentiment"}),
     "finals": Chosen("forgetting", tuple(range(10)), {"part": "test"}),
     "finals-sentiment": Chosen("sentiment", tuple(range(5)), {"part": "test"}),
-}
+    "finals-prompts": Chosen("prompts", tuple(range(5)), {"part": "test"}),
+    "3m": Grid({method: rates[1:4] for method, rates in WEIGHT_METHODS.items()}, (0.0, 0.04),
+               TRIALS[:2], {"base": "3m"}),
+    "finals-3m": Chosen("3m", tuple(range(5)), {"part": "test"}),
+    "bits": Grid(BITS, (0.0, 0.04), tuple(range(200, 210))),
+    "ranks": Grid(RANKED, (0.0,)),
+    "placement": Grid(PLACES, (0.0,)),
+    "placement-sentiment": Grid(
+        {method: around(0.0025)[1:4] for method in PLACES}, (0.0,), common={"task": "sentiment"}
+    ),
+    "steps": Several(tuple(
+        Grid(BY_STEPS, (0.0,), common={"base": "0.3m", "steps": steps, "random_base": random_base})
+        for steps in STEPS for random_base in (False, True)
+    )),
+    "3000-steps": Grid(BY_STEPS, (0.0,), TRIALS[:1], {"steps": 3000}),
+}  # fmt: skip
 
 
 # --- one run ---
@@ -192,10 +244,14 @@ def opened(name: str, part: str) -> tuple[Base, float]:
 def measure(setting: Setting) -> dict:
     """Train, and measure: a row. A run whose loss does not stay finite has no measurements."""
     base, before = opened(setting.base, setting.part)
+    original = base.pretrained
+    if setting.method.endswith(" base"):
+        base = replace(base, pretrained=in_few_bits(original, setting.method.split()[1]))
     task, recipe = tasks.load_task(base, setting.task), METHODS[setting.method]
     run = RunConfig(
         steps=setting.steps, learning_rate=setting.learning_rate, seed=setting.seed, quiet=True,
         weight_decay=setting.decay / setting.learning_rate, decay_to="start",
+        random_base=setting.random_base,
     )  # fmt: skip
     model = build_model(base, recipe, run)
     check_lengths(model, base, task)
@@ -215,7 +271,7 @@ def measure(setting: Setting) -> dict:
         return {"score": score, "forgetting": evaluate.text_loss(model, base.held_out) - before}
 
     row |= evaluate.task_loss(model, examples, base.end)
-    row |= results(model) | changes(base.pretrained, model)
+    row |= results(model) | changes(original, model)
     if setting.scaled and row["intruders"]:
         plain = model.merge_and_unload() if isinstance(model, PeftModel) else model
         row["scaled"] = [
@@ -223,6 +279,15 @@ def measure(setting: Setting) -> dict:
             for which, factor in product(("intruders", "others"), FACTORS)
         ]
     return row
+
+
+@torch.no_grad()
+def in_few_bits(model: nn.Module, code: str) -> nn.Module:
+    """A copy of a model whose linear weights are rounded to a code of bits.py, in blocks of 64."""
+    model = copy.deepcopy(model)
+    for layer in find_targets(model, "all-linear").values():
+        layer.weight.copy_(rounded(layer.weight, CODES[code][1], BLOCK))
+    return model
 
 
 @torch.no_grad()

@@ -189,6 +189,22 @@ def test_one_run_is_measured_against_the_untouched_base(monkeypatch, base):
     assert {"loss", "score", "forgetting", "update_norm", "intruders"} <= found.keys()
 
 
+def test_every_method_of_the_experiments_builds_a_model(base):
+    methods = {s.method for grid in experiments.EXPERIMENTS.values() for s in grid.settings()}
+    for method in methods:
+        run = experiments.RunConfig(steps=12, learning_rate=0.1)
+        model = experiments.build_model(base, experiments.METHODS[method], run)
+        assert any(p.requires_grad for p in model.parameters()), method
+
+
+def test_a_base_in_few_bits_keeps_its_embeddings_and_has_few_levels(base):
+    rounded = experiments.in_few_bits(base.pretrained, "int2")
+    ours, theirs = rounded.transformer.h[0].mlp.c_fc.weight, base.pretrained.transformer
+    assert len((ours.view(-1)[:64] / ours.view(-1)[:64].abs().max()).round().unique()) <= 3
+    assert not torch.equal(ours, theirs.h[0].mlp.c_fc.weight)
+    assert torch.equal(rounded.transformer.wte.weight, theirs.wte.weight)
+
+
 def test_a_run_that_diverges_has_no_measurements(monkeypatch, base):
     monkeypatch.setattr(experiments, "opened", lambda *_: (base, 1.0))
 

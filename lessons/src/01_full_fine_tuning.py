@@ -459,6 +459,7 @@ assert full[-1]["score"] > little[16][-1]["score"] + 0.1
 # ## Exercises
 #
 # Each has a cell that checks your answer. The solutions are in `solutions/01_full_fine_tuning.ipynb`.
+# After them, write the training loop yourself and have it graded: `python -m minipeft build start training my`. The page `lessons/BUILD.md` says how.
 #
 # **1 · Warm-up.** You fine-tune a GPT with one billion parameters in full, everything in float32, with AdamW. How many
 # gigabytes (thousands of millions of bytes) before the first activation?

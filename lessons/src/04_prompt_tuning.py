@@ -392,6 +392,7 @@ assert 0.02 < longer.score < 0.6 * mean["describe"]["lora"]
 # ## Exercises
 #
 # Each has a cell that checks your answer. The solutions are in `solutions/04_prompt_tuning.ipynb`.
+# After them, write `prompt_tuning.py` yourself and have it graded: `python -m minipeft build start prompt_tuning my`. The page `lessons/BUILD.md` says how.
 #
 # **1 · Warm-up.** GPT-2 has 12 layers of width 768 and a context of 1,024. With 100 soft tokens, how many parameters are
 # trained, and how many tokens of text still fit?

@@ -511,6 +511,7 @@ plt.show()
 # ## Exercises
 #
 # Each has a cell that checks your answer. The solutions are in `solutions/06_prefix_tuning.ipynb`.
+# After them, write `prefix_tuning.py` yourself and have it graded: `python -m minipeft build start prefix_tuning my`. The page `lessons/BUILD.md` says how.
 #
 # **1 · Warm-up.** GPT-2 has 12 layers of width 768. How many parameters does a prefix of 20 virtual tokens train, without the network?
 

@@ -637,6 +637,7 @@ assert min(smaller) > 0.7
 # ## Exercises
 #
 # Each has a cell that checks your answer. The solutions are in `solutions/07_qlora.ipynb`.
+# After them, write `qlora.py` yourself and have it graded: `python -m minipeft build start qlora my`. The page `lessons/BUILD.md` says how.
 #
 # **1 · Warm-up.** NF4 with double quantization, but in blocks of 32 weights (and still 256 scales to a scale of scales). How many
 # bits a weight? Leave the one float of the mean out.

@@ -11,13 +11,17 @@ from pathlib import Path
 
 # In the order of the lessons.
 METHODS = ("training", "lora", "prompt_tuning", "prefix_tuning", "qlora")
+TASKS = (*METHODS, "catch")  # the second track: tests that catch a fault
 
 
 def start(method: str, folder: str | Path) -> Path:
-    """Write the student's file of a method into a folder. Raises ValueError if it exists."""
-    from . import skeleton
+    """Write the student's file of a method into a folder; for "catch", faulty files and tests.
 
-    return skeleton.start(method, Path(folder))
+    Raises ValueError if it exists.
+    """
+    from . import faults, skeleton
+
+    return faults.start(Path(folder)) if method == "catch" else skeleton.start(method, Path(folder))
 
 
 def hint(method: str, task: str | int, number: int = 1) -> str:

@@ -12,11 +12,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import METHODS, skeleton, values
-from .judge import LEVELS, grade
+from . import TASKS, catching, judge, skeleton, values
+from .judge import LEVELS
 
-SECONDS = 30  # that a level may take at least
-FACTOR = 10  # how many times as long as the reference it may take
+SECONDS = 30  # that a task may take at least
+TITLES = {
+    "pieces": "the pieces", "layer": "the whole", "values": "the libraries' numbers",
+    "losses": "training", "tests": "tests that catch a fault",
+}  # fmt: skip
+FACTOR = 10  # how many times as long as the reference needs for the whole level
 
 
 @dataclass
@@ -32,7 +36,7 @@ class Result:
 
     def line(self, number: int) -> str:
         text = f"{self.status}{': ' * (self.status == 'wrong') or ' '}{self.message}".strip()
-        lines = [f"{number:3d} {self.task:<44} {text}"]
+        lines = [f"{number:4d} {self.task:<50} {text}"]
         if self.status == "wrong":
             lines += [f"      printed: {line}" for line in self.printed.splitlines()[-3:]]
         return "\n".join(lines)
@@ -53,7 +57,8 @@ class Level:
     def __init__(self, method: str, folder: Path, level: str, seed: int, skip=(), given=None):
         self.pipe, other = context().Pipe()
         args = other, method, str(folder), level, seed, list(skip), given
-        self.process = context().Process(target=grade, args=args, daemon=True)
+        work = catching.grade if method == "catch" else judge.grade
+        self.process = context().Process(target=work, args=args, daemon=True)
         self.process.start()
         other.close()
 
@@ -90,6 +95,7 @@ def run_level(
                 if name != task:
                     raise EOFError
                 found[task] = Result(method, level, task, **result)
+                until = time.monotonic() + seconds
             return list(found.values())
         except (TimeoutError, EOFError, OSError) as error:
             run.process.join(0.5)
@@ -105,17 +111,26 @@ def run_level(
 
 
 def limit(method: str, level: str, seed: int, given=None) -> float:
-    """Seconds for a level: ten times what the reference takes here, and at least 30."""
+    """Seconds for a task: ten times what the reference needs here for all, and at least 30."""
     start = time.monotonic()
     run_level(method, skeleton.reference(method).parent, level, seed, given)
     return max(SECONDS, FACTOR * (time.monotonic() - start))
 
 
+def file_of(method: str) -> str:
+    """What a student writes: a file, or a folder of tests."""
+    return method if method == "catch" else f"{method}.py"
+
+
 def grade_method(method: str, folder: Path, seed: int = 0, live: bool = True) -> list[Result]:
     """The results of all tasks of a method, level by level."""
+    if not (folder / file_of(method)).exists():
+        raise ValueError(
+            f"{folder} has no {file_of(method)}: python -m minipeft build start {method} {folder}"
+        )
+    if method == "catch":
+        return run_level(method, folder, "tests", seed)
     results: list[Result] = []
-    if not (folder / f"{method}.py").is_file():
-        raise ValueError(f"{folder} has no {method}.py: python -m minipeft build start {method} …")
     for level in tqdm(LEVELS, method, leave=False, disable=None):
         given = live_values(method, seed) if live and level == "values" else None
         found = run_level(method, folder, level, seed, given)
@@ -153,17 +168,19 @@ def check(
     folder: Path, methods: Iterable[str] = (), seed: int = 0, live: bool = True
 ) -> list[Result]:
     """Grade the files in a folder (all that are there, or these), and print a line per task."""
-    there = [method for method in METHODS if (folder / f"{method}.py").is_file()]
-    chosen = list(methods) or there
+    chosen = list(methods) or [task for task in TASKS if (folder / file_of(task)).exists()]
     for method in chosen:
-        skeleton.load(method)  # raises ValueError for an unknown one
+        if method not in TASKS:
+            raise ValueError(f"there is no {method!r:.100} to check; there are {', '.join(TASKS)}")
     if not chosen:
-        raise ValueError(f"{folder} has none of {', '.join(f'{m}.py' for m in METHODS)}")
+        raise ValueError(f"{folder} has none of {', '.join(map(file_of, TASKS))}")
     everything = []
     for method in chosen:
         results = grade_method(method, folder, seed, live)
-        print(f"{method}: {folder / method}.py")
+        print(f"{method}: {folder / file_of(method)}")
         for number, result in enumerate(results, 1):
+            if number == 1 or result.level != results[number - 2].level:
+                print(TITLES[result.level])
             print(result.line(number))
         print(f"{summary(results)}\n")
         everything += results

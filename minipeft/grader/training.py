@@ -10,7 +10,8 @@ numbers of labelled tokens, so each loss is divided by the number of the whole s
     η_s = η s / w  while s ≤ w,   then  η (1 + cos(π (s - 1 - w) / (S - w))) / 2       (2)
 
 The sum is over the n positions whose next label is not -100, in all micro-batches of the step.
-Steps s count from 1 to S; w of them are warm-up; η is the peak of the learning rate.
+Steps s count from 1 to S; w of them are warm-up; η is the peak of the learning rate, which
+would be zero at step S + 1.
 Shapes: b batch, t tokens, v vocabulary; input_ids, attention_mask, labels (b, t), logits (b, t, v).
 """
 
@@ -22,26 +23,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def pad_right(rows: list[list[int]], value: int) -> Tensor:
+    """Rows of unequal length as one tensor (b, t): the end of short rows is filled with a value."""
+    t = max(len(row) for row in rows)
+    return torch.tensor([row + [value] * (t - len(row)) for row in rows])  # (b, t)
+
+
 def collate(examples: list[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
     """(prompt, completion) pairs of tokens as a batch, padded on the right with `pad`.
 
     Returns input_ids, attention_mask (1 for tokens, 0 for padding) and labels, each (b, t).
     """
-    t = max(len(prompt) + len(completion) for prompt, completion in examples)
-    batch = {"input_ids": [], "attention_mask": [], "labels": []}
-    for prompt, completion in examples:
-        row = prompt + completion
-        padding = t - len(row)
-        batch["input_ids"].append(row + [pad] * padding)
-        batch["attention_mask"].append([1] * len(row) + [0] * padding)
-        batch["labels"].append([-100] * len(prompt) + completion + [-100] * padding)
-    return {name: torch.tensor(rows) for name, rows in batch.items()}  # each (b, t)
+    rows = [prompt + completion for prompt, completion in examples]
+    labels = [[-100] * len(prompt) + completion for prompt, completion in examples]
+    return {
+        "input_ids": pad_right(rows, pad),
+        "attention_mask": pad_right([[1] * len(row) for row in rows], 0),
+        "labels": pad_right(labels, -100),
+    }
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum in equation (1) for one micro-batch, a scalar."""
     logits, labels = logits[:, :-1], labels[:, 1:]  # position i predicts token i + 1
-    return F.cross_entropy(logits.mT, labels, ignore_index=-100, reduction="sum")  # (b, v, t)
+    logits, labels = logits.flatten(0, 1), labels.flatten()  # (b (t - 1), v), (b (t - 1))
+    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -56,7 +62,11 @@ def training_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[dict[str, Tensor]],
     max_norm: float = 1.0,
 ) -> float:  # fmt: skip
-    """One step: the gradients of all micro-batches together, clipped to a norm. Returns (1)."""
+    """One step: the gradients of all micro-batches together, clipped to a norm.
+
+    The model is called with input_ids and attention_mask, and returns an object with the logits.
+    Returns the loss (1) before the update, as a number.
+    """
     n = sum((batch["labels"][:, 1:] != -100).sum().item() for batch in micro_batches)
     optimizer.zero_grad()
     total = 0.0
@@ -73,7 +83,10 @@ def training_step(
 def train(
     model: nn.Module, steps: Iterable[list[dict[str, Tensor]]], n: int, peak: float, warmup: int
 ) -> list[float]:
-    """Train the parameters that require a gradient, for n steps with AdamW. Returns the losses."""
+    """Train the parameters that require a gradient, for n steps, with AdamW without weight decay.
+
+    steps: the micro-batches of each step; there may be more than n. Returns the losses.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, weight_decay=0.0)
     model.train()

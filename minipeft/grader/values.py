@@ -13,7 +13,13 @@ from minipeft.files import write_text
 
 from .symptoms import Draw
 
-NEEDED = {"lora": ["peft"]}  # packages, by method
+NEEDED = {
+    "training": ["transformers"],
+    "lora": ["peft"],
+    "prompt_tuning": ["peft", "transformers"],
+    "prefix_tuning": ["peft", "transformers"],
+    "qlora": ["bitsandbytes", "peft"],
+}  # packages, by method
 
 
 def lora(draw: Draw) -> dict:
@@ -42,6 +48,122 @@ def lora(draw: Draw) -> dict:
             layer.merge()
             found["merged"] = layer.base_layer.weight
     return found
+
+
+def virtual_tokens(draw: Draw, configs: dict) -> dict:
+    """Logits and losses of a tiny GPT-2 with virtual tokens of peft's: the P of each config, by the
+    config's name, and the results. Weights are rounded, to keep the file small."""
+    import torch
+    from peft import get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    size = {"vocab_size": 11, "n_positions": 16, "n_embd": 6, "n_layer": 2, "n_head": 2}
+    dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    weights = {}
+    for name, w in GPT2LMHeadModel(GPT2Config(**size)).named_parameters():
+        weights[name] = (0.5 * draw.normal(*w.shape)).mul(100).round() / 100
+    ids, mask = draw.tokens(11, 2, 5), torch.ones(2, 5, dtype=torch.long)
+    mask[1, 3:] = 0  # padding, which predicts nothing
+    labels = ids.where(mask.bool(), -100)
+    weight_lists = {name: (w * 100).round().int().tolist() for name, w in weights.items()}
+    found = {"size": size, "hundredths": weight_lists, "ids": ids, "mask": mask, "labels": labels}
+    for end, config in configs.items():
+        net = GPT2LMHeadModel(GPT2Config(**size, **dropout))
+        net.load_state_dict(weights, strict=False)
+        model = get_peft_model(net, config).eval()
+        encoder = model.prompt_encoder["default"]
+        for name, w in encoder.named_parameters():
+            w.data = draw.normal(*w.shape)
+            found[name.replace("embedding.weight", "P") + end] = w.detach()
+        out = model(ids, attention_mask=mask, labels=labels)
+        found["logits" + end] = out.logits.detach()[:, -5:][mask.bool()]
+        found["loss" + end] = out.loss.item()
+    return found
+
+
+def prompt_tuning(draw: Draw) -> dict:
+    from peft import PromptTuningConfig
+
+    return virtual_tokens(
+        draw, {"": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")}
+    )
+
+
+def prefix_tuning(draw: Draw) -> dict:
+    """Without and with the network."""
+    from peft import PrefixTuningConfig
+
+    options = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+    network = {"prefix_projection": True, "encoder_hidden_size": 5}
+    return virtual_tokens(
+        draw,
+        {"": PrefixTuningConfig(**options), "_network": PrefixTuningConfig(**options, **network)},
+    )
+
+
+def qlora(draw: Draw) -> dict:
+    """What bitsandbytes quantizes and dequantizes; the output of peft's layer on top of it."""
+    import bitsandbytes as bnb
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    options = {"blocksize": 64, "quant_type": "nf4"}
+    w, bias = draw.normal(6, 100), draw.normal(6)  # 9 blocks, and one that is not complete
+    codes, state = quantize_4bit(w, compress_statistics=False, **options)
+    found = {"w": w, "codes": codes.view(-1), "scales": state.absmax, "bias": bias}
+    found["back"] = dequantize_4bit(codes, state)
+    absmax = 1 + draw.normal(300).abs()
+    blocks = torch.zeros(300, 64)
+    blocks[:, 0] = absmax
+    codes, state = quantize_4bit(blocks, compress_statistics=True, **options)
+    found |= {"absmax": absmax, "scale_codes": state.absmax, "offset": state.offset}
+    found["scale_scales"] = state.state2.absmax
+    found["scales_back"] = dequantize_4bit(codes, state)[:, 0]
+
+    base = bnb.nn.Linear4bit(100, 6, compress_statistics=False, quant_type="nf4")
+    weight = bnb.nn.Params4bit(w.clone(), False, compress_statistics=False, quant_type="nf4")
+    base.weight, base.bias = weight.to("cpu"), nn.Parameter(bias.clone())
+    base.support_avx512bf16_for_cpu = False  # else it computes in bfloat16 on some processors
+    net = nn.Sequential(base)
+    net.is_loaded_in_4bit = True
+    alpha = draw.integer(5, 20)
+    layer = get_peft_model(net, LoraConfig(r=3, lora_alpha=alpha, target_modules=["0"]))
+    a, b = (part["default"].weight for part in (layer.base_model.model[0].lora_A,
+                                                layer.base_model.model[0].lora_B))  # fmt: skip
+    a.data, b.data = draw.normal(*a.shape), draw.normal(*b.shape)
+    x = draw.normal(4, 100).requires_grad_()
+    y = layer(x)
+    y.square().sum().backward()
+    return found | {"alpha": alpha, "A": a.detach(), "B": b.detach(), "x": x.detach(), "y": y,
+                    "grad": x.grad}  # fmt: skip
+
+
+def training(draw: Draw) -> dict:
+    """The loss of transformers' models, and the cosine of its schedule. The warm-up of its schedule
+    starts at 0, so that the rates are compared after it."""
+    import torch
+    from transformers import get_cosine_schedule_with_warmup
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    logits, labels = draw.normal(3, 6, 8), draw.tokens(8, 3, 6)
+    labels[0, :3] = labels[1, :2] = labels[2, 4:] = -100
+    n = int((labels[:, 1:] != -100).sum())
+    loss = ForCausalLMLoss(logits, labels, 8, num_items_in_batch=n)
+    steps, warmup, peak = draw.integer(10, 14), draw.integer(2, 4), 0.5
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])  # of steps 1, 2, …
+        optimizer.step()
+        schedule.step()
+    return {
+        "how": "ForCausalLMLoss and get_cosine_schedule_with_warmup of transformers",
+        "logits": logits, "labels": labels, "n": n, "loss": loss, "steps": steps, "peak": peak,
+        "warmup": warmup, "first_step": warmup + 1, "rates": rates[warmup:],
+    }  # fmt: skip
 
 
 def installed(method: str) -> bool:

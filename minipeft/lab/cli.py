@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from minipeft import __version__
+from minipeft.grader.commands import add_parsers as commands_of_build
 from minipeft.lab import DATA
 from minipeft.lab.recipes import RATE, RECIPES, TARGETS, Bounds, Choice, RunConfig, swept_methods
 
@@ -233,6 +234,9 @@ def parser() -> argparse.ArgumentParser:
 
     add_command("targets", "list the layers of a base that adapters can go on", base)
 
+    build = add_command("build", "write a method's file yourself, and have it graded")
+    commands_of_build(build)
+
     command = add_command("merge", "write a base with an adapter merged into it", any_base)
     add_option(command, "--adapter", None, "the adapter", metavar="FOLDER", required=True)
     add_option(command, "--output", None, "the folder to write", required=True)
@@ -396,6 +400,12 @@ def merge(args) -> None:
     model.merge_and_unload(inplace=True).save_pretrained(args.output)
     copy_tokenizer(opened, args.output)
     print(f"wrote {args.output}")
+
+
+def build(args) -> None:
+    from minipeft.grader import commands
+
+    commands.run(args)
 
 
 def check_output(output: Path, files: list[Path], inputs: list) -> None:

@@ -1,64 +1,88 @@
-"""Grade every known mistake and every right solution.
+"""Grade every known mistake and every right solution, in one process and with stored values.
 
-python -m tests.mistakes                  # the table of lessons/README.md
+python -m tests.mistakes                  # the table of lessons/README.md: about two minutes
 python -m tests.mistakes lora --messages  # what the grader says of each mistake in lora.py
 """
 
 import argparse
+import importlib
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from tqdm import tqdm
 
-from minipeft.grader import METHODS
-from minipeft.grader.grading import Result, grade_method
+from minipeft.grader import METHODS, judge
 from minipeft.lab.report import markdown_table
 
 from . import Variant, variants
 
 
-def graded(method: str, variant: Variant) -> list[Result]:
-    """The results of a variant's file."""
+@dataclass
+class Verdict:
+    """What the grader says of a variant."""
+
+    task: str | None  # the first that is not done; None: all are
+    status: str
+    message: str
+    ok: bool  # a mistake is wrong in its task; of a right solution, everything is done
+    named: bool  # the message has the words that name the mistake
+
+
+def prepared(method: str) -> dict:
+    """A method's checks by level, ready to be used."""
+    for level in judge.LEVELS:
+        importlib.import_module(f"minipeft.grader.checks.{method}").prepare(level, None)
+    return judge.checks_of(method).found
+
+
+def verdict(method: str, variant: Variant, levels: dict) -> Verdict:
+    """Grade a variant's file up to the first task that is not done."""
     with TemporaryDirectory() as folder:
         Path(folder, f"{method}.py").write_text(variant.source(method), encoding="utf-8")
-        return grade_method(method, Path(folder), live=False)
+        found = judge.Judge(method, Path(folder), 0)
+        found.open()
+    for level in judge.LEVELS:
+        for task, check in levels[level].items():
+            result = found.result(task, check)
+            if result["status"] != "done":
+                status, message = result["status"], result["message"]
+                ok = task == variant.task and status == "wrong"
+                return Verdict(task, status, message, ok, ok and bool(variant.says)
+                               and variant.says in message)  # fmt: skip
+    return Verdict(None, "done", "", variant.task is None, False)
 
 
-def verdict(variant: Variant, results: list[Result]) -> tuple[bool, bool, Result | None]:
-    """Whether a mistake was caught in its task (or a right solution accepted), whether the words
-    name it, and the first wrong task."""
-    first = next((r for r in results if r.status != "done"), None)
-    if variant.task is None or first is None:
-        return variant.task is None and first is None, False, first
-    caught = first.status == "wrong" and first.task == variant.task
-    return caught, caught and bool(variant.says) and variant.says in first.message, first
+def counts(method: str, only: str = "", messages: bool = False) -> list[int]:
+    """Mistakes, caught, named, right solutions, accepted. Prints what went wrong."""
+    chosen = [variant for variant in variants(method) if only in variant.name]
+    levels, found = prepared(method), [0] * 5
+    for variant in tqdm(chosen, method, leave=False, disable=None):
+        said, first = verdict(method, variant, levels), 0 if variant.task else 3
+        found[first] += 1
+        found[first + 1] += said.ok
+        found[2] += said.named
+        if messages or not said.ok:
+            print(f"{'' if said.ok else 'FAILED '}{variant.name}")
+            print(f"    {said.task}: {said.status} {said.message}" if said.task else "    all done")
+    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("methods", nargs="*", choices=[[], *METHODS])
-    parser.add_argument("--messages", action="store_true", help="print every diagnosis")
-    parser.add_argument("--only", default="", metavar="TEXT", help="those with this in their name")
-    arguments = parser.parse_args()
-    lines = []
-    for method in arguments.methods or METHODS:
-        counts = dict.fromkeys(("mistakes", "caught", "named", "right", "accepted"), 0)
-        chosen = [v for v in variants(method) if arguments.only in v.name]
-        for variant in tqdm(chosen, method, leave=False):
-            ok, named, first = verdict(variant, graded(method, variant))
-            kinds = ("right", "accepted") if variant.task is None else ("mistakes", "caught")
-            counts[kinds[0]] += 1
-            counts[kinds[1]] += ok
-            counts["named"] += named
-            if arguments.messages or not ok:
-                said = f"{first.task}: {first.status} {first.message}" if first else "all done"
-                print(f"{'' if ok else 'FAILED '}{variant.name}\n    {said}")
-        lines.append([f"`{method}.py`", *counts.values()])
+def table(methods=METHODS, only: str = "", messages: bool = False) -> str:
+    torch.set_num_threads(1)
     head = ["file", "mistakes", "caught", "mistake named", "right solutions", "accepted"]
-    print(markdown_table(head, lines))
+    return markdown_table(head, [[f"`{m}.py`", *counts(m, only, messages)] for m in methods])
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("methods", nargs="*", help=f"from {', '.join(METHODS)}; or else all")
+    parser.add_argument("--messages", action="store_true", help="print every diagnosis")
+    parser.add_argument("--only", default="", metavar="TEXT", help="those with this in their name")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.methods) - set(METHODS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    print(table(arguments.methods or METHODS, arguments.only, arguments.messages))

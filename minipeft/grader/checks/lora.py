@@ -174,7 +174,7 @@ def _dropout(m: ModuleType, draw: Draw) -> None:
     allowed = torch.stack((a * 0, 2 * a, 2 * b, 2 * (a + b)))
     kinds = {int((u - allowed).abs().argmin()) for u in update}
     near = (update[:, None] - allowed).abs().amin(1).max()
-    ensure(update.std() > 0, "dropout has no effect in training mode")
+    ensure(update.std() > 1e-4, "dropout has no effect in training mode")
     ensure(near < 1e-4, "dropout must act on the input of A, and keep its expected value")
     ensure(kinds == {0, 1, 2, 3}, "dropout acts on the output of A or B: it must act on x")
     same("in evaluation mode, the output", layer.eval()(x), plain + x @ torch.ones(2, 3),
@@ -222,11 +222,11 @@ def merge(m: ModuleType, draw: Draw) -> None:
             same("the merged layer's output", layer(case.x), expected, start=case.plain(case.x),
                  guesses={"the update is added twice": twice}, factors=case.factors(),
                  case=case.text)  # fmt: skip
+            for name, tensor in before.items():
+                unchanged(f"merge() stores W', but {name}", tensor, layer.state_dict()[name])
             layer.merge()
             same("the output after merging twice", layer(case.x), expected, case=case.text,
                  guesses={"the second merge adds the update again": twice})  # fmt: skip
-            for name, tensor in before.items():
-                unchanged(f"merge() stores W', but {name}", tensor, layer.state_dict()[name])
             ensure(not layer.merged_weight.requires_grad, "W' must not require a gradient")
 
 
