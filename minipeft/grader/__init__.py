@@ -25,7 +25,7 @@ def start(method: str, folder: str | Path) -> Path:
 
 
 def hint(method: str, task: str | int, number: int = 1) -> str:
-    """The first `number` hints for a task, given by its name or by its number."""
+    """One of three hints for a task, which is given by its name or by its number."""
     from . import skeleton
 
     return skeleton.hint(method, str(task), number)

@@ -40,7 +40,7 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     add["hint"].add_argument("file", choices=METHODS)
     add["hint"].add_argument("task", help="its number or name")
     add["hint"].add_argument("number", nargs="?", type=int, default=1, choices=(1, 2, 3),
-                             help="how many of the three hints (default: 1)")  # fmt: skip
+                             help="which of the three hints (default: 1)")  # fmt: skip
     add["export"].add_argument("folder", help="where to write it")
     add["export"].add_argument("file", nargs="*", help=f"from {', '.join(TASKS)}; or else all")
     for name in ("check", "export"):

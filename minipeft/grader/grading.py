@@ -36,7 +36,7 @@ class Result:
 
     def line(self, number: int) -> str:
         text = f"{self.status}{': ' * (self.status == 'wrong') or ' '}{self.message}".strip()
-        lines = [f"{number:4d} {self.task:<50} {text}"]
+        lines = [f"{number:4d} {self.task:<54} {text}"]
         if self.status == "wrong":
             lines += [f"      printed: {line}" for line in self.printed.splitlines()[-3:]]
         return "\n".join(lines)
@@ -88,7 +88,7 @@ def run_level(
             until = time.monotonic() + seconds
             fault = run.receive(until)
             if fault:
-                return [Result(method, level, task, "wrong", fault) for task in tasks]
+                return not_imported(method, level, tasks, fault)
             remaining = iter([task for task in tasks if task not in found])
             while (task := next(remaining, None)) is not None:
                 name, result = run.receive(until)
@@ -103,11 +103,16 @@ def run_level(
             if isinstance(error, TimeoutError):
                 message = f"takes longer than {seconds:.0f} s"
             if not task:  # the file did not even finish importing
-                message = f"importing the file: {message}"
-                return [Result(method, level, task, "wrong", message) for task in tasks]
+                return not_imported(method, level, tasks, message)
             found[task] = Result(method, level, task, "wrong", message)
         finally:
             run.close()
+
+
+def not_imported(method: str, level: str, tasks: list[str], fault: str) -> list[Result]:
+    """The results if the file cannot even be imported: the first one says why."""
+    rest = [Result(method, level, task, "blocked", "by importing the file") for task in tasks[1:]]
+    return [Result(method, level, tasks[0], "wrong", f"importing the file: {fault}"), *rest]
 
 
 def limit(method: str, level: str, seed: int, given=None) -> float:
@@ -157,10 +162,10 @@ def live_values(method: str, seed: int) -> dict | None:
 
 def blocked(found: list[Result], earlier: list[Result]) -> list[Result]:
     """A later level's failures do not count as wrong while a piece is missing or wrong."""
-    open_pieces = [r.task for r in earlier if r.level == "pieces" and r.status != "done"]
+    open_pieces = [r for r in earlier if r.level == "pieces" and r.status != "done"]
     for result in found:
         if result.status == "wrong" and open_pieces:
-            result.status, result.message = "blocked", f"by {open_pieces[0]}"
+            result.status, result.message = "blocked", f"by {open_pieces[0].task}"
     return found
 
 

@@ -88,18 +88,19 @@ def describe(error: BaseException, file: str) -> str:
     if isinstance(error, Wrong):
         return str(error)
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
-    if isinstance(error, SyntaxError) and error.filename == file:
-        lines = [error.lineno]
-    where = f" (line {lines[-1]} of {Path(file).name})" if lines else ""
     text = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {text[:300]}{where}"
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines, text = [error.lineno], error.msg
+    where = f" (line {lines[-1]} of {Path(file).name})" if lines else ""
+    case = f", {error.case}" if hasattr(error, "case") else ""
+    return f"{type(error).__name__}{case}: {text[:300]}{where}"
 
 
 class Judge:
     """A student's file, and the checks of a method."""
 
     def __init__(self, method: str, folder: Path, seed: int):
-        self.method, self.seed = method, seed
+        self.method, self.seed, self.wrong = method, seed, []
         self.file = str(folder / f"{method}.py")
         self.holes = {hole.name: hole for hole in skeleton.load(method)[0]}
         with open(self.file, encoding="utf-8") as opened:
@@ -118,31 +119,38 @@ class Judge:
     def result(self, name: str, check: Callable) -> dict:
         """Grade with the whole file, and then, for a piece, inside the reference."""
         error, printed = attempt(check, self.student, self.seed)
-        if error is None:
-            return {"status": "done", "message": ""}
-        if name in self.holes:
-            return self.piece(name, check, error) | {"printed": printed}
-        blocker = self.whose(error)
-        if blocker:
-            return {"status": "blocked", "message": f"by {blocker}"}
-        return {"status": "wrong", "message": describe(error, self.file), "printed": printed}
+        if error is not None and name in self.holes:
+            status, message = self.piece(name, check, error)
+        elif error is None:
+            status, message = "done", ""
+        elif blocker := self.whose(error):
+            status, message = "blocked", f"by {blocker}"
+        else:
+            status, message = "wrong", describe(error, self.file)
+        if status == "wrong":
+            self.wrong.append(name)
+        return {"status": status, "message": message, "printed": printed}
 
-    def piece(self, name: str, check: Callable, outer: BaseException) -> dict:
+    def piece(self, name: str, check: Callable, outer: BaseException) -> tuple[str, str]:
+        """Status and message of a piece that fails in the student's file."""
         tree = skeleton.tree_with(self.method, self.tree, self.holes[name].symbol)
         if tree is None:
-            return {"status": "wrong", "message": f"there is no {self.holes[name].symbol}"}
+            return "wrong", f"there is no {self.holes[name].symbol}"
         try:
             inner, _ = attempt(check, load(f"{self.method}_inside", tree, self.file), self.seed)
         except Exception as error:
             inner = error
         if inner is None:
-            return {"status": "done", "message": ""}
+            return "done", ""
         if self.whose(inner) == name:
-            return {"status": "not done yet", "message": ""}
-        if not isinstance(inner, Wrong) and (blocker := self.whose(outer) or self.whose(inner)):
-            return {"status": "blocked", "message": f"by {blocker}"}
-        error = inner if isinstance(inner, Wrong) or not isinstance(outer, Wrong) else outer
-        return {"status": "wrong", "message": describe(error, self.file)}
+            return "not done yet", ""
+        if isinstance(inner, Wrong):
+            return "wrong", describe(inner, self.file)
+        # It does not fit into the reference, which may keep its matrices in another way: what
+        # counts is the student's own file, once the other pieces are right.
+        if blocker := self.whose(outer) or next(iter(self.wrong), None):
+            return "blocked", f"by {blocker}"
+        return "wrong", describe(outer, self.file)
 
 
 def grade(pipe, method: str, folder: str, level: str, seed: int, skip: list[str], given) -> None:

@@ -150,17 +150,16 @@ def start(method: str, folder: Path) -> Path:
 
 
 def hint(method: str, task: str, number: int) -> str:
-    """The first hints for a task, which is a hole's name or number."""
+    """A hint for a task, which is a hole's name or number."""
     holes, _ = load(method)
     names = {h.name: h for h in holes} | {str(i): h for i, h in enumerate(holes, 1)}
     if task not in names:
         tasks = ", ".join(f"{i} {h.name}" for i, h in enumerate(holes, 1))
-        raise ValueError(f"{method} has no task {task!r:.100}; its tasks are {tasks}")
+        raise ValueError(f"{method} has no hints for {task!r:.100}, but for {tasks}")
     if not 1 <= number <= 3:
         raise ValueError(f"there are three hints, got {number}")
     hole = names[task]
-    lines = [f"{method}, {hole.name}: {hole.symbol}", hole.equation]
-    return "\n".join([*lines, *(f"{i}. {text}" for i, text in enumerate(hole.hints[:number], 1))])
+    return f"{hole.symbol}: {hole.equation}\nhint {number} of 3: {hole.hints[number - 1]}"
 
 
 def tree_with(method: str, student: ast.Module, symbol: str) -> ast.Module | None:

@@ -7,6 +7,7 @@ difference: another shape, a constant factor, the opposite sign, the value of a 
 import math
 import random
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,16 @@ def ensure(condition, symptom: str) -> None:
     """Raise Wrong unless a condition holds."""
     if not condition:
         raise Wrong(symptom)
+
+
+@contextmanager
+def with_case(text: str):
+    """Name the inputs if a student's code raises an error: "with a bfloat16 layer"."""
+    try:
+        yield
+    except Exception as error:
+        error.case = text
+        raise
 
 
 def show(value) -> str:

@@ -26,9 +26,9 @@ ENDS = """    ends = tuple(f".{ending}" for ending in targets or [])  # "proj" m
     return {name: module for name, module in linear.items() if f".{name}".endswith(ends)}
 """
 
-PARAMETERS = """        kind = torch.promote_types(w.dtype, torch.float32)
-        self.lora_A = nn.Parameter(torch.randn(self.r, self.in_features, dtype=kind) / 10)
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, self.r, dtype=kind))
+PARAMETERS = """        kind = {'dtype': torch.promote_types(w.dtype, torch.float32), 'device': w.device}
+        self.lora_A = nn.Parameter(torch.randn(self.r, self.in_features, **kind) / 10)
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, self.r, **kind))
 """
 WITH_PARAMETERS = (
     (FACTORS, PARAMETERS),
@@ -56,7 +56,7 @@ VARIANTS = [
     mistake("A and B with biases", "factors", "no bias",
             ("self.lora_B = nn.Linear(self.r, self.out_features, bias=False)",
              "self.lora_B = nn.Linear(self.r, self.out_features)")),
-    mistake("bfloat16 factors", "factors", "not float32",
+    mistake("bfloat16 factors", "factors", "in torch.bfloat16, not in torch.float32",
             ("torch.promote_types(w.dtype, torch.float32)", "w.dtype")),
     mistake("scaling missing in forward", "forward", "scaling s missing",
             (FORWARD, "return (y + self.lora_B(self.lora_A(x))).to(y.dtype)")),
@@ -109,6 +109,21 @@ VARIANTS = [
     mistake("nothing replaced", "add_lora", "not replaced", (REPLACE, "        layer.train(model.training)\n")),
     mistake("mode forgotten", "add_lora", "evaluation mode",
             (REPLACE, "        model.set_submodule(name, layer)\n")),
+    mistake("factors on the CPU", "factors", "on the device of the layer",
+            ("factor.to(w.device, torch.promote", "factor.to(torch.promote")),
+    mistake("always float32", "factors", "not in torch.float64",
+            ("torch.promote_types(w.dtype, torch.float32)", "torch.float32")),
+    mistake("a uniform A", "factors", "one sign",
+            ("nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))",
+             "nn.init.uniform_(self.lora_A.weight)")),
+    mistake("bfloat16 arithmetic", "forward", "rounded to bfloat16",
+            (DROPOUT, "x = self.lora_dropout(x)\n"),
+            (FORWARD, "a, b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)\n"
+             "        return y + self.scaling * (x @ a.T @ b.T)")),
+    mistake("delta without gradients", "delta", "no gradient", (DELTA, DELTA.replace(
+        "(self.lora_B.weight @ self.lora_A.weight)", "(self.lora_B.weight @ self.lora_A.weight).detach()"))),
+    mistake("Conv1D's weight replaced", "merge_into_base", "stores W transposed",
+            (INTO_BASE, "self.base_layer.weight.data = self.merged().clone()")),
     right("parameters and einsum", *WITH_PARAMETERS),
     right("A and B stored transposed",
           (FACTORS, PARAMETERS.replace("(self.r, self.in_features,", "(self.in_features, self.r,")

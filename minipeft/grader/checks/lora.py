@@ -10,7 +10,18 @@ from torch import Tensor, nn
 
 from .. import skeleton
 from ..judge import Checks, load
-from ..symptoms import Draw, Wrong, ensure, factor_of, same, set_factor, show, trainable, unchanged
+from ..symptoms import (
+    Draw,
+    Wrong,
+    ensure,
+    factor_of,
+    same,
+    set_factor,
+    show,
+    trainable,
+    unchanged,
+    with_case,
+)
 from .common import Conv1D, compare_losses, describe, losses
 
 CHECKS = Checks("lora")
@@ -118,6 +129,7 @@ def factors(m: ModuleType, draw: Draw) -> None:
         ensure(a.any(), "lora_A is zero, as lora_B is: then neither of them ever gets a gradient")
         if a.numel() > 8:
             ensure(a.unique().numel() > a.numel() // 2, f"lora_A is not random: {show(a)}")
+            ensure(a.min() < 0 < a.max(), f"all of lora_A has one sign: {show(a)}")
             again = factor_of(m.LoraLinear(case.base, case.config), "lora_A", (case.r, n_in))
             ensure(not torch.equal(a, again), "lora_A starts with the same values in every layer")
             size = a.std().item() * math.sqrt(n_in)
@@ -127,11 +139,15 @@ def factors(m: ModuleType, draw: Draw) -> None:
             ensure(any(name in found for found in trainable(layer)), f"{name} is not trainable")
         bias = [n for n, _ in layer.named_parameters() if n.startswith("lora") and "bias" in n]
         ensure(not bias, f"A and B have no bias, but there is {', '.join(bias)}")
-    half = nn.Linear(4, 4).to(torch.bfloat16)
-    layer = m.LoraLinear(half, m.LoraConfig(r=2))
-    for name in ("lora_A", "lora_B"):
-        dtype = getattr(getattr(layer, name), "weight", getattr(layer, name)).dtype
-        ensure(dtype == torch.float32, f"{name} of a bfloat16 layer is {dtype}, not float32")
+    for kind, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        with with_case(f"with a {kind} layer"):
+            layer = m.LoraLinear(nn.Linear(4, 4, dtype=kind, device="meta"), m.LoraConfig(r=2))
+        for name in ("lora_A", "lora_B"):
+            factor = getattr(getattr(layer, name), "weight", getattr(layer, name))
+            ensure(factor.dtype == expected, f"{name} of a layer in {kind} is in {factor.dtype}, "
+                   f"not in {expected}")  # fmt: skip
+            ensure(factor.device.type == "meta", f"{name} must be on the device of the layer: it "
+                   f"is on {factor.device}")  # fmt: skip
 
 
 @CHECKS.add("pieces", "forward")
@@ -182,17 +198,25 @@ def _dropout(m: ModuleType, draw: Draw) -> None:
 
 
 def _half(m: ModuleType, draw: Draw) -> None:
-    half = nn.Linear(4, 3).to(torch.bfloat16)
-    layer = m.LoraLinear(half, m.LoraConfig(r=2))
-    set_factor(layer, "lora_B", draw.normal(3, 2))
-    y = layer(draw.normal(5, 4).to(torch.bfloat16))
+    """The update is computed in float32, also for a bfloat16 layer, and added in its dtype."""
+    half = nn.Linear(2, 3).to(torch.bfloat16)
+    for parameter in half.parameters():
+        nn.init.zeros_(parameter)
+    layer = m.LoraLinear(half, m.LoraConfig(r=1, lora_alpha=1))
+    set_factor(layer, "lora_A", torch.tensor([[1 + 2**-9, -1.0]]))  # in bfloat16: 1, -1
+    set_factor(layer, "lora_B", torch.ones(3, 1))
+    with with_case("with a bfloat16 layer"):
+        y = layer(torch.ones(1, 2, dtype=torch.bfloat16))
     ensure(y.dtype == torch.bfloat16, f"the output for a bfloat16 input is {y.dtype}")
+    ensure(y.any(), "A and B are rounded to bfloat16: the update must be computed in float32")
 
 
 @CHECKS.add("pieces", "delta")
 def delta(m: ModuleType, draw: Draw) -> None:
     for case in cases(m, draw):
-        same("delta()", case.layer(m).delta(), case.update, factors=case.factors(), case=case.text)
+        found = case.layer(m).delta()
+        same("delta()", found, case.update, factors=case.factors(), case=case.text)
+        ensure(found.requires_grad, "A and B get no gradient through delta()")
 
 
 @CHECKS.add("pieces", "merged")
@@ -203,7 +227,10 @@ def merged(m: ModuleType, draw: Draw) -> None:
             before = case.base.weight.detach().clone()
             guesses = {"it is the update alone, without W": case.update,
                        "it is W - s B A": case.w - case.update}  # fmt: skip
-            same("merged()" + " of a Conv1D" * transposed, layer.merged(), case.w + case.update,
+            with with_case("with a Conv1D" if transposed else "with a Linear"):
+                found = layer.merged()
+            what = "the update in merged()" + " of a Conv1D" * transposed
+            same(what, found, case.w + case.update,
                  guesses=guesses, factors=case.factors(), case=case.text, start=case.w)  # fmt: skip
             unchanged("merged() returns a new tensor, but W", before, case.base.weight)
     half = m.LoraLinear(nn.Linear(4, 4).to(torch.bfloat16), m.LoraConfig(r=2))
@@ -219,9 +246,9 @@ def merge(m: ModuleType, draw: Draw) -> None:
             layer.merge()
             expected = case.plain(case.x) + case.x @ case.update.T
             twice = expected + case.x @ case.update.T
-            same("the merged layer's output", layer(case.x), expected, start=case.plain(case.x),
+            same("the update in the merged layer's output", layer(case.x), expected,
                  guesses={"the update is added twice": twice}, factors=case.factors(),
-                 case=case.text)  # fmt: skip
+                 case=case.text, start=case.plain(case.x))  # fmt: skip
             for name, tensor in before.items():
                 unchanged(f"merge() stores W', but {name}", tensor, layer.state_dict()[name])
             layer.merge()
@@ -248,11 +275,17 @@ def unmerge(m: ModuleType, draw: Draw) -> None:
 def merge_into_base(m: ModuleType, draw: Draw) -> None:
     for transposed in (False, True):
         for case in cases(m, draw, transposed):
-            base = case.layer(m).merge_into_base()
+            layer = case.layer(m)
+            with with_case("with a Conv1D" if transposed else "with a Linear"):
+                base = layer.merge_into_base()
             ensure(base is case.base, "merge_into_base() must return the base layer itself")
             expected = case.plain(case.x) + case.x @ case.update.T
-            same("the output of the base layer", base(case.x), expected, factors=case.factors(),
-                 case=case.text, start=case.plain(case.x))  # fmt: skip
+            shape = case.base.weight.shape
+            ensure(base.weight.shape == (case.w.T if transposed else case.w).shape,
+                   f"the weight of the {type(base).__name__} now has the shape {tuple(shape)}: a "
+                   "Conv1D stores W transposed")  # fmt: skip
+            same("the update in the base layer's output", base(case.x), expected,
+                 factors=case.factors(), case=case.text, start=case.plain(case.x))  # fmt: skip
 
 
 class Net(nn.Module):
@@ -277,7 +310,8 @@ def find_targets(m: ModuleType, draw: Draw) -> None:
         (None, set()), (["q_proj", "project"], {"block.q_proj", "project"}), (["norm"], set()),
         (["ock.proj"], set()),
     ):  # fmt: skip
-        found = m.find_targets(net, targets)
+        with with_case(f"with targets {targets!r}"):
+            found = m.find_targets(net, targets)
         ensure(isinstance(found, dict), "find_targets must return a dict from name to layer")
         more, less = set(found) - expected, expected - set(found)
         text = f"targets {targets!r}"
@@ -345,7 +379,7 @@ def gradients(m: ModuleType, draw: Draw) -> None:
         ensure(case.base.weight.grad is None, "the base weight gets a gradient")
 
 
-@CHECKS.add("layer", "merging changes nothing, unmerging restores exactly")
+@CHECKS.add("layer", "merging keeps the output, unmerging restores it")
 def merging(m: ModuleType, draw: Draw) -> None:
     net, layers = adapted(m)
     x = draw.normal(3, 4)

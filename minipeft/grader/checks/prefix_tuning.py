@@ -522,7 +522,7 @@ def gpt_case(m: ModuleType, draw: Draw, p: int, network: bool):
     return model, encoder, tensors
 
 
-@CHECKS.add("layer", "the logits and the loss of a GPT: equation (1) in every layer")
+@CHECKS.add("layer", "logits and loss of a GPT: (1) in every layer")
 def gpt_logits(m: ModuleType, draw: Draw) -> None:
     for b, t, p in ((1, 1, 1), (3, 4, 6), (2, 7, draw.integer(3, 5))):
         for network in (False, True):
@@ -644,7 +644,7 @@ def compare_peft(m: ModuleType, end: str, options: dict) -> None:
     same("the loss", out.loss, torch.tensor(values["loss" + end]), 1e-4)
 
 
-@CHECKS.add("values", "the logits and the loss of Hugging Face peft's prefix tuning")
+@CHECKS.add("values", "logits and loss of Hugging Face peft's prefix tuning")
 def peft_prefix(m: ModuleType, draw: Draw) -> None:
     compare_peft(m, "", {})
 

@@ -436,7 +436,7 @@ def gpt_logits(m: ModuleType, draw: Draw) -> None:
             same("the loss", out.loss, expected.loss)
 
 
-@CHECKS.add("layer", "virtual tokens with the values of words act like these words")
+@CHECKS.add("layer", "virtual tokens equal to words act like these words")
 def like_words(m: ModuleType, draw: Draw) -> None:
     model, prompt, _ = gpt_case(m, draw, 4)
     words, ids = draw.tokens(VOCAB, 4), draw.tokens(VOCAB, 2, 5)
@@ -498,7 +498,7 @@ def stored_gpt(found: dict) -> GPT:
     return model
 
 
-@CHECKS.add("values", "the logits and the loss of Hugging Face peft's prompt tuning")
+@CHECKS.add("values", "logits and loss of Hugging Face peft's prompt tuning")
 def peft_logits(m: ModuleType, draw: Draw) -> None:
     model, P = stored_gpt(values), torch.tensor(values["P"])
     prompt = embedding_of(m, model, len(P))

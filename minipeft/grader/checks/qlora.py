@@ -4,7 +4,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -13,7 +13,18 @@ from torch import Tensor, nn
 
 from .. import skeleton
 from ..judge import Checks, load
-from ..symptoms import Draw, Wrong, ensure, like, same, set_factor, show, trainable, unchanged
+from ..symptoms import (
+    Draw,
+    Wrong,
+    ensure,
+    like,
+    same,
+    set_factor,
+    show,
+    trainable,
+    unchanged,
+    with_case,
+)  # fmt: skip
 from .common import compare_losses, describe, losses
 
 CHECKS = Checks("qlora")
@@ -165,6 +176,8 @@ def levels(m: ModuleType, draw: Draw) -> None:
     same("nf4_levels()", got, LEVELS, 5e-6, guesses={
         "there are 8 negative and 7 positive levels: it must be the other way round":
             -LEVELS.flip(0),
+        "the negative levels are mirrored positive ones: their 7 p's are spaced more widely":
+            torch.cat((-LEVELS.flip(0)[:7], LEVELS[7:])),
     }, factors={"Φ⁻¹(0.9677)": (top, "are the levels not divided by it?")},
         case="16 levels, from -1 to 1")  # fmt: skip
 
@@ -579,7 +592,8 @@ def linear4bit(m: ModuleType, draw: Draw) -> None:
         layer, w, b = four_bit(m, draw, 6, 5, True, **options)
         x, kind = draw.normal(40, 6).to(dtype), options.get("compute_dtype", dtype)
         expected = F.linear(x.to(kind), w.to(kind), b.to(kind)).to(dtype)
-        got = layer(x)
+        with with_case(name.removesuffix(", the output")):
+            got = layer(x)
         like(name, got, expected)
         exact = F.linear(x.double(), w.double(), b.double())
         rounded = (expected.double() - exact).abs().max()
@@ -589,6 +603,11 @@ def linear4bit(m: ModuleType, draw: Draw) -> None:
             ensure(not ignored, "compute_dtype is ignored: the product is in the dtype of x")
         if dtype == torch.float64:
             same(name, got, expected, 1e-9, case="is the product computed in float32?")
+    check_kept(m, draw)
+
+
+def check_kept(m: ModuleType, draw: Draw) -> None:
+    """That W is not kept from the forward pass to the backward pass."""
     layer, w, _ = four_bit(m, draw, 16, 12, True)
     kept, x = [], draw.normal(1, 16).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(
@@ -596,8 +615,8 @@ def linear4bit(m: ModuleType, draw: Draw) -> None:
     ):
         y = layer(x)
     ensure(y.requires_grad, "the output does not depend on x: x would get no gradient")
-    ensure(sum(kept) < w.numel(), "the dequantized W is kept for the backward pass: use "
-           "_Linear4bitFunction")  # fmt: skip
+    ensure(sum(kept) < w.numel() > kept_by(y.grad_fn), "the dequantized W is kept for the backward "
+           "pass: use _Linear4bitFunction, and keep q in it")  # fmt: skip
 
 
 class Case:
@@ -653,7 +672,8 @@ def forward(m: ModuleType, draw: Draw) -> None:
     check_dropout(m, draw)
     for dtype in (torch.bfloat16, torch.float64):
         case = Case(m, draw, CASES[1])
-        y = case.layer(case.x.to(dtype))
+        with with_case(f"with an x in {dtype}"):
+            y = case.layer(case.x.to(dtype))
         ensure(y.dtype == dtype, f"the output for an x in {dtype} is in {y.dtype}")
 
 
@@ -688,8 +708,12 @@ def merged(m: ModuleType, draw: Draw) -> None:
             each = per_weight(absmax_of(expected, 2), n, 2)
             again = (LEVELS[nearest(flat / each)] * each).view(expected.shape)
             half = case.w.to(torch.bfloat16).float()
+            one = expected.abs().max()
             guesses = {
-                "it is quantized again": again, "it is W₄ alone, without the update": case.w,
+                "it is quantized again": again,
+                "it is quantized again, in blocks of 64":
+                    LEVELS[nearest(flat / one)].view(expected.shape) * one,
+                "it is W₄ alone, without the update": case.w,
                 "it is the update alone, without W₄": case.update,
                 "it is W₄ - s B A": case.w - case.update,
                 "W₄ is dequantized to the dtype of the layer instead of float32":
@@ -720,16 +744,16 @@ def adapted(m: ModuleType, net: nn.Module, r: int = 2) -> dict[str, nn.Module]:
 
 @CHECKS.add("layer", "quantizing loses 9.2% of normal weights")
 def error(m: ModuleType, draw: Draw) -> None:
-    w = draw.normal(384, 512)
-    for double, most in ((False, 0.0935), (True, 0.0936)):
+    for double, size in product((False, True), (1.0, 1e-9)):
+        w = size * draw.normal(384, 512)
         q = m.quantize_nf4(w, double_quant=double)
         back = m.dequantize_nf4(q)
         like("the dequantized weight", back, w)
         lost = ((back - w).norm() / w.norm()).item()
-        ensure(0.09 < lost < most, f"the relative error is {lost:.4f}, expected 0.0920 (double "
-               f"quantization: {double})")  # fmt: skip
-        size = 4 + 8 / 64 + 32 / (64 * 256) + 32 / w.numel() if double else 4.5
-        same("bits per weight", torch.tensor(float(q.bits())), torch.tensor(size))
+        ensure(0.09 < lost < 0.0936, f"the relative error of weights of size {size:g} is "
+               f"{lost:.4f}, expected 0.0920 (double quantization: {double})")  # fmt: skip
+        bits = 4 + 8 / 64 + 32 / (64 * 256) + 32 / w.numel() if double else 4.5
+        same("bits per weight", torch.tensor(float(q.bits())), torch.tensor(bits))
     for shape, blocksize in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             w = weights_of(draw, shape, blocksize).to(dtype)
@@ -771,6 +795,18 @@ def gradients(m: ModuleType, draw: Draw) -> None:
         ensure(len(others) == 2, f"more than A and B get gradients: {', '.join(others)}")
 
 
+def kept_by(node) -> int:
+    """Numbers in the largest floating-point tensor that an autograd function keeps as ctx.…."""
+    own = [t.numel() for t in getattr(node, "__dict__", {}).values()
+           if isinstance(t, Tensor) and t.is_floating_point()]  # fmt: skip
+    return max([0, *own, *(kept_by(n) for n, _ in getattr(node, "next_functions", ()) if n)])
+
+
+@CHECKS.add("layer", "W is not kept for the backward pass")
+def memory(m: ModuleType, draw: Draw) -> None:
+    check_kept(m, draw)
+
+
 @CHECKS.add("layer", "trainable parameters: r (in + out) per layer")
 def count(m: ModuleType, draw: Draw) -> None:
     net = net_of(m, 70, 30, 8)
@@ -786,7 +822,7 @@ def count(m: ModuleType, draw: Draw) -> None:
     same("bits_per_weight", torch.tensor(size), torch.tensor(8 * stored / 2340))
 
 
-@CHECKS.add("layer", "merging keeps the output, unmerging restores it exactly")
+@CHECKS.add("layer", "merging keeps the output, unmerging restores it")
 def merging(m: ModuleType, draw: Draw) -> None:
     net, x = net_of(m, 70, 30, 8), draw.normal(3, 70)
     layers = adapted(m, net)
@@ -866,7 +902,7 @@ def bitsandbytes_weights(m: ModuleType, draw: Draw) -> None:
     same("the dequantized scale", m.dequantize_nf4(q)[:, 0], back, 1e-5)
 
 
-@CHECKS.add("values", "the output of peft's layer on bitsandbytes, and its gradient")
+@CHECKS.add("values", "output and gradient of peft's layer on bitsandbytes")
 def peft_output(m: ModuleType, draw: Draw) -> None:
     w, bias, a, b_factor, x, y, grad = tensors("w bias A B x y grad")
     linear = nn.Linear(w.shape[1], w.shape[0])
