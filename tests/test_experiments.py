@@ -60,6 +60,8 @@ def test_an_operating_point_at_an_edge_widens_the_grid():
     assert wider.decays == (0.0, 0.01, 0.02), "each method is tried with the new decay"
     new = set(wider.settings()) - set(grid.settings())
     assert len(new) == 2 * (3 + 3 + 3)
+    rows[2] |= {"score": 0.9, "loss": 0.2}  # in the middle, with equal forgetting and a higher loss
+    assert grid.widened(rows) == grid, "a wider grid promises nothing"
 
 
 def test_what_is_missing_is_the_grid_and_then_the_wider_grid(monkeypatch):

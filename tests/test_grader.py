@@ -102,7 +102,7 @@ def test_start_writes_a_file_and_never_overwrites_it(tmp_path):
 def test_a_task_has_three_hints():
     texts = [grader.hint("lora", "forward", n) for n in (1, 2, 3)]
     assert len(set(texts)) == 3
-    assert texts[1].startswith("LoraLinear.forward: equation (1): y = W x + b")
+    assert texts[1].startswith("LoraLinear.forward: (1): y = W x + b")
     assert "\nhint 2 of 3: Dropout acts on the input of A" in texts[1]
     assert grader.hint("lora", 3) == texts[0]
     with pytest.raises(ValueError, match="no hints for 'loss', but for 1 scaling, 2 factors"):
@@ -159,7 +159,8 @@ def test_an_error_has_the_line_of_the_students_file(open_judge):
     source = LORA.replace("y = self.base_layer(x)", "y = self.base_lair(x)")
     line = source[: source.index("base_lair")].count("\n") + 1
     message = pieces(open_judge("lora", source))["forward"]["message"]
-    assert message.startswith("AttributeError: 'LoraLinear' object has no attribute 'base_lair'")
+    start = "AttributeError, with a Linear: 'LoraLinear' object has no attribute 'base_lair'"
+    assert message.startswith(start)
     assert message.endswith(f"(line {line} of lora.py)")
 
 
@@ -251,6 +252,14 @@ def test_a_process_that_ends_or_hangs_is_wrong_and_the_rest_is_graded(tmp_path):
     assert statuses["delta"] == ("wrong", "the process ended before the check did (status 0)")
     assert statuses["unmerge"] == ("wrong", "takes longer than 3 s")
     assert statuses["find_targets"] == statuses["add_lora"] == ("done", "")
+
+
+@pytest.mark.slow
+def test_it_also_works_where_processes_cannot_be_forked(tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "get_all_start_methods", lambda: ["spawn"])  # as on Windows
+    (tmp_path / "lora.py").write_text(LORA)
+    results = grading.run_level("lora", tmp_path, "layer", 0)
+    assert {r.status for r in results} == {"done"}
 
 
 @pytest.mark.slow

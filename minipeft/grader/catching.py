@@ -48,7 +48,7 @@ def run_tests(file: Path, source: str, seed: int) -> Outcome:
     torch.manual_seed(seed)
     found, silent = Outcome(), io.StringIO()
     options = ["-q", "--noconftest", "-p", "no:cacheprovider", "--import-mode=importlib"]
-    where = ["--rootdir", str(file.parent), "-c", "/dev/null"]
+    where = ["--rootdir", str(file.parent), "-c", os.devnull]
     with redirect_stdout(silent), redirect_stderr(silent):
         pytest.main([*options, *where, str(file)], plugins=[found])
     return found

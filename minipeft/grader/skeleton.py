@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from minipeft.files import write_text
-
 HERE = Path(__file__).parent
 IMPORTS = (ast.Import, ast.ImportFrom)
 
@@ -143,6 +141,8 @@ def start(method: str, folder: Path) -> Path:
     file = folder / f"{method}.py"
     if file.exists():
         raise ValueError(f"{file} exists already: it is not overwritten")
+    from minipeft.files import write_text  # imports torch, which a hint does not need
+
     text, _ = cut(reference(method).read_text(encoding="utf-8"), holes, given)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(file, text)

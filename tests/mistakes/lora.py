@@ -67,7 +67,7 @@ VARIANTS = [
     mistake("the base is left out", "forward", "without W x + b",
             (FORWARD, "return self.lora_B(self.scaling * self.lora_A(x)).to(y.dtype)")),
     mistake("the update is left out", "forward", "zero everywhere", (FORWARD, "return y")),
-    mistake("dropout on the base path", "forward", "with B = 0 and dropout",
+    mistake("dropout on the base path", "forward", "applied to the input of the base layer?",
             ("        y = self.base_layer(x)  # (…, out)\n        " + DROPOUT,
              "        x = self.lora_dropout(x.to(self.lora_A.weight.dtype))\n"
              "        y = self.base_layer(x)\n")),
@@ -109,6 +109,18 @@ VARIANTS = [
     mistake("nothing replaced", "add_lora", "not replaced", (REPLACE, "        layer.train(model.training)\n")),
     mistake("mode forgotten", "add_lora", "evaluation mode",
             (REPLACE, "        model.set_submodule(name, layer)\n")),
+    mistake("F.linear with a Conv1D's weight", "forward", "call the base layer",
+            ("y = self.base_layer(x)  # (…, out)", "w = self.base_layer.weight\n"
+             "        y = F.linear(x, w if w.shape[1] == x.shape[-1] else w.T, self.base_layer.bias)")),
+    mistake("the last part of a name", "find_targets", "must select deep.block.out",
+            (ENDS, "    found = set(targets or [])\n"
+             "    return {n: m for n, m in linear.items() if n in found or n.split('.')[-1] in found}\n")),
+    mistake("any part of a name", "find_targets", "must not select",
+            (ENDS, "    found = set(targets or [])\n    return {n: m for n, m in linear.items() "
+             "if n in found or found & set(n.split('.')) or any(n.endswith('.' + t) for t in found)}\n")),
+    mistake("a new weight", "merge_into_base", "has a new weight",
+            (INTO_BASE, "self.base_layer.weight = nn.Parameter(self.weight.clone())")),
+    mistake("α r", "scaling", "multiplied by r", (SCALING, "self.scaling = config.lora_alpha * self.r")),
     mistake("factors on the CPU", "factors", "on the device of the layer",
             ("factor.to(w.device, torch.promote", "factor.to(torch.promote")),
     mistake("always float32", "factors", "not in torch.float64",

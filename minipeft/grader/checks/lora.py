@@ -88,6 +88,7 @@ class Case:
                 alpha / s, "is α divided by √r?"),
             "√r": (root, "with use_rslora, α is divided by √r, and else by r"),
             "1 / √r": (1 / root, "with use_rslora, α is divided by √r, and else by r"),
+            "r²": (r**2, "is α multiplied by r instead of divided?"),
             "r / α²": (1 / (s * alpha), "is it r / α instead of α / r?"),
             "r² / α²": (1 / s**2, "is it r / α instead of α / r?"),
         }  # fmt: skip
@@ -114,8 +115,9 @@ def started(m: ModuleType, case: Case) -> nn.Module:
 def scaling(m: ModuleType, draw: Draw) -> None:
     for case in cases(m, draw):
         found = started(m, case).scaling
+        text = f"r {case.r}, α {case.alpha:g}, use_rslora {case.config.use_rslora}"
         same("self.scaling", torch.as_tensor(float(found)), torch.tensor(case.s),
-             factors=case.factors(), case=case.text)  # fmt: skip
+             factors=case.factors(), case=text)  # fmt: skip
 
 
 @CHECKS.add("pieces", "factors")
@@ -152,7 +154,8 @@ def factors(m: ModuleType, draw: Draw) -> None:
 
 @CHECKS.add("pieces", "forward")
 def forward(m: ModuleType, draw: Draw) -> None:
-    for case in cases(m, draw):
+    square = Case(m, draw, (3, 3, 2, 6.0, True, False), transposed=True)
+    for case in (*cases(m, draw), *cases(m, draw, transposed=True), square):
         layer, x = case.layer(m), case.x
         plain, update = case.plain(x), x @ case.update.T
         guesses = {
@@ -163,9 +166,16 @@ def forward(m: ModuleType, draw: Draw) -> None:
             "the scaling s also multiplies W x + b": case.s * plain + update,
             "A is applied to the output of the base layer": _chained(case, plain),
         }
-        same("the update (the output minus W x + b)", layer(x), plain + update,
+        if case is square:
+            guesses["a Conv1D stores W transposed: call the base layer instead"] = (
+                F.linear(x, case.w.T, case.b) + update
+            )
+        kind = type(case.base).__name__
+        with with_case(f"with a {kind}"):
+            y = layer(x)
+        same("the update (the output minus W x + b)", y, plain + update,
              guesses={k: v for k, v in guesses.items() if v is not None},
-             factors=case.factors(), case=case.text, start=plain)  # fmt: skip
+             factors=case.factors(), case=f"{kind}, {case.text}", start=plain)  # fmt: skip
     _dropout(m, draw)
     _half(m, draw)
 
@@ -182,7 +192,7 @@ def _dropout(m: ModuleType, draw: Draw) -> None:
     x = draw.normal(1, 2).expand(200, 2)
     plain = linear(x)
     same("with B = 0 and dropout, the output", layer.train()(x), plain,
-         guesses={"W x + b without the bias": plain - linear.bias})  # fmt: skip
+         case="is dropout applied to the input of the base layer?")  # fmt: skip
     set_factor(layer, "lora_A", torch.ones(1, 2))
     set_factor(layer, "lora_B", torch.ones(3, 1))
     update = (layer(x) - plain)[:, 0]
@@ -275,7 +285,7 @@ def unmerge(m: ModuleType, draw: Draw) -> None:
 def merge_into_base(m: ModuleType, draw: Draw) -> None:
     for transposed in (False, True):
         for case in cases(m, draw, transposed):
-            layer = case.layer(m)
+            layer, weight = case.layer(m), case.base.weight
             with with_case("with a Conv1D" if transposed else "with a Linear"):
                 base = layer.merge_into_base()
             ensure(base is case.base, "merge_into_base() must return the base layer itself")
@@ -284,6 +294,8 @@ def merge_into_base(m: ModuleType, draw: Draw) -> None:
             ensure(base.weight.shape == (case.w.T if transposed else case.w).shape,
                    f"the weight of the {type(base).__name__} now has the shape {tuple(shape)}: a "
                    "Conv1D stores W transposed")  # fmt: skip
+            ensure(base.weight is weight, "the layer has a new weight: write the values into the "
+                   "old one, which other layers may share")  # fmt: skip
             same("the update in the base layer's output", base(case.x), expected,
                  factors=case.factors(), case=case.text, start=case.plain(case.x))  # fmt: skip
 
@@ -296,6 +308,7 @@ class Net(nn.Module):
         self.proj = nn.Linear(4, 6)
         self.block = nn.ModuleDict({"proj": nn.Linear(6, 4), "q_proj": nn.Linear(4, 4)})
         self.norm, self.project = nn.LayerNorm(4), Conv1D(nn.Linear(4, 4))
+        self.deep = nn.ModuleDict({"block": nn.ModuleDict({"out": nn.Linear(4, 4)})})
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block["proj"](self.proj(x))
@@ -308,7 +321,7 @@ def find_targets(m: ModuleType, draw: Draw) -> None:
     for targets, expected in (
         (["proj"], {"proj", "block.proj"}), (["block.proj"], {"block.proj"}), ([], set()),
         (None, set()), (["q_proj", "project"], {"block.q_proj", "project"}), (["norm"], set()),
-        (["ock.proj"], set()),
+        (["ock.proj"], set()), (["block.out"], {"deep.block.out"}), (["block"], set()),
     ):  # fmt: skip
         with with_case(f"with targets {targets!r}"):
             found = m.find_targets(net, targets)
