@@ -297,10 +297,10 @@ def test_results_are_written_for_gradescope_and_as_junit(tmp_path, capsys, monke
         run("check", tmp_path, "--json", files[0], "--junit", files[1])
     tests = json.loads(files[0].read_text())["tests"]
     assert [test["score"] for test in tests] == [1.0, 0.0]
-    assert tests[1]["output"] == "wrong it is <zero>"
+    assert tests[1]["output"] == "wrong: it is <zero>"
     suite = ElementTree.parse(files[1]).getroot()
     assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
-    assert suite[1][0].get("message") == "it is <zero>"
+    assert suite[1][0].get("message") == "wrong: it is <zero>"
 
 
 def test_an_export_is_a_students_own_variant(tmp_path, capsys):
@@ -356,13 +356,14 @@ def test_every_faulty_file_is_different_from_two_correct_ones():
 
 
 @pytest.mark.slow
-def test_tests_that_catch_a_fault_are_done(tmp_path):
-    grader.start("catch", tmp_path)
-    results = grading.grade_method("catch", tmp_path)
+def test_tests_that_catch_a_fault_are_done(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grader.start("catch", ".")  # a relative folder, as on the command line
+    results = grading.grade_method("catch", Path("."))
     assert {r.status for r in results} == {"not done yet"}
     for number, source in CATCH.items():
-        Path(tmp_path, "catch", f"test_{number}.py").write_text(source)
-    results = grading.grade_method("catch", tmp_path)
+        Path("catch", f"test_{number}.py").write_text(source)
+    results = grading.grade_method("catch", Path("."))
     assert {(r.status, r.message) for r in results} == {("done", "")}
 
 

@@ -5,6 +5,7 @@ Like judge.py, this runs in a process of its own and reports over a pipe.
 
 import io
 import os
+import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -28,7 +29,9 @@ class Outcome:
 
     def pytest_collectreport(self, report) -> None:
         if report.failed:
-            self.broken = str(report.longrepr).strip().splitlines()[-1][:200]
+            lines = [line.removeprefix("E").strip() for line in str(report.longrepr).splitlines()]
+            found = re.findall(r"line (\d+)", str(report.longrepr))
+            self.broken = f"{lines[-1][:200]} (line {found[-1]})" if found else lines[-1][:200]
 
     def pytest_runtest_makereport(self, item, call) -> None:
         if call.excinfo is not None:
@@ -70,9 +73,10 @@ def judge(number: str, file: Path) -> tuple[str, str]:
                 return "wrong", f"{name} fails on correct file {i}: {kind} {text}"
             if not found.passed:
                 return "not done yet", ""
-    failed = run_tests(file, faulty, 0).failed
+    found = run_tests(file, faulty, 0)
+    failed = found.failed
     if not failed:
-        return "wrong", f"no test fails on faulty_{number}.py"
+        return "wrong", f"no test fails on faulty_{number}.py: {', '.join(found.passed)} passed"
     if not any(kind in ASSERTIONS for kind, _ in failed.values()):
         name, (kind, text) = next(iter(failed.items()))
         return "wrong", f"{name} fails on faulty_{number}.py, but by {kind} ({text}), not by an " \
@@ -92,6 +96,7 @@ def grade(pipe, method: str, folder: str, level: str, seed: int, skip: list[str]
     pipe.send("")
     for task, number in tasks.items():
         if task not in skip:
-            status, message = judge(number, Path(folder, "catch", f"test_{number}.py"))
+            file = Path(folder, "catch", f"test_{number}.py").resolve()
+            status, message = judge(number, file)
             pipe.send((task, {"status": status, "message": message}))
     pipe.send(None)

@@ -61,7 +61,8 @@ def seed_of(secret: str, student: str) -> int:
 
 def _start(args) -> None:
     file = start(args.file, args.folder)
-    print(f"wrote {file}. Fill its holes, then: python -m minipeft build check {args.folder}")
+    what = "Write the tests" if args.file == "catch" else "Fill its holes"
+    print(f"wrote {file}. {what}, then: python -m minipeft build check {args.folder} {args.file}")
 
 
 def _hint(args) -> None:
@@ -117,7 +118,7 @@ def gradescope(results) -> dict:
                 "score": float(result.status == "done"),
                 "max_score": 1.0,
                 "status": "passed" if result.status == "done" else "failed",
-                "output": f"{result.status} {result.message}".strip(),
+                "output": result.text(),
             }
             for result in results
         ]
@@ -133,5 +134,5 @@ def junit(results) -> str:
     for result in results:
         case = ElementTree.SubElement(root, "testcase", classname=result.method, name=result.task)
         if result.status != "done":
-            ElementTree.SubElement(case, "failure", message=result.message or result.status)
+            ElementTree.SubElement(case, "failure", message=result.text())
     return ElementTree.tostring(root, encoding="unicode") + "\n"

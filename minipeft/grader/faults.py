@@ -5,6 +5,7 @@ it if an assertion fails on the faulty file, and everything passes on two correc
 reference, and a file that computes the same in another way.
 """
 
+import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,17 @@ class Fault:
     faulty: Changes
     correct: Changes  # the second correct file
     more: str = ""  # text at the end of all three files
+    names: str = "lora_A, lora_B, base_layer, the methods"  # what tests may use
+    renamed: tuple[str, ...] = ("scaling", "merged_weight")  # in the second correct file
 
     def sources(self) -> tuple[str, str, str]:
         """The faulty file, and two correct ones."""
         text = reference(self.method).read_text(encoding="utf-8")
         text = text[: text.index('if __name__ == "__main__":')] + self.more  # without the demo
-        return replaced(text, self.faulty), text, replaced(text, self.correct)
+        other = replaced(text, self.correct)
+        for name in self.renamed:  # tests of such details fail on the second correct file
+            other = re.sub(rf"\b{name}\b", f"my_{name}", other)
+        return replaced(text, self.faulty), text, other
 
 
 def replaced(text: str, changes: Changes) -> str:
@@ -85,7 +91,7 @@ FAULTS = {
           '        """Discard W\'. Outputs are again exactly those of W plus the adapter."""\n'
           "        self.merged_weight = None",
           "    @torch.no_grad()\n    def unmerge(self) -> None:\n"
-          '        """Subtract the update again."""\n'
+          '        """Discard W\'. Outputs are again exactly those of W plus the adapter."""\n'
           "        if self.merged_weight is not None:\n"
           "            matrix(self.base_layer).sub_(self.delta())\n"
           "            self.merged_weight = None")),
@@ -93,18 +99,21 @@ FAULTS = {
     ),
     "3": Fault(
         "adalora", "ranks that stay",
-        "After fit(), at most target_r triplets per layer are left, counted over all layers "
-        "together: the other entries of lora_E are zero.",
+        "After fit(), at most target_r × (number of layers) entries of lora_E are not zero, "
+        "counted over all layers together. fit() stands at the end of the file.",
         (("        allocator.update_and_allocate(step)\n", ""),),
         (("update = x @ (self.lora_A * self.lora_E).T @ self.lora_B.T",
           "update = ((x @ self.lora_A.T) * self.lora_E[:, 0]) @ self.lora_B.T"),
          ("lora_E.masked_fill_(~kept[:, None], 0.0)", "lora_E.mul_(kept[:, None])")),
         FIT,
+        "lora_A, lora_E, lora_B, fit(), and the allocator's layers and ranks()",
+        ("kept", "importance"),
     ),
     "4": Fault(
         "qlora", "a merge that forgets",
-        "The merged weight is the dequantized 4-bit weight plus the update, in float32: a small "
-        "update is not lost when it is merged.",
+        "merged() is the dequantized 4-bit weight plus the update, not rounded to 4 bits again: a "
+        "small update is not lost when it is merged. (A config is any object with r, lora_alpha, "
+        "lora_dropout, use_rslora and target_modules.)",
         (("return self.base_layer.dequantize(torch.float32) + self.delta()",
           "q = self.base_layer.quantized\n"
           "        merged = dequantize_nf4(q, torch.float32) + self.delta()\n"
@@ -131,11 +140,13 @@ TEMPLATE = '''"""Fault {number}: {title}.
 
 {contract}
 
-faulty_{number}.py breaks this. Write tests that fail on it, by an assertion, and that pass on
-correct files. The file under test is imported as `subject`; it is a {method}.py. The grader runs
-your tests on faulty_{number}.py and on two correct files, which are written differently:
+faulty_{number}.py, a copy of {method}.py with a fault, breaks this. Write tests that fail on it by
+an assertion, and that pass on correct files. Your tests import the file under test as `subject`.
+The grader runs them on faulty_{number}.py and on two correct files, written differently:
 
     python -m minipeft build check {folder} catch
+
+In all three files you may rely on: {names}. lora_A.weight is (r, in) and lora_B.weight (out, r).
 """
 
 import subject

@@ -34,9 +34,11 @@ class Result:
     message: str = ""
     printed: str = ""  # by the student's code
 
+    def text(self) -> str:
+        return f"{self.status}{': ' if self.status == 'wrong' else ' '}{self.message}".strip()
+
     def line(self, number: int) -> str:
-        text = f"{self.status}{': ' * (self.status == 'wrong') or ' '}{self.message}".strip()
-        lines = [f"{number:4d} {self.task:<54} {text}"]
+        lines = [f"{number:4d} {self.task:<54} {self.text()}"]
         if self.status == "wrong":
             lines += [f"      printed: {line}" for line in self.printed.splitlines()[-3:]]
         return "\n".join(lines)
@@ -80,6 +82,7 @@ def run_level(
     """Grade one level. A task that ends its process, or takes too long, is wrong; the others are
     graded in a new process."""
     found: dict[str, Result] = {}
+    bar = tqdm(desc=f"{method}, {TITLES[level]}", leave=False, disable=None, unit=" tasks")
     while True:
         run = Level(method, folder, level, seed, found, given)
         until, task = time.monotonic() + 600, ""  # importing torch may take long on a cold disk
@@ -96,6 +99,8 @@ def run_level(
                     raise EOFError
                 found[task] = Result(method, level, task, **result)
                 until = time.monotonic() + seconds
+                bar.update()
+            bar.close()
             return list(found.values())
         except (TimeoutError, EOFError, OSError) as error:
             run.process.join(0.5)
@@ -136,7 +141,7 @@ def grade_method(method: str, folder: Path, seed: int = 0, live: bool = True) ->
     if method == "catch":
         return run_level(method, folder, "tests", seed)
     results: list[Result] = []
-    for level in tqdm(LEVELS, method, leave=False, disable=None):
+    for level in LEVELS:
         given = live_values(method, seed) if live and level == "values" else None
         found = run_level(method, folder, level, seed, given)
         if any("takes longer than" in r.message for r in found):

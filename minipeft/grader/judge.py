@@ -9,6 +9,7 @@ import importlib
 import io
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
@@ -76,7 +77,8 @@ def attempt(check: Callable, module: ModuleType, seed: int) -> tuple[BaseExcepti
     printed = io.StringIO()
     torch.manual_seed(seed)
     try:
-        with redirect_stdout(printed):
+        with redirect_stdout(printed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch: what counts is the result
             check(module, Draw(seed))
     except (Exception, SystemExit) as error:
         return error, printed.getvalue()

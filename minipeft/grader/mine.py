@@ -20,4 +20,4 @@ def pytest_generate_tests(metafunc):
 
 def test_mine(result):
     if result.status != "done":
-        pytest.fail(f"{result.status} {result.message}", pytrace=False)
+        pytest.fail(result.text(), pytrace=False)

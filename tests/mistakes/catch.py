@@ -60,6 +60,9 @@ MISSED = {  # what does not count, and what the grader must say
     "an import error": ("import nothing\n", "cannot be imported"),
     "a test that always fails": (HEAD + "def test_no():\n    assert False\n", "fails on correct"),
     "a test that never fails": (HEAD + "def test_yes():\n    assert layer\n", "no test fails"),
+    "a test of a detail": (
+        HEAD + "def test_it():\n    assert layer().scaling == 3\n", "fails on correct file 2",
+    ),
     "minipeft itself": ("import minipeft\n\ndef test_it():\n    pass\n", "blocked"),
     "another error": (
         HEAD + "def test_it():\n    x = torch.ones(3, 6)\n    made = layer()\n"
