@@ -29,12 +29,18 @@ def points(rows: list[dict]) -> list[dict]:
     return found
 
 
-def operating_point(candidates: Iterable[dict]) -> dict:
-    """The point with the least forgetting among those with nearly the best score."""
+def tied(candidates: Iterable[dict]) -> list[dict]:
+    """The points with the least forgetting, up to 0.01, among those with nearly the best score."""
     candidates = list(candidates)
     best = max(point["score"] for point in candidates)
     good = [point for point in candidates if point["score"] >= best - SLACK]
-    return min(good, key=lambda point: (round(point["forgetting"], 2), point["loss"]))
+    least = min(round(point["forgetting"], 2) for point in good)
+    return [point for point in good if round(point["forgetting"], 2) == least]
+
+
+def operating_point(candidates: Iterable[dict]) -> dict:
+    """The point with the lowest loss among those that are tied."""
+    return min(tied(candidates), key=lambda point: point["loss"])
 
 
 def operating_points(found: list[dict], decayed: bool) -> list[dict]:

@@ -42,6 +42,7 @@ from .choosing import (
     operating_points,
     points,
     prediction_interval,
+    tied,
 )
 from .text import document
 
@@ -118,11 +119,13 @@ class Grid:
         ]
 
     def widened(self, rows: list[dict]) -> "Grid":
-        """With one more rate or decay for each method whose operating point is at an edge, once
-        the rows of this grid exist."""
+        """With one more rate or decay for each method whose operating point is at an edge, as are
+        all points that are tied with it; once the rows of this grid exist."""
         found, rates, decays = points(rows), dict(self.rates), set()
         for method in rates:
             mine = [point for point in found if point["method"] == method]
+            if not all(edges(point, mine) for point in tied(mine)):
+                continue
             edge = edges(operating_point(mine), mine)
             if "learning_rate" in edge:
                 rates[method] = (*rates[method], edge["learning_rate"])

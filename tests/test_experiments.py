@@ -1,5 +1,6 @@
 """The experiments in data/: how settings are chosen, what is measured, and the page of results."""
 
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -247,6 +248,23 @@ def test_weight_decay_at_least_halves_forgetting_at_equal_score():
                 for other, full in zip(best[method], best["full"], strict=True)
             )
             assert 1 < decayed < plain, f"{method} at {score}"
+
+
+def test_in_the_finals_weight_decay_leaves_little_of_the_differences_in_forgetting():
+    found = choosing.points(experiments.load("forgetting"))
+    at = choosing.equal_score(found, 0.9)
+    gaps = {
+        (method, i): results.differences(*(results.finals_of(at[m][i]) for m in (method, "full")))
+        for method in ("lora", "adalora", "adalora, no penalty")
+        for i in range(2)
+    }
+    assert {len(values) for values in gaps.values()} == {10}
+    low = {key: statistics.mean(g) - results.report.interval(g) for key, g in gaps.items()}
+    high = {key: statistics.mean(g) + results.report.interval(g) for key, g in gaps.items()}
+    assert low["lora", 0] > 1
+    assert high["adalora", 0] < 0, "with its penalty it forgets less, as long as others have none"
+    for method in ("lora", "adalora", "adalora, no penalty"):
+        assert 0 < low[method, 1] < high[method, 1] < 0.1
 
 
 def test_the_least_forgetting_at_a_score_is_none_where_no_setting_reaches_it():
