@@ -42,7 +42,7 @@ def skeleton_of(method: str) -> str:
 
 
 def pieces(found: judge.Judge) -> dict[str, dict]:
-    checks = judge.checks_of(found.method).found["pieces"]
+    checks = judge.checks_of(found.method).CHECKS.found["pieces"]
     return {name: found.result(name, check) for name, check in checks.items()}
 
 
@@ -72,7 +72,7 @@ def test_a_skeleton_is_the_reference_outside_its_holes(method):
 def test_a_skeleton_imports_and_every_hole_raises(method, open_judge):
     found = open_judge(method, skeleton_of(method))
     holes = {hole.name for hole in skeleton.load(method)[0]}
-    assert holes == set(judge.checks_of(method).found["pieces"]), "every hole has a check"
+    assert holes == set(judge.checks_of(method).CHECKS.found["pieces"]), "every hole has a check"
     statuses = {result["status"] for result in pieces(found).values()}
     assert statuses <= {"not done yet", "blocked"}
     assert "not done yet" in statuses
@@ -114,7 +114,7 @@ def test_a_task_has_three_hints():
 def test_the_page_for_students_counts_holes_and_tasks():
     page = (Path(__file__).parents[1] / "lessons" / "BUILD.md").read_text()
     for method in METHODS:
-        found = judge.checks_of(method).found
+        found = judge.checks_of(method).CHECKS.found
         assert f"| {len(found['pieces'])} | {sum(map(len, found.values()))} |" in next(
             line for line in page.splitlines() if line.startswith(f"| `{method}` |")
         )

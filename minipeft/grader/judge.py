@@ -43,8 +43,9 @@ class Checks:
         return register
 
 
-def checks_of(method: str) -> Checks:
-    return importlib.import_module(f"minipeft.grader.checks.{method}").CHECKS
+def checks_of(method: str) -> ModuleType:
+    """The module with a method's CHECKS, and `prepare`."""
+    return importlib.import_module(f"minipeft.grader.checks.check_{method}")
 
 
 class NoImport:
@@ -158,11 +159,10 @@ class Judge:
 def grade(pipe, method: str, folder: str, level: str, seed: int, skip: list[str], given) -> None:
     """The work of a process: grade a level except some tasks, and report each result."""
     torch.set_num_threads(1)
-    checks = checks_of(method).found[level]
+    module = checks_of(method)
+    checks = module.CHECKS.found[level]
     pipe.send(list(checks))
-    prepare = getattr(importlib.import_module(f"minipeft.grader.checks.{method}"), "prepare", None)
-    if prepare:
-        prepare(level, given)
+    module.prepare(level, given)
     judge = Judge(method, Path(folder), seed)
     block_imports()
     try:

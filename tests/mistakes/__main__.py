@@ -5,7 +5,6 @@ python -m tests.mistakes lora --messages  # what the grader says of each mistake
 """
 
 import argparse
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,9 +31,10 @@ class Verdict:
 
 def prepared(method: str) -> dict:
     """A method's checks by level, ready to be used."""
+    module = judge.checks_of(method)
     for level in judge.LEVELS:
-        importlib.import_module(f"minipeft.grader.checks.{method}").prepare(level, None)
-    return judge.checks_of(method).found
+        module.prepare(level, None)
+    return module.CHECKS.found
 
 
 def verdict(method: str, variant: Variant, levels: dict) -> Verdict:

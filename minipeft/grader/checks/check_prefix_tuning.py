@@ -12,8 +12,8 @@ from minipeft.gpt import GPT
 from .. import skeleton
 from ..judge import Checks, load
 from ..symptoms import Draw, Wrong, ensure, like, same, show, unchanged
+from .check_prompt_tuning import VOCAB, padded, stored_gpt, tiny_gpt
 from .common import compare_losses, describe, losses
-from .prompt_tuning import VOCAB, padded, stored_gpt, tiny_gpt
 
 CHECKS = Checks("prefix_tuning")
 # b, t, p, l, h, k: from the smallest case to larger ones.
