@@ -259,6 +259,9 @@ def test_in_the_finals_weight_decay_leaves_little_of_the_differences_in_forgetti
         for i in range(2)
     }
     assert {len(values) for values in gaps.values()} == {10}
+    scores = {m: statistics.mean(r["score"] for r in results.finals_of(pair[1]))
+              for m, pair in at.items() if pair[1]}  # fmt: skip
+    assert max(scores, key=scores.get) == "full", "the page says so"
     low = {key: statistics.mean(g) - results.report.interval(g) for key, g in gaps.items()}
     high = {key: statistics.mean(g) + results.report.interval(g) for key, g in gaps.items()}
     assert low["lora", 0] > 1
