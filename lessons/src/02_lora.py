@@ -332,7 +332,7 @@ assert freed["slot_loss"] < thin_random.test_slot_loss - 1
 # ## Exercises
 #
 # Each has a cell that checks your answer. The solutions are in `solutions/02_lora.ipynb`.
-# After them, write `lora.py` yourself and have it graded: `python -m minipeft build start lora my`. The page `lessons/BUILD.md` says how.
+# After them, write `lora.py` yourself and have it graded: `python -m minipeft build start lora my`. Its first three tasks are the exercise `MyLora` again, in the real file. The page `lessons/BUILD.md` says how.
 #
 # **1 · Warm-up.** GPT-2 has 12 layers of width 768; its `c_attn` takes 768 numbers and gives 3 · 768. How many
 # parameters does LoRA of rank 4 on `c_attn` alone train?
