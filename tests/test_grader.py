@@ -143,6 +143,7 @@ def test_a_piece_is_right_inside_the_reference_while_others_are_missing(open_jud
 
 def test_a_helper_of_the_students_comes_along(open_judge):
     source = LORA.replace("return self.scaling * (self.lora_B", "return product(self)  # (", 1)
+    source = "from __future__ import annotations\n" + source  # no other file may have it later on
     source += "\n\ndef product(self):\n    return self.scaling * self.scale_free()\n"
     source = source.replace(
         "    def merged(self)",

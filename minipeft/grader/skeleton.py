@@ -172,7 +172,10 @@ def tree_with(method: str, student: ast.Module, symbol: str) -> ast.Module | Non
     tree = ast.parse(reference(method).read_text(encoding="utf-8"))
     known = {name for node in tree.body for name in names(node)}
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    added = [node for node in student.body if not known.intersection(names(node))]
+    added = [
+        node for node in student.body
+        if not known.intersection(names(node)) and getattr(node, "module", "") != "__future__"
+    ]  # fmt: skip
     *owner, _ = symbol.split(".")
     target = classes[owner[0]].body if owner else tree.body
     mine = functions(tree)[symbol]
