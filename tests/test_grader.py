@@ -105,7 +105,7 @@ def test_a_task_has_three_hints():
     assert texts[1].startswith("LoraLinear.forward: (1): y = W x + b")
     assert "\nhint 2 of 3: Dropout acts on the input of A" in texts[1]
     assert grader.hint("lora", 3) == texts[0]
-    with pytest.raises(ValueError, match="no hints for 'loss', but for 1 scaling, 2 factors"):
+    with pytest.raises(ValueError, match="no task 'loss' with hints; it has 1 scaling, 2 factors"):
         grader.hint("lora", "loss")
     with pytest.raises(ValueError, match="there are three hints, got 4"):
         grader.hint("lora", 1, 4)

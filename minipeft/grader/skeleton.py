@@ -26,7 +26,7 @@ class Hole:
     hints: tuple[str, str, str]  # each tells more than the one before
 
     def text(self) -> str:
-        """What the skeleton has in place of the statements."""
+        """The text that replaces the statements in the skeleton."""
         return f'raise NotImplementedError(\n    "{self.equation}"\n)'
 
 
@@ -35,7 +35,7 @@ class Given:
     """A table that is built at import: the skeleton has its values instead of the call."""
 
     statement: str  # how the statement starts
-    text: str  # what stands there in the skeleton
+    text: str  # its replacement in the skeleton
 
 
 def reference(method: str) -> Path:
@@ -92,7 +92,7 @@ def find(source: str, statements: list[ast.stmt], first: str, last: str) -> tupl
 
 
 def spans(source: str, holes: list[Hole], given: list[Given]) -> list[tuple[int, int, str]]:
-    """Where holes and tables are, in order: start, end, and what the skeleton has there.
+    """Where holes and tables are, in order: start, end, and the text that replaces them.
 
     Raises ValueError for a hole that is not in the source.
     """
@@ -131,7 +131,7 @@ def fill(skeleton: str, pieces: list[str], holes: list[Hole], given: list[Given]
 
 
 def _is_at(mark: list[str], lines: list[str], at: int) -> bool:
-    """Whether these lines stand there, whatever their indentation is."""
+    """Whether the lines at this place are those of the mark, with any indentation."""
     return [line.strip() for line in mark] == [line.strip() for line in lines[at : at + len(mark)]]
 
 
@@ -155,7 +155,7 @@ def hint(method: str, task: str, number: int) -> str:
     names = {h.name: h for h in holes} | {str(i): h for i, h in enumerate(holes, 1)}
     if task not in names:
         tasks = ", ".join(f"{i} {h.name}" for i, h in enumerate(holes, 1))
-        raise ValueError(f"{method} has no hints for {task!r:.100}, but for {tasks}")
+        raise ValueError(f"{method} has no task {task!r:.100} with hints; it has {tasks}")
     if not 1 <= number <= 3:
         raise ValueError(f"there are three hints, got {number}")
     hole = names[task]

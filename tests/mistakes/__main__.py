@@ -1,7 +1,7 @@
 """Grade every known mistake and every right solution, in one process and with stored values.
 
 python -m tests.mistakes                  # the table of lessons/README.md: about two minutes
-python -m tests.mistakes lora --messages  # what the grader says of each mistake in lora.py
+python -m tests.mistakes lora --messages  # the diagnosis of each mistake in lora.py
 """
 
 import argparse
@@ -20,7 +20,7 @@ from . import Variant, variants
 
 @dataclass
 class Verdict:
-    """What the grader says of a variant."""
+    """The grader's verdict on a variant."""
 
     task: str | None  # the first that is not done; None: all are
     status: str
