@@ -36,13 +36,10 @@ from minipeft.targets import find_targets
 
 from .bits import BLOCK, CODES, rounded
 from .choosing import (
-    edges,
     equal_score,
-    operating_point,
     operating_points,
     points,
     prediction_interval,
-    tied,
 )
 from .text import document
 
@@ -118,21 +115,6 @@ class Grid:
             for rate, decay in product(rates, self.decays)
         ]
 
-    def widened(self, rows: list[dict]) -> "Grid":
-        """With one more rate or decay for each method whose operating point is at an edge, as are
-        all points that are tied with it; once the rows of this grid exist."""
-        found, rates, decays = points(rows), dict(self.rates), set()
-        for method in rates:
-            mine = [point for point in found if point["method"] == method]
-            if not all(edges(point, mine) for point in tied(mine)):
-                continue
-            edge = edges(operating_point(mine), mine)
-            if "learning_rate" in edge:
-                rates[method] = (*rates[method], edge["learning_rate"])
-            if "decay" in edge:
-                decays.add(edge["decay"])
-        return replace(self, rates=rates, decays=(*self.decays, *sorted(decays)))
-
 
 @dataclass(frozen=True)
 class Chosen:
@@ -157,9 +139,6 @@ class Chosen:
             settings.append(replace(setting_of(first), seed=seed, **self.common))
         return list(dict.fromkeys(settings))  # several points of a method may be the same
 
-    def widened(self, rows: list[dict]) -> "Chosen":
-        return self
-
 
 def around(best: float) -> tuple[float, ...]:
     """Five rates, in steps of a factor of 2."""
@@ -168,16 +147,13 @@ def around(best: float) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Several:
-    """Grids that are one experiment; they are not widened."""
+    """Grids that are one experiment."""
 
     grids: tuple[Grid, ...]
-    seeds: tuple[int, ...] = TRIALS
 
     def settings(self) -> list[Setting]:
-        return [setting for grid in self.grids for setting in grid.settings()]
-
-    def widened(self, rows: list[dict]) -> "Several":
-        return self
+        settings = [setting for grid in self.grids for setting in grid.settings()]
+        return list(dict.fromkeys(settings))  # grids may overlap
 
 
 # The middle rates were the best ones in a short search without decay.
@@ -195,6 +171,11 @@ SENTIMENT = {
     "adalora": around(0.01), "adalora, no penalty": around(0.01), "bitfit": around(0.003),
     "bottleneck": around(0.0025),
 }  # fmt: skip
+WIDE = (*DECAYS, 0.08, 0.16)  # LOG.md says why
+WIDER = {
+    "full": around(0.002)[1:4], "lora": around(0.04)[1:4], "qlora": around(0.04)[1:4],
+    "adalora": around(0.04)[1:4], "adalora, no penalty": around(0.08)[1:4],
+}  # fmt: skip
 LORA_RATES = around(0.01)[1:4]
 PLACES = dict.fromkeys(("lora", "lora, attention", "lora, mlp"), LORA_RATES)
 BITS = dict.fromkeys(("lora", "qlora", "lora, int3 base", "lora, int2 base"), (0.01,))
@@ -206,7 +187,10 @@ BY_STEPS = {  # the best rate at 100 steps, and lower ones for longer runs
     "prompt_tuning": (0.3, 0.075),
 }  # fmt: skip
 EXPERIMENTS = {
-    "forgetting": Grid(WEIGHT_METHODS),
+    "forgetting": Several((
+        Grid(WEIGHT_METHODS, WIDE), Grid({"lora": (0.08,)}, WIDE),
+        Grid(WIDER, (0.16, 0.32, 0.64)),
+    )),
     "intruders": Chosen("forgetting", TRIALS, {"scaled": True}),
     "prompts": Grid(PROMPT_METHODS, decays=(0.0,), common={"steps": 300}),
     "sentiment": Grid(SENTIMENT, decays=(0.0, 0.02, 0.04), common={"task": "sentiment"}),
@@ -358,16 +342,9 @@ def setting_of(row: dict) -> Setting:
 
 
 def missing(name: str) -> list[Setting]:
-    """The runs that remain. When the grid is complete and an operating point is at its edge, those
-    of a wider grid."""
-    grid, rows = EXPERIMENTS[name], load(name)
-    done = {setting_of(row) for row in rows}
-    while not (todo := [setting for setting in grid.settings() if setting not in done]):
-        wider = grid.widened(rows)
-        if wider == grid:
-            break
-        grid = wider
-    return todo
+    """The runs that remain."""
+    done = {setting_of(row) for row in load(name)}
+    return [setting for setting in EXPERIMENTS[name].settings() if setting not in done]
 
 
 def run(name: str, minutes: float, processes: int) -> None:
@@ -375,13 +352,13 @@ def run(name: str, minutes: float, processes: int) -> None:
     until = time.monotonic() + 60 * minutes
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that start now
     with get_context("spawn").Pool(processes) as pool, (RESULTS / f"{name}.jsonl").open("a") as to:
-        while todo := missing(name):
-            for row in tqdm(pool.imap(measure, todo), name, len(todo)):
-                rounded = {k: float(f"{v:.6g}") if type(v) is float else v for k, v in row.items()}
-                to.write(json.dumps(rounded) + "\n")
-                to.flush()
-                if time.monotonic() > until:
-                    return
+        todo = missing(name)
+        for row in tqdm(pool.imap(measure, todo), name, len(todo)):
+            rounded = {k: float(f"{v:.6g}") if type(v) is float else v for k, v in row.items()}
+            to.write(json.dumps(rounded) + "\n")
+            to.flush()
+            if time.monotonic() > until:
+                return
 
 
 def repeat(name: str, n: int, seed: int | None) -> Iterator[tuple[Setting, str, str, float]]:
