@@ -72,6 +72,15 @@ def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing
     return model
 
 
+def context_length(model: nn.Module) -> int:
+    """How many tokens the context of a model holds; 2^31 if its config does not say."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("n_positions", "max_position_embeddings")
+    found = next((getattr(text, name) for name in names if hasattr(text, name)), None)
+    return found if found and found > 0 else 2**31
+
+
 def has_statistics(module: nn.Module) -> bool:
     """Whether a layer, such as BatchNorm, updates running statistics while it trains."""
     return getattr(module, "running_mean", None) is not None

@@ -113,7 +113,7 @@ def empty_model(config: GPTConfig) -> GPT:
 
 def download(name: str) -> Path:
     """The folder into which huggingface_hub downloads a model."""
-    patterns = [CONFIG, "tokenizer.json", "*.safetensors", INDEX]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
     try:
         from huggingface_hub import snapshot_download
 

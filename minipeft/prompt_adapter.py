@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.adapter import Adapter
+from minipeft.base_model import context_length
 
 # The inputs with one value per token that virtual tokens can be put in front of
 PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids")
@@ -186,8 +187,7 @@ def check_prompt_model(model: nn.Module, config) -> None:
     text = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
     if getattr(text, "hidden_size_per_layer_input", None):
         raise ValueError(f"{kind} embeds tokens in every layer: virtual tokens are not supported")
-    names = ("n_positions", "max_position_embeddings")
-    context = next((getattr(text, n) for n in names if hasattr(text, n)), None)
-    if context is not None and 0 < context <= config.num_virtual_tokens:
+    context = context_length(model)
+    if context <= config.num_virtual_tokens:
         p = config.num_virtual_tokens
         raise ValueError(f"{p} virtual tokens leave no room in a context of {context}")

@@ -3,7 +3,8 @@ that cannot be adapted safely; the `add_…` functions of the method files searc
 
 All fine-tuning methods accept targets in the same form. A list holds names or endings of names
 ("attn.c_proj"). A string is a regular expression for the whole name, or "all-linear": every linear
-layer except the output head.
+layer except the output head. `layers_at` makes such a list for attention or the MLPs, which each
+family of models names in its own way.
 """
 
 import re
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 from minipeft.base_model import warn_of_unreached
 from minipeft.methods.qlora import QuantizedLinear, matrix
 
+PLACES = {  # parts of the name of a block's module in GPT-2, Llama, Mistral, Qwen, Gemma, Phi, NeoX
+    "attention": ("attn", "attention"),
+    "mlp": ("mlp", "feed_forward", "ffn"),
+}  # fmt: skip
 # In eval mode, these read the weights of the layers inside them without calling the layers.
 FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -133,12 +138,39 @@ def has_bias(layer: nn.Module) -> bool:
     return not list(layer.children()) and isinstance(layer._parameters.get("bias"), nn.Parameter)
 
 
+def place_of(name: str) -> str:
+    """Where a layer is: in the "attention" or the "mlp" of a block, or "other"."""
+    parent = name.split(".")[-2:][0].lower()
+    return next((p for p, words in PLACES.items() if any(w in parent for w in words)), "other")
+
+
+def layers_at(model: nn.Module, place: str) -> list[str] | str:
+    """`target_modules` for a place in a model, found from the names of its modules.
+
+    place: "attention" or "mlp"; "ends", the last linear layer of each of the two; anything else is
+    returned as it is. Raises ValueError if the model has no layer there.
+    """
+    if place not in (*PLACES, "ends"):
+        return place
+    wanted = tuple(PLACES) if place == "ends" else (place,)
+    kinds: dict[str, list[str]] = {}  # by parent: endings of names, in the model's order
+    for name in find_targets(model, "all-linear"):
+        ending = ".".join(name.split(".")[-2:])
+        mine = kinds.setdefault(ending.split(".")[0], [])
+        if place_of(name) in wanted and ending not in mine:
+            mine.append(ending)
+    found = [e for mine in kinds.values() for e in (mine[-1:] if place == "ends" else mine)]
+    if not found:
+        raise ValueError(f"this model has no linear layers that are known to be {place}")
+    return found
+
+
 def list_targets(model: nn.Module) -> list[dict]:
-    """A row per kind of linear layer: name, count, in, out, parameters, and the parameters of
-    LoRAs of rank 1 on these layers ("rank 1 adapters").
+    """A row per kind of linear layer: name, place, count, in, out, parameters, and the parameters
+    of LoRAs of rank 1 on these layers ("rank 1 adapters").
 
     A name is the last two parts of a module's name. As an entry of `target_modules` it matches all
-    layers of its row.
+    layers of its row. For the place see `place_of`.
     """
     counts = Counter()
     for name, layer in find_targets(model, "all-linear").items():
@@ -146,7 +178,7 @@ def list_targets(model: nn.Module) -> list[dict]:
         counts[".".join(name.split(".")[-2:]), n_in, n_out] += 1
     return [
         {
-            "name": name, "count": count, "in": n_in, "out": n_out,
+            "name": name, "place": place_of(name), "count": count, "in": n_in, "out": n_out,
             "parameters": count * n_in * n_out, "rank 1 adapters": count * (n_in + n_out),
         }
         for (name, n_in, n_out), count in counts.items()

@@ -294,7 +294,7 @@ def test_version(monkeypatch, capfd):
 def test_targets_lists_the_layers_that_adapters_can_go_on(monkeypatch, capfd, gpt, tmp_path):
     gpt.save_pretrained(tmp_path)
     run(monkeypatch, "targets", "--base", str(tmp_path))
-    assert "| mlp.c_proj | 2 | 96 | 24 | 4,608 | 240 |" in capfd.readouterr().out
+    assert "| mlp.c_proj | mlp | 2 | 96 | 24 | 4,608 | 240 |" in capfd.readouterr().out
 
 
 # --- what is refused ---
@@ -440,7 +440,7 @@ JOB = "finetune --base 0.3m --train train.jsonl --validation valid.jsonl --outpu
 @pytest.mark.parametrize(
     ("line", "words", "message"),
     [
-        ('{"prompt": "a", "completion": ""}', "", 'train.jsonl, line 2 needs a "completion": a'),
+        ('{"prompt": "a", "completion": ""}', "", 'train.jsonl, line 2: a "completion" is missing'),
         (
             "",
             "--method prompt_tuning --size 123",
@@ -491,7 +491,7 @@ def test_a_single_validation_example_cannot_be_split(monkeypatch, capfd, files):
 
 
 def test_a_split_and_a_rate_from_another_task_are_announced_and_recorded(monkeypatch, capfd, files):
-    run(monkeypatch, *JOB.split(), "--steps", "1")
+    run(monkeypatch, *JOB.replace("0.3m", str(SMALL)).split(), "--steps", "1")
     printed, record = capfd.readouterr().out, json.loads((files / "out/record.json").read_text())
     split = "1 of the 2 examples in valid.jsonl are kept for the test"
     assert f"train: {split}\n" in printed
@@ -499,17 +499,46 @@ def test_a_split_and_a_rate_from_another_task_are_announced_and_recorded(monkeyp
     rate, origin = recipes.swept_learning_rate(
         RECIPES["lora"], RunConfig(steps=1), "0.3m", "train", 3
     )
-    assert f"lora: learning rate {rate:g}, {origin}\n" in printed
+    assert f"lora: learning rate {rate:g} ({origin})\n" in printed
     assert (record["learning_rate"], record["learning_rate_origin"]) == (rate, origin)
     assert origin.startswith("swept on the ")
     assert "exact match" in printed
 
 
-def test_with_a_test_file_and_a_learning_rate_nothing_is_announced(monkeypatch, capfd, files):
+def test_without_a_sweep_the_common_settings_are_taken_and_announced(monkeypatch, capfd, files):
+    run(monkeypatch, *JOB.split(), "--steps", "34")
+    printed, record = capfd.readouterr().out, json.loads((files / "out/record.json").read_text())
+    assert "lora: learning rate 0.0002 (common for real models, no sweep of this base" in printed
+    assert (record["learning_rate"], record["size"]) == (2e-4, 16)
+    rates = [line.split(",")[2] for line in (files / "out/log.csv").read_text().splitlines()[1:4]]
+    assert [float(rate) for rate in rates] == [1e-4, 2e-4, 2e-4], "3 % of 34 steps are two"
+
+
+def test_the_labels_of_the_first_example_are_printed(monkeypatch, capfd, files):
+    run(monkeypatch, *JOB.split(), "--steps", "1")
+    printed = capfd.readouterr().out
+    assert 'not trained on: "The" " names" ":" " An" "n" "," " B" "ob" "."\n' in printed
+    assert 'trained on: " An" "n" "<|endoftext|>"\n' in printed
+
+
+def test_examples_that_are_too_long_are_left_out_and_counted(monkeypatch, capfd, files):
+    long = json.dumps({"prompt": "The names: " + "Ann, " * 60, "completion": " Ann"})
+    (files / "train.jsonl").write_text(f"{GOOD}\n{long}\n{GOOD}\n")
+    run(monkeypatch, *JOB.split(), "--steps", "1")
+    said = "train: 1 of the 3 examples in train.jsonl have more than 128 tokens and are left out; "
+    assert said + "the longest has 18" in capfd.readouterr().out
+    error = refused(monkeypatch, capfd, *JOB.split(), "--max-length", "5")
+    assert error.startswith("error: all of the 3 examples in train.jsonl have more than 5 tokens")
+
+
+def test_with_a_test_file_and_a_learning_rate_only_the_labels_are_announced(
+    monkeypatch, capfd, files
+):
     (files / "test.jsonl").write_text(GOOD)
     run(monkeypatch, *f"{JOB} --steps 1 --test test.jsonl --learning-rate 1e-3".split())
     printed, record = capfd.readouterr().out, json.loads((files / "out/record.json").read_text())
-    assert printed.count("\n") == 1
+    assert printed.startswith("the first example")
+    assert printed.count("\n") == 4
     assert "wrote out" in printed
     assert not {"split", "learning_rate_origin"} & set(record)
     assert [e["reference"] for e in record["examples"]] == [" Ann"]

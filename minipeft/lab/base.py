@@ -5,70 +5,157 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
-from minipeft import files
+from minipeft import files, pretrained
+from minipeft.base_model import context_length
 from minipeft.gpt import GPT
+from minipeft.lab import DATA, chat, real
 
 END = "<|endoftext|>"  # ends every document and every completion; also used as padding
 ADDED = ("content", "prepend")  # settings of a normalizer: text that it puts into every text
+NOT_CONFIG = ("_name_or_path", "transformers_version", "dtype", "architectures")
 WINDOW = 100  # tokens per window of held-out text, so that virtual tokens fit in front of it
 
 
 @dataclass
 class Base:
-    """A pretrained model's folder, opened."""
+    """A pretrained model, opened: our GPT, or any causal model of transformers (real.py)."""
 
-    folder: str
-    pretrained: GPT  # never trained itself: `model()` makes copies
+    folder: str  # or a GGUF file
+    pretrained: nn.Module  # not trained itself: `model()` makes copies, unless `given_away`
     tokenizer: Tokenizer
     end: int  # the id of the end-of-text token
     held_out: Tensor | None  # windows (n, t) of held-out pretraining text
+    template: str | None = None  # the chat template of the tokenizer
+    special_tokens: dict[str, str] = field(default_factory=dict)  # bos_token, …: for the template
+    hf_tokenizer: object | None = None  # the tokenizer as transformers knows it
+    given_away: bool = False  # `model()` returns the pretrained model itself: for a single use
 
     @property
     def name(self) -> str:
         return Path(self.folder).name
 
-    def model(self) -> GPT:
+    @property
+    def is_shipped(self) -> bool:
+        """Whether this is one of the bases that come with minipeft."""
+        return Path(self.folder).resolve().parent == (DATA / "base").resolve()
+
+    def model(self) -> nn.Module:
         """A fresh copy of the pretrained model."""
+        if self.given_away:
+            self._digest = self.digest()  # while it is as it was
+            return self.pretrained
         return copy.deepcopy(self.pretrained)
+
+    def new_model(self) -> nn.Module:
+        """A model of the same shape with random weights."""
+        return type(self.pretrained)(copy.deepcopy(self.pretrained.config))
 
     def digest(self) -> str:
         """A checksum of the weights and the config."""
-        found = hashlib.sha256(repr(self.pretrained.config).encode())
+        if self._digest is not None:
+            return self._digest
+        config = self.pretrained.config
+        settings = repr(config)
+        if hasattr(config, "to_dict"):  # where and by what it was saved does not matter
+            settings = str({k: v for k, v in config.to_dict().items() if k not in NOT_CONFIG})
+        found = hashlib.sha256(settings.encode())
         for name, tensor in self.pretrained.state_dict().items():
             found.update(name.encode())
-            found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            found.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return found.hexdigest()[:16]
 
+    def __post_init__(self):
+        self._digest = None
 
-def load_base(folder: str | Path) -> Base:
-    """Open a GPT-2 folder. A `held_out.txt` in it, or next to it, serves to measure forgetting."""
+
+def find(name: str | Path) -> Path:
+    """The folder or GGUF file of a base. A name on the Hugging Face Hub is downloaded."""
+    path = Path(name)
+    if str(name) == "smollm2" and not path.exists():
+        return real.smollm2()
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.parent.exists()
+    return pretrained.download(str(name)) if on_hub else path
+
+
+def load_base(name: str | Path, dtype: str = "float32") -> Base:
+    """Open a GPT-2 folder; or, with transformers, a folder or GGUF file of another causal model. A
+    name on the Hugging Face Hub does too. A `held_out.txt` in the folder, or next to it, serves to
+    measure forgetting.
+
+    dtype: of the weights of transformers' models; our GPT always has float32.
+    """
+    folder = find(name)
+    if real.is_for_transformers(folder):
+        return load_real(folder, dtype)
     tokenizer, model = load_tokenizer(folder), GPT.from_pretrained(folder)
+    check_vocabulary(tokenizer, model.config.vocab_size, folder)
+    end = model.config.eos_token_id = find_end(folder, tokenizer, model.config.eos_token_id)
+    special_tokens = {"bos_token": "", "eos_token": tokenizer.id_to_token(end)}
+    held_out = read_held_out(folder, tokenizer, model, end)
+    template = chat.find_template(folder)
+    return Base(str(folder), model, tokenizer, end, held_out, template, special_tokens)
+
+
+def load_model(name: str | Path) -> nn.Module:
+    """A base's model to look at: transformers' models without their weights, where possible."""
+    folder = find(name)
+    if folder.is_dir() and real.is_for_transformers(folder):
+        return real.empty(folder)
+    return load_base(folder).pretrained if folder.suffix == ".gguf" else GPT.from_pretrained(folder)
+
+
+def load_real(path: Path, dtype: str) -> Base:
+    """A model that transformers loads."""
+    if (path / "tokenizer.json").is_file():
+        load_tokenizer(path)  # raises for patterns that could take forever
+    model, hf_tokenizer = real.load(path, dtype)
+    tokenizer, end = hf_tokenizer.backend_tokenizer, hf_tokenizer.eos_token_id
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, path)
+    if end is None:
+        raise ValueError(f"the tokenizer of {path} has no eos_token: completions need an end")
+    held_out = read_held_out(path if path.is_dir() else path.parent, tokenizer, model, end)
+    template, special = hf_tokenizer.chat_template, hf_tokenizer.special_tokens_map
+    if isinstance(template, dict):  # several, each with a name
+        template = template.get("default")
+    special = {name: token for name, token in special.items() if isinstance(token, str)}
+    return Base(str(path), model, tokenizer, end, held_out, template, special, hf_tokenizer)
+
+
+def check_vocabulary(tokenizer: Tokenizer, size: int, folder: str | Path) -> None:
+    """Raises ValueError if a token has no embedding."""
     trial = tokenizer.encode("Some text").ids  # post-processing may add tokens of its own
     highest = max((*tokenizer.get_vocab().values(), *trial), default=0)
-    if highest >= model.config.vocab_size:
+    if highest >= size:
         raise ValueError(
             f"{folder}/tokenizer.json: there is a token with id {highest}, "
-            f"but the model has only {model.config.vocab_size} tokens"
+            f"but the model has only {size} tokens"
         )
-    end = model.config.eos_token_id = find_end(folder, tokenizer, model.config.eos_token_id)
+
+
+def read_held_out(folder: str | Path, tokenizer: Tokenizer, model: nn.Module, end: int):
+    """Windows of the `held_out.txt` in a folder or next to it; None if there is none."""
     texts = [path / "held_out.txt" for path in (Path(folder), Path(folder).resolve().parent)]
     text = next((text for text in texts if text.is_file()), None)
-    held_out = None
-    if text is not None:
-        documents = read_text(text, 16)
-        try:
-            encoded = [e.ids for e in tokenizer.encode_batch(documents)]
-            held_out = windows(encoded, min(WINDOW, model.config.n_positions), end)
-        except Exception as error:  # tokenizers raises plain Exception
-            raise ValueError(f"{text}: {files.one_line(error)}") from error
-    return Base(str(folder), model, tokenizer, end, held_out)
+    return None if text is None else read_windows(text, tokenizer, model, end)
+
+
+def read_windows(file: Path, tokenizer: Tokenizer, model: nn.Module, end: int) -> Tensor:
+    """A text file in windows of at most 100 tokens, (n, t)."""
+    documents = read_text(file, 16)
+    try:
+        encoded = [e.ids for e in tokenizer.encode_batch(documents)]
+        return windows(encoded, min(WINDOW, context_length(model)), end)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"{file}: {files.one_line(error)}") from error
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -155,6 +242,9 @@ def find_end(folder: str | Path, tokenizer: Tokenizer, eos: int | None) -> int:
 
 def copy_tokenizer(base: Base, folder: str | Path) -> None:
     """Copy a base's tokenizer, and what transformers reads next to it, to a model made from it."""
+    if base.hf_tokenizer is not None:
+        base.hf_tokenizer.save_pretrained(folder)
+        return
     tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     for name in (*tokenizer, "chat_template.jinja"):
         if (file := Path(base.folder) / name).is_file():

@@ -13,7 +13,16 @@ from pathlib import Path
 from minipeft import __version__
 from minipeft.grader.commands import add_parsers as commands_of_build
 from minipeft.lab import DATA
-from minipeft.lab.recipes import RATE, RECIPES, TARGETS, Bounds, Choice, RunConfig, swept_methods
+from minipeft.lab.recipes import (
+    RATE,
+    RECIPES,
+    TARGETS,
+    Bounds,
+    Choice,
+    RunConfig,
+    common_recipe,
+    swept_methods,
+)
 
 ONE_RUN = {  # fields of RunConfig that are options of `finetune`, but not of `compare` and `sweep`
     "learning_rate", "seed", "n_evaluations", "random_base", "shard", "output", "checkpoint_every",
@@ -23,18 +32,19 @@ NOT_WITH = {  # flags, and those that contradict them
     "--task": {"--train", "--validation", "--test"},
     "--full": {"--base", "--seeds", "--n-generate"},
     "--shard": {"--resume", "--checkpoint-every"},
+    "--prompt": {"--chat"},
 }
 ONLY_WITH = {  # flags, and the one that they need
     "--train": "--validation", "--validation": "--train", "--test": "--train",
-    "--decay-to": "--weight-decay",
+    "--decay-to": "--weight-decay", "--max-length": "--train",
 }  # fmt: skip
 INPUTS = ("base", "adapter", "train", "validation", "test", "text")
 WRITTEN = (  # what the commands write into their output folders
     "config.json", "model.safetensors", "generation_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "adapter_config.json", "adapter_model.safetensors", "checkpoint.safetensors", "log.csv",
-    "record.json", "compare.json", "compare.png", "ranks.png", "sweep.json", "sweep.png",
-    "memory.json", "memory.png",
+    "record.json", "minipeft.json", "compare.json", "compare.png", "ranks.png", "sweep.json",
+    "sweep.png", "memory.json", "memory.png",
 )  # fmt: skip
 SIZE, SEEDS = Bounds(int, 1, 1024), Bounds(int, 1, 1000)
 SHAPE = {  # of a GPT to pretrain: default, bounds, help
@@ -73,7 +83,8 @@ def check(args, given: set[str]) -> None:
         if flag in given and others & given:
             raise ValueError(f"{flag} cannot be used with {', '.join(sorted(others & given))}")
     for flag, other in ONLY_WITH.items():
-        if flag in given and other not in given:
+        exists = other.strip("-").replace("-", "_") in args  # in this command
+        if exists and flag in given and other not in given:
             raise ValueError(f"{flag} needs {other}")
     value = vars(args).get
     if "accumulation" in args:
@@ -83,6 +94,10 @@ def check(args, given: set[str]) -> None:
     methods = value("methods") if value("targets") else None
     if methods and not any(RECIPES[method].has_rank for method in methods):
         raise ValueError(f"--targets needs a method with a rank, got {', '.join(methods)}")
+    if "chat" in args and not (args.chat or args.prompt):
+        raise ValueError("give a --prompt to continue, or a --chat message to answer")
+    if {"test", "text"} <= vars(args).keys() and not (args.test or args.text):
+        raise ValueError("give --test examples, --text, or both")
     if value("shard") and os.environ.get("WORLD_SIZE", "1") == "1":
         raise ValueError("--shard needs several processes: start them with torchrun")
     if "learning_rates" in args and len(args.learning_rates) < 3:
@@ -157,15 +172,22 @@ def parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, parents=parents, help=help, description=help.capitalize())
 
     base = argparse.ArgumentParser(add_help=False)
-    add_option(base, "--base", str(DATA / "base" / "1m"), "a GPT-2 folder", metavar="FOLDER")
+    add_option(base, "--base", str(DATA / "base" / "1m"), "a GPT-2 folder; with transformers, a "
+               "folder or GGUF file of any causal model, or a name on the Hugging Face Hub",
+               metavar="FOLDER_OR_NAME")  # fmt: skip
+    add_option(base, "--dtype", "float32", "of the weights of a transformers model",
+               choices=("float32", "bfloat16"))  # fmt: skip
     any_base = argparse.ArgumentParser(add_help=False, parents=[base])
     add_option(any_base, "--4bit", False, "quantize the base first, as QLoRA does")
     job = argparse.ArgumentParser(add_help=False, parents=[base])
     add_option(job, "--task", None, "a shipped task; without it and --train, describe")
-    add_option(job, "--train", None, "your own task: JSONL of prompt, completion", metavar="FILE")
+    add_option(job, "--train", None, "your own task: JSONL of prompt and completion, or of "
+               "messages", metavar="FILE")  # fmt: skip
     add_option(job, "--validation", None, "its validation examples", metavar="FILE")
     add_option(job, "--test", None, "its test examples; without this file, every second validation "
                "example is kept for the test", metavar="FILE")  # fmt: skip
+    add_option(job, "--max-length", None, "leave out examples with more tokens; without it, those "
+               "that the context does not hold", Bounds(int, 2, 2**31).parse)  # fmt: skip
     common = {field.name for field in fields(RunConfig)} - ONE_RUN
     add_fields(job, common, steps=os.environ.get("MINIPEFT_STEPS") or 100)
     trainable = [method for method in RECIPES if method != "frozen"]
@@ -206,7 +228,9 @@ def parser() -> argparse.ArgumentParser:
 
     command = add_command("generate", "continue a prompt", any_base)
     add_option(command, "--adapter", None, "an adapter to add to the base", metavar="FOLDER")
-    add_option(command, "--prompt", None, "the text to continue", required=True)
+    add_option(command, "--prompt", None, "the text to continue")
+    add_option(command, "--chat", None, "a message to answer, in the base's chat template",
+               metavar="MESSAGE")  # fmt: skip
     add_option(command, "--max-new-tokens", 60, "tokens to generate at most",
                Bounds(int, 0, 1_000_000).parse)  # fmt: skip
     add_option(command, "--temperature", None, "sample; without it or with 0, greedy decoding",
@@ -214,6 +238,18 @@ def parser() -> argparse.ArgumentParser:
     add_option(command, "--top-k", None, "sample from the k most likely tokens",
                Bounds(int, 1, 1_000_000).parse)  # fmt: skip
     add_fields(command, {"seed", "device"})
+
+    command = add_command(
+        "evaluate", "loss, perplexity and answers of a base or an adapter", any_base
+    )
+    add_option(command, "--adapter", None, "an adapter to add to the base", metavar="FOLDER")
+    add_option(command, "--test", None, "examples: JSONL of prompt and completion, or of messages",
+               metavar="FILE")  # fmt: skip
+    add_option(command, "--text", None, "plain text, to measure what was forgotten: compare the "
+               "base's perplexity with the adapter's", metavar="FILE")  # fmt: skip
+    add_option(command, "--max-length", None, "leave out examples with more tokens",
+               Bounds(int, 2, 2**31).parse)  # fmt: skip
+    add_fields(command, {"n_generate", "device"})
 
     command = add_command("memory", "where the bytes go, by model shape and method")
     add_option(
@@ -223,6 +259,8 @@ def parser() -> argparse.ArgumentParser:
         "a list of shapes, or of config.json files; without it, all shapes",
         listed(text),
     )
+    add_option(command, "--base", None, "a model's folder, or its name on the Hub: one more shape",
+               metavar="FOLDER_OR_NAME")  # fmt: skip
     methods = ("full-8", "full", "full-16", "lora", "qlora")  # 8, 12 and 16 bytes per parameter
     add_option(command, "--methods", None, f"a list from {', '.join(methods)}; without it, all",
                listed(Choice(methods).parse))  # fmt: skip
@@ -249,23 +287,25 @@ def run_config(args, **changes) -> RunConfig:
     return RunConfig(**{k: v for k, v in vars(args).items() if k in names} | changes)
 
 
-def recipe_of(args):
+def recipe_of(args, recipes=RECIPES.get):
     """The recipe that --method, --size and --targets (or the first of --sizes) name."""
-    recipe = RECIPES[args.method]
+    recipe = recipes(args.method)
     sizes = args.sizes if "sizes" in args else args.size and [args.size]
     recipe = recipe.with_size(sizes[0]) if sizes else recipe
     places = vars(args).get("targets")
-    return recipe.placed(places) if places else recipe
+    return recipe.placed(places, same_size=False) if places else recipe
 
 
 def open_job(args):
-    """The base and the task that the options name."""
+    """The base and the task that the options name, and the recipes for this base, by method."""
     from minipeft.lab import base, tasks
 
-    opened = base.load_base(args.base)
+    opened = base.load_base(args.base, args.dtype)
+    recipes = RECIPES.get if opened.is_shipped else common_recipe
     if args.train:
-        return opened, tasks.load_files(opened, args.train, args.validation, args.test)
-    return opened, tasks.load_task(opened, args.task or "describe")
+        files = args.train, args.validation, args.test
+        return opened, tasks.load_files(opened, *files, args.max_length), recipes
+    return opened, tasks.load_task(opened, args.task or "describe"), recipes
 
 
 def compare(args) -> None:
@@ -273,11 +313,11 @@ def compare(args) -> None:
 
     if args.full:
         args.base, args.seeds, args.n_generate = str(DATA / "base" / "3m"), 3, 200
+    base, task, recipe_for = open_job(args)
     recipes = []
-    for recipe in (RECIPES[method] for method in args.methods):
+    for recipe in map(recipe_for, args.methods):
         places = (args.targets or []) if recipe.has_rank else []
         recipes += [recipe.placed(place) for place in places] or [recipe]
-    base, task = open_job(args)
     records = compare.compare(base, task, recipes, run_config(args, output=None), args.seeds)
     try:
         print(compare.show_examples(records))
@@ -297,8 +337,9 @@ def finetune(args) -> None:
             "checkpoint.safetensors"
         )
     args.device = parallel.start(args.device)
-    base, task = open_job(args)
-    record = finetune.finetune(base, task, recipe_of(args), run_config(args))
+    base, task, recipe_for = open_job(args)
+    base.given_away = True
+    record = finetune.finetune(base, task, recipe_of(args, recipe_for), run_config(args))
     text = json.dumps(record.to_json(), indent=1) + "\n"
     if parallel.rank() == 0:
         write_text(Path(args.output) / "record.json", text)
@@ -312,10 +353,10 @@ def sweep(args) -> None:
     results = Path(args.results or Path(args.output) / "sweep.json")
     results.parent.mkdir(parents=True, exist_ok=True)
     sweep.load(results)  # raises ValueError for a file of something else
-    base, task = open_job(args)
+    base, task, recipe_for = open_job(args)
     run = run_config(args, output=None)
     grid = sweep.Grid(args.learning_rates, args.sizes or [], args.seeds)
-    entries = sweep.sweep(base, task, RECIPES[args.method], run, grid)
+    entries = sweep.sweep(base, task, recipe_for(args.method), run, grid)
     try:
         print(sweep.table(entries))
     finally:
@@ -326,8 +367,11 @@ def sweep(args) -> None:
 
 def memory(args) -> None:
     from minipeft.lab import memory
+    from minipeft.lab.base import find
 
-    shapes, methods = args.shapes or list(memory.SHAPES), args.methods or list(memory.METHODS)
+    methods = args.methods or list(memory.METHODS)
+    shapes = [*(args.shapes or []), *([str(find(args.base))] if args.base else [])]
+    shapes = shapes or list(memory.SHAPES)
     settings = args.rank, args.batch_size, args.length, not args.no_checkpointing
     found, measured = memory.of(shapes, methods, *settings)
     try:
@@ -340,11 +384,11 @@ def memory(args) -> None:
 
 
 def targets(args) -> None:
-    from minipeft.gpt import GPT
+    from minipeft.lab.base import load_model
     from minipeft.lab.report import markdown_table
     from minipeft.targets import list_targets
 
-    rows = list_targets(GPT.from_pretrained(args.base))
+    rows = list_targets(load_model(args.base))
     lines = [[f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in rows]
     print(markdown_table(rows[0], lines))
 
@@ -368,29 +412,73 @@ def pretrain(args) -> None:
     print(f"last loss {training.losses[-1]:.3f}; wrote {args.output}")
 
 
-def open_model(args, device: str | None):
+def open_model(args, device: str | None, is_chat: bool | None = None):
     """The base, and its model on a device, quantized and adapted as the options say."""
     from minipeft import PeftModel, quantize_model
-    from minipeft.lab import base, train
+    from minipeft.lab import base, finetune, train
 
-    opened = base.load_base(args.base)
-    model = opened.pretrained.to(train.pick_device(device))
-    model = quantize_model(model) if vars(args)["4bit"] else model
+    picked, four = train.pick_device(device), vars(args)["4bit"]
+    opened = base.load_base(args.base, args.dtype)
+    if args.adapter:
+        folder, bits = Path(args.adapter), 4 if four else None
+        for warning in finetune.check_origin(folder, opened, bits, is_chat):
+            print(warning, file=sys.stderr)
+    model = opened.pretrained
+    model = (quantize_model(model) if four else model).to(picked)
     return opened, PeftModel.from_pretrained(model, args.adapter) if args.adapter else model
 
 
 def generate(args) -> None:
     import torch
 
+    from minipeft.lab import chat, evaluate
     from minipeft.lab.base import encode_prompt
 
-    base, model = open_model(args, args.device)
-    ids = torch.tensor([encode_prompt(base.tokenizer, args.prompt)], device=model.device)
+    base, model = open_model(args, args.device, args.chat is not None)
+    if args.chat:
+        messages = [{"role": "user", "content": args.chat}]
+        prompt = chat.render(base, messages, answer_follows=True)
+        ids = base.tokenizer.encode(prompt, add_special_tokens=False).ids
+    else:
+        ids = encode_prompt(base.tokenizer, args.prompt)
+    ids = torch.tensor([ids], device=model.device)
     sampling = {"max_new_tokens": args.max_new_tokens, "top_k": args.top_k}
     if args.temperature:
         torch.manual_seed(args.seed)
         sampling |= {"do_sample": True, "temperature": args.temperature}
-    print(base.tokenizer.decode(model.generate(ids, **sampling)[0].tolist()))
+    new = evaluate.continue_ids(model, base, ids, torch.ones_like(ids), **sampling)[0]
+    print(base.tokenizer.decode([*([] if args.chat else ids[0].tolist()), *new.tolist()]).strip())
+
+
+def evaluate(args) -> None:
+    import math
+
+    from minipeft.lab import evaluate, tasks
+    from minipeft.lab.base import context_length, read_windows
+
+    base, model = open_model(args, args.device)
+
+    def show(file: str, loss: float, what: str) -> None:
+        perplexity = math.exp(min(loss, 700))  # more would be no float
+        print(f"{file}: loss {loss:.3f}, perplexity {perplexity:.2f} ({what})")
+
+    if args.text:
+        rows = read_windows(Path(args.text), base.tokenizer, model, base.end)
+        show(args.text, evaluate.text_loss(model, rows), f"{rows.numel():,} tokens")
+    if not args.test:
+        return
+    limit = min(args.max_length or math.inf, context_length(model))
+    examples, left_out = tasks.fitting(tasks.load_jsonl(args.test, base), limit, args.test)
+    if left_out:
+        print(left_out)
+    loss = evaluate.task_loss(model, examples, base.end)["loss"]
+    show(args.test, loss, f"{len(examples)} examples")
+    shown = examples[: args.n_generate]
+    texts = evaluate.complete(model, base, shown)
+    print(f"exact match {tasks.exact_match(shown, texts):.3f} ({len(shown)} examples)")
+    for example, text in zip(shown[:3], texts, strict=False):
+        print(f"\nprompt     {example.prompt.strip()}\nreference  {example.completion.strip()}")
+        print(f"generated  {text.strip()}")
 
 
 def merge(args) -> None:

@@ -1,6 +1,5 @@
 """What is measured on a model: losses, completions, and bytes."""
 
-import os
 import statistics
 import tempfile
 import time
@@ -10,7 +9,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from minipeft.base_model import context_length
 from minipeft.lab import tasks
 from minipeft.lab.base import Base
 from minipeft.lab.tasks import Example
@@ -29,15 +30,22 @@ def evaluating(model: nn.Module):
         model.train(was_training)
 
 
+def rows_per_batch(model: nn.Module, length: int, most: int) -> int:
+    """How many rows of this length: at most 2^24 logits, which take 64 MB. With a vocabulary of
+    50,000 they need more memory than anything else."""
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", 1)
+    return max(1, min(most, 2**24 // (length * vocabulary)))
+
+
 def text_loss(model: nn.Module, rows: Tensor, batch_size: int = 32) -> float:
     """Mean loss per token on windows of plain text (n, t), in nats.
 
     Each window's tokens 1 … t - 1 are predicted, for every method: the first one is not, although
     a virtual token in front of it could.
     """
-    losses = []
+    losses, size = [], rows_per_batch(model, rows.shape[1], batch_size)
     with evaluating(model) as device:
-        for ids in rows.to(device).split(batch_size):
+        for ids in rows.to(device).split(size):
             logits = model(ids).logits[:, :-1].float()  # (b, t - 1, v)
             losses.append(F.cross_entropy(logits.mT, ids[:, 1:], reduction="none"))  # (b, t - 1)
     return torch.cat(losses).mean().item()
@@ -46,10 +54,11 @@ def text_loss(model: nn.Module, rows: Tensor, batch_size: int = 32) -> float:
 def task_loss(model: nn.Module, examples: list[Example], end: int, batch_size: int = 64) -> dict:
     """Mean loss per token of the completions: loss, and slot_loss and template_loss if there are
     slots."""
-    losses = []
+    longest = max(len(e.prompt_ids) + len(e.completion_ids) for e in examples)
+    losses, size = [], rows_per_batch(model, longest, batch_size)
     with evaluating(model) as device:
-        for i in range(0, len(examples), batch_size):
-            batch = tasks.collate(examples[i : i + batch_size], end, device)
+        for i in progress(range(0, len(examples), size), "loss"):
+            batch = tasks.collate(examples[i : i + size], end, device)
             labels = batch.pop("labels")[:, 1:]  # (b, t - 1)
             logits = model(**batch).logits[:, :-1].float()  # (b, t - 1, v)
             each = F.cross_entropy(logits.mT, labels, reduction="none")  # (b, t - 1)
@@ -67,14 +76,28 @@ def complete(model: nn.Module, base: Base, examples: list[Example], batch_size: 
     texts = []
     longest = max(len(e.completion_ids) for e in examples) + 8
     with evaluating(model) as device:
-        for i in range(0, len(examples), batch_size):
+        for i in progress(range(0, len(examples), batch_size), "completions"):
             prompts = [e.prompt_ids for e in examples[i : i + batch_size]]
             ids, mask = tasks.pad_left(prompts, base.end, device)
-            room = model.config.n_positions - virtual_tokens(model) - ids.shape[1]
-            limit = min(longest, room)
-            out = model.generate(ids, mask, max_new_tokens=limit, eos_token_id=base.end)
-            texts += base.tokenizer.decode_batch(out[:, ids.shape[1] :].tolist())
+            room = context_length(model) - virtual_tokens(model) - ids.shape[1]
+            new = continue_ids(model, base, ids, mask, max_new_tokens=min(longest, room))
+            texts += base.tokenizer.decode_batch(new.tolist())
     return texts
+
+
+def continue_ids(model: nn.Module, base: Base, ids: Tensor, mask: Tensor, **options) -> Tensor:
+    """The tokens with which a model continues prompts (b, t), until the base's end token."""
+    if base.hf_tokenizer is not None:  # else transformers takes what generation_config.json says
+        options = {"do_sample": False, "pad_token_id": base.end} | options
+        for name in ("temperature", "top_k", "top_p") if not options["do_sample"] else ():
+            options[name] = None
+    out = model.generate(input_ids=ids, attention_mask=mask, eos_token_id=base.end, **options)
+    return out[:, ids.shape[1] :]
+
+
+def progress(items, title: str):
+    """A progress bar, once something has taken three seconds."""
+    return tqdm(items, title, delay=3, leave=False)
 
 
 def virtual_tokens(model: nn.Module) -> int:
@@ -108,11 +131,14 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 
 
-def disk_bytes(model: nn.Module) -> int:
-    """Bytes of the weights that a task needs on disk: an adapter's, or the whole model's."""
+def disk_bytes(model: nn.Module, saved: str | None = None) -> int:
+    """Bytes of the weights that a task needs on disk: an adapter's, or the whole model's. saved:
+    the folder that it is saved in already, if it is."""
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return sum(os.path.getsize(file) for file in Path(folder).rglob("*.safetensors"))
+        if saved is None:
+            model.save_pretrained(folder)
+        files = Path(saved or folder).rglob("*.safetensors")
+        return sum(f.stat().st_size for f in files if f.name != "checkpoint.safetensors")
 
 
 def checkpoint_gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict:

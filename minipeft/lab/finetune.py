@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,24 +14,25 @@ import torch
 from torch import nn
 
 from minipeft import get_peft_model, quantize_model
-from minipeft.base_model import count_parameters
-from minipeft.files import MEBIBYTE, read_text, write_text
-from minipeft.gpt import GPT
+from minipeft.base_model import context_length, count_parameters
+from minipeft.files import MEBIBYTE, has_type, read_json, read_text, show, write_text
 from minipeft.lab import evaluate, parallel, tasks
 from minipeft.lab.base import Base, copy_tokenizer
+from minipeft.lab.chat import PLAIN
 from minipeft.lab.checkpoint import Checkpoint, locked
-from minipeft.lab.recipes import TARGETS, Recipe, RunConfig, swept_learning_rate
+from minipeft.lab.recipes import COMMON_WARMUP, Recipe, RunConfig, default_learning_rate
 from minipeft.lab.tasks import Example, Task
 from minipeft.lab.train import pick_device, train
 from minipeft.methods.qlora import bits_per_weight
 from minipeft.peft_model import PeftModel
-from minipeft.targets import find_targets
+from minipeft.targets import find_targets, layers_at
 
 # Fields of RunConfig that may differ between a stopped run and the run that resumes it.
 NOT_IDENTITY = {
     "n_generate", "n_evaluations", "gradient_checkpointing", "device", "output", "checkpoint_every",
     "resume", "quiet",
 }  # fmt: skip
+ORIGIN = "minipeft.json"  # says what an adapter was trained on
 LOGGED = (
     "step", "loss", "learning_rate", "seconds",
     "validation_loss", "validation_slot_loss", "validation_template_loss",
@@ -93,13 +95,16 @@ class Record:
 def build_model(base: Base, recipe: Recipe, run: RunConfig) -> nn.Module:
     """A model ready to be trained: all of it, nothing of it, or an adapter on it."""
     torch.manual_seed(run.seed)
-    model = GPT(base.pretrained.config) if run.random_base else base.model()
+    model = base.new_model() if run.random_base else base.model()
     if recipe.bits is not None:
         quantize_model(model, recipe.bits)
     if recipe.config is None:
+        if recipe.method == "full" and any(p.dtype == torch.bfloat16 for p in model.parameters()):
+            raise ValueError("bfloat16 weights lose small updates: full needs --dtype float32")
         return model.requires_grad_(recipe.method == "full")
-    size, targets = recipe.size, TARGETS.get(recipe.targets, recipe.targets)
-    if targets is not None:  # the rank at which they have as many parameters as on all layers
+    size, place = recipe.size, recipe.targets or recipe.place
+    targets = None if place is None else layers_at(model, place)
+    if recipe.same_size:
         everywhere, here = (rank_1_parameters(model, t) for t in ("all-linear", targets))
         size = round(size * everywhere / here)
     config = recipe.config(size, run.steps)
@@ -108,7 +113,7 @@ def build_model(base: Base, recipe: Recipe, run: RunConfig) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def rank_1_parameters(model: nn.Module, targets: str) -> int:
+def rank_1_parameters(model: nn.Module, targets: list[str] | str) -> int:
     """Parameters of adapters of rank 1 on these layers."""
     layers = find_targets(model, targets).values()
     return sum(layer.in_features + layer.out_features for layer in layers)
@@ -122,7 +127,7 @@ def check_lengths(model: nn.Module, base: Base, task: Task) -> None:
     if base.held_out is not None:
         lengths.append(base.held_out.shape[1])
     longest = max(lengths)
-    virtual, limit = evaluate.virtual_tokens(model), model.config.n_positions
+    virtual, limit = evaluate.virtual_tokens(model), context_length(model)
     if longest + virtual > limit:
         raise ValueError(
             f"{longest} tokens of text and {virtual} virtual tokens exceed the context of "
@@ -147,13 +152,19 @@ def finetune(base: Base, task: Task, recipe: Recipe, run: RunConfig) -> Record:
     model = parallel.shard(model, recipe.method) if run.shard else model.to(pick_device(run.device))
     trains, origin = recipe.method != "frozen", None
     if run.learning_rate is None and trains:
-        rate, origin = swept_learning_rate(recipe, run, base.name, task.name, len(task.train))
+        known = base.name if base.is_shipped else None
+        rate, origin = default_learning_rate(recipe, run, known, task.name, len(task.train))
         run = replace(run, learning_rate=rate)
+    if run.warmup is None and not base.is_shipped:
+        run = replace(run, warmup=max(1, math.ceil(COMMON_WARMUP * run.steps)))
     if not run.quiet and parallel.rank() == 0:
         if origin:
-            print(f"{recipe.method}: learning rate {run.learning_rate:g}, {origin}")
-        if task.split:
-            print(f"{task.name}: {task.split}")
+            print(f"{recipe.method}: learning rate {run.learning_rate:g} ({origin})")
+        for said in [task.split, *task.left_out]:
+            if said:
+                print(f"{task.name}: {said}")
+        if task.own and trains:
+            print(f"the first example, token by token\n{tasks.show_labels(task.train[0], base)}")
     trainable, parameters = count_parameters(model)
     record = Record(
         method=recipe.method, size=recipe.size, targets=recipe.targets,
@@ -226,11 +237,48 @@ def train_and_save(
     with parallel.gathered(model):
         if run.output is not None and parallel.rank() == 0:  # before anything else can fail
             model.save_pretrained(run.output)
-            if not has_adapter:
+            if has_adapter:
+                write_origin(Path(run.output), base, recipe.bits, task.train[0].is_chat)
+            else:
                 copy_tokenizer(base, run.output)
-        record.disk_bytes = evaluate.disk_bytes(model)
+        record.disk_bytes = evaluate.disk_bytes(model, run.output)
     if checkpoint is not None:
         checkpoint.file.unlink(missing_ok=True)
+
+
+def write_origin(folder: Path, base: Base, bits: int | None, is_chat: bool) -> None:
+    """Write next to an adapter what it was trained on: see `check_origin`."""
+    template = (base.template or PLAIN) if is_chat else None
+    name = str(getattr(base.pretrained, "name_or_path", base.folder))
+    found = {"base": name, "checksum": base.digest(), "bits": bits, "chat_template": template}
+    write_text(folder / ORIGIN, json.dumps(found, indent=2) + "\n")
+
+
+def check_origin(folder: Path, base: Base, bits: int | None, is_chat: bool | None) -> list[str]:
+    """In what an adapter is used otherwise than it was trained, as sentences; empty if in nothing,
+    or if the adapter's folder does not say. is_chat: None if it does not matter.
+
+    Raises ValueError for a damaged file.
+    """
+    file = folder / ORIGIN
+    if not file.is_file():
+        return []
+    found, said = read_json(file), []
+    kinds = {"base": str, "checksum": str, "bits": int | None, "chat_template": str | None}
+    for name, kind in kinds.items():
+        if name not in found or not has_type(found[name], kind):
+            raise ValueError(f"{file}: {name} must be there, got {show(found.get(name))}")
+    if found["checksum"] != base.digest():
+        said.append(f"it was trained on another base: {show(found['base'])}")
+    if found["bits"] != bits:
+        names = {None: "that was not quantized", 4: "in 4 bits (--4bit)"}
+        other = names.get(found["bits"], f"in {found['bits']} bits")
+        said.append(f"it was trained on a base {other}")
+    if is_chat is not None and is_chat != (found["chat_template"] is not None):
+        said.append(f"it was {'not ' * is_chat}trained on chats{'' if is_chat else ' (--chat)'}")
+    elif is_chat and found["chat_template"] != (base.template or PLAIN):
+        said.append("it was trained with another chat template")
+    return [f"warning: the adapter in {folder} is used in another way: {each}" for each in said]
 
 
 def validate(record: Record, model: nn.Module, base: Base, task: Task, step: int) -> dict:

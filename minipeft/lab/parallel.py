@@ -97,7 +97,8 @@ def shard(model: nn.Module, method: str) -> nn.Module:
         )
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for block in base.transformer.h:
+    blocks = max((m for m in base.modules() if isinstance(m, nn.ModuleList)), key=len)
+    for block in blocks:
         fully_shard(block)
     fully_shard(base)
     return model

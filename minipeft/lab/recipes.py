@@ -13,12 +13,7 @@ import minipeft
 from minipeft.lab import DATA
 
 SWEEPS = DATA / "results" / "sweep.json"
-# Where weight methods put their adapters, by GPT-2's names.
-TARGETS = {
-    "attention": r".*\.attn\.c_(attn|proj)",
-    "mlp": r".*\.mlp\.c_(fc|proj)",
-    "all-linear": "all-linear",
-}
+TARGETS = ("attention", "mlp", "all-linear")  # where weight methods put their adapters
 
 
 @dataclass(frozen=True)
@@ -29,7 +24,9 @@ class Recipe:
     config: Callable | None = None  # (size, steps) -> the method's config; None: no adapter
     size: int | None = None  # rank, width, or number of virtual tokens
     has_rank: bool = False  # the size is a rank, so that adapters can be placed on some layers only
-    targets: str | None = None  # where to place them: a key of TARGETS, or a regular expression
+    place: str | None = None  # where the method itself puts its adapters: see targets.layers_at
+    targets: str | None = None  # another place, or a regular expression
+    same_size: bool = False  # with as many parameters as on all linear layers: another rank
     bits: int | None = None  # quantize the base first
     optimizer: Callable | None = None  # (groups, lr=…, betas=…) -> optimizer; None: AdamW
 
@@ -38,11 +35,12 @@ class Recipe:
             raise ValueError(f"{self.method} has no size, got {size}")
         return replace(self, size=size)
 
-    def placed(self, targets: str) -> "Recipe":
-        """With adapters on some layers only, and as many parameters as on all of them."""
+    def placed(self, targets: str, same_size: bool = True) -> "Recipe":
+        """With adapters on some layers only. `same_size`: with the rank at which they have as many
+        parameters as on all of them."""
         if not self.has_rank:
             raise ValueError(f"{self.method} has no rank, so its layers cannot be chosen")
-        return replace(self, targets=targets)
+        return replace(self, targets=targets, same_size=same_size)
 
 
 def _adalora(r: int, steps: int):
@@ -64,7 +62,6 @@ def _paged_adamw(groups, **options):
 
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
-ENDS = ["attn.c_proj", "mlp.c_proj"]  # the layers that end attention and MLP
 RECIPES = {
     recipe.method: recipe
     for recipe in (
@@ -77,9 +74,28 @@ RECIPES = {
         Recipe("prefix_tuning", lambda p, _: minipeft.PrefixTuningConfig(p, **CAUSAL), 20),
         Recipe("qlora", _lora, 8, has_rank=True, bits=4, optimizer=_paged_adamw),
         Recipe("bitfit", lambda *_: minipeft.BitFitConfig(**CAUSAL)),
-        Recipe("bottleneck", lambda r, _: minipeft.BottleneckConfig(ENDS, r, **CAUSAL), 16),
+        Recipe(
+            "bottleneck",
+            lambda r, _: minipeft.BottleneckConfig("all-linear", r, **CAUSAL),
+            16,
+            place="ends",
+        ),
     )
 }
+# For bases without a sweep: learning rate, and size. lessons/HYPERPARAMETERS.md has the sources.
+COMMON = {
+    "full": (2e-5, None), "lora": (2e-4, 16), "qlora": (2e-4, 16), "adalora": (1e-3, 16),
+    "prompt_tuning": (3e-2, 20), "p_tuning": (1e-3, 20), "prefix_tuning": (1e-2, 20),
+    "bitfit": (1e-3, None), "bottleneck": (3e-4, 64),
+}  # fmt: skip
+COMMON_WARMUP = 0.03  # of the steps
+
+
+def common_recipe(method: str) -> Recipe:
+    """A method's recipe with the size that is common for real models, and a pager for them."""
+    recipe = RECIPES[method]
+    recipe = replace(recipe, size=COMMON.get(method, (None, recipe.size))[1])
+    return replace(recipe, optimizer=minipeft.PagedAdamW) if method == "qlora" else recipe
 
 
 class Values:
@@ -210,6 +226,18 @@ def swept_methods() -> list[str]:
     """The methods that `compare` can run: those with a swept learning rate, and the frozen base."""
     found = {"frozen"} | {entry["method"] for entry in load_sweeps()}
     return [method for method in RECIPES if method in found]
+
+
+def default_learning_rate(
+    recipe: Recipe, run: RunConfig, base: str | None, task: str, n_train: int
+) -> tuple[float, str | None]:
+    """The learning rate for a run that names none, and where it comes from, if that is not a sweep
+    on this base and task. base: the name of a shipped base, or None for any other."""
+    if base is not None:
+        return swept_learning_rate(recipe, run, base, task, n_train)
+    if recipe.method not in COMMON:
+        raise ValueError(f"there is no common learning rate for {recipe.method!r}: set one")
+    return COMMON[recipe.method][0], "common for real models, no sweep of this base is known"
 
 
 def swept_learning_rate(
