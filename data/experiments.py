@@ -261,7 +261,7 @@ def measure(setting: Setting) -> dict:
     row |= results(model) | changes(original, model)
     if setting.scaled and row["intruders"]:
         plain = model.merge_and_unload() if isinstance(model, PeftModel) else model
-        row["scaled"] = [
+        row["scalings"] = [
             {"which": which, "factor": factor, **results(scaled(base, plain, which, factor))}
             for which, factor in product(("intruders", "others"), FACTORS)
         ]

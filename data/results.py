@@ -282,7 +282,7 @@ The operating points with any weight decay:
 
 def intruders_table() -> str:
     """A line per method and decay: intruders, and what happens when they are scaled down."""
-    rows = [row for row in load("intruders") if row.get("scaled")]
+    rows = [row for row in load("intruders") if row.get("scalings")]
     lines = []
     for (method, rate, decay), group in groupby(
         sorted(rows, key=lambda r: (order(r), r["learning_rate"], r["decay"])),
@@ -292,7 +292,7 @@ def intruders_table() -> str:
 
         def change(which: str, key: str, runs=runs) -> str:
             values = [
-                entry[key] - run[key] for run in runs for entry in run["scaled"]
+                entry[key] - run[key] for run in runs for entry in run["scalings"]
                 if (entry["which"], entry["factor"]) == (which, 0.5)
             ]  # fmt: skip
             return f"{statistics.mean(values):+.2f}"

@@ -21,6 +21,8 @@ PLACES = {  # parts of the name of a block's module in GPT-2, Llama, Mistral, Qw
     "attention": ("attn", "attention"),
     "mlp": ("mlp", "feed_forward", "ffn"),
 }  # fmt: skip
+# Names of the layers that end an attention or an MLP
+ENDS = ("c_proj", "o_proj", "out_proj", "dense", "down_proj", "fc2", "dense_4h_to_h")
 # In eval mode, these read the weights of the layers inside them without calling the layers.
 FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -152,14 +154,13 @@ def layers_at(model: nn.Module, place: str) -> list[str] | str:
     """
     if place not in (*PLACES, "ends"):
         return place
-    wanted = tuple(PLACES) if place == "ends" else (place,)
-    kinds: dict[str, list[str]] = {}  # by parent: endings of names, in the model's order
-    for name in find_targets(model, "all-linear"):
-        ending = ".".join(name.split(".")[-2:])
-        mine = kinds.setdefault(ending.split(".")[0], [])
-        if place_of(name) in wanted and ending not in mine:
-            mine.append(ending)
-    found = [e for mine in kinds.values() for e in (mine[-1:] if place == "ends" else mine)]
+    endings = [".".join(n.split(".")[-2:]) for n in find_targets(model, "all-linear")]
+    found = [
+        ending
+        for ending in dict.fromkeys(endings)
+        if place == place_of(ending)
+        or (place == "ends" and place_of(ending) != "other" and ending.split(".")[1] in ENDS)
+    ]
     if not found:
         raise ValueError(f"this model has no linear layers that are known to be {place}")
     return found

@@ -359,6 +359,7 @@ def test_list_targets_counts_layers_and_parameters_by_name(gpt):
     assert list(rows) == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     assert rows["mlp.c_fc"] == {
         "name": "mlp.c_fc",
+        "place": "mlp",
         "count": 2,
         "in": 24,
         "out": 96,

@@ -84,7 +84,7 @@ RECIPES = {
 }
 # For bases without a sweep: learning rate, and size. lessons/HYPERPARAMETERS.md has the sources.
 COMMON = {
-    "full": (2e-5, None), "lora": (2e-4, 16), "qlora": (2e-4, 16), "adalora": (1e-3, 16),
+    "full": (2e-5, None), "lora": (2e-4, 16), "qlora": (2e-4, 16), "adalora": (1e-3, 8),
     "prompt_tuning": (3e-2, 20), "p_tuning": (1e-3, 20), "prefix_tuning": (1e-2, 20),
     "bitfit": (1e-3, None), "bottleneck": (3e-4, 64),
 }  # fmt: skip
