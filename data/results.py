@@ -6,7 +6,7 @@ python -m data.results  # a few seconds
 import statistics
 import textwrap
 from collections import Counter
-from itertools import groupby, product
+from itertools import product
 
 from matplotlib.figure import Figure
 
@@ -14,7 +14,7 @@ from minipeft.files import write_text
 from minipeft.lab import report
 
 from .choosing import edges, equal_score, operating_points, points
-from .experiments import RESULTS, load
+from .experiments import RESULTS, TRIALS, load
 
 PAGE = RESULTS.parent / "RESULTS.md"
 SCORES = (0.8, 0.9, 0.95)  # at which methods are compared
@@ -280,33 +280,76 @@ The operating points with any weight decay:
 # --- intruder dimensions ---
 
 
+def scaled_runs() -> dict[tuple, list[dict]]:
+    """The runs that have intruders, by method, learning rate and decay."""
+    groups: dict[tuple, list[dict]] = {}
+    rows = [row for row in load("intruders") if row.get("scalings")]
+    for row in sorted(rows, key=lambda r: (order(r), r["learning_rate"], r["decay"])):
+        groups.setdefault((row["method"], row["learning_rate"], row["decay"]), []).append(row)
+    return groups
+
+
+def change(runs: list[dict], which: str, key: str) -> float:
+    """By how much a value changes if the singular values of these directions are halved."""
+    return statistics.mean(
+        entry[key] - run[key] for run in runs for entry in run["scalings"]
+        if (entry["which"], entry["factor"]) == (which, 0.5)
+    )  # fmt: skip
+
+
 def intruders_table() -> str:
     """A line per method and decay: intruders, and what happens when they are scaled down."""
-    rows = [row for row in load("intruders") if row.get("scalings")]
     lines = []
-    for (method, rate, decay), group in groupby(
-        sorted(rows, key=lambda r: (order(r), r["learning_rate"], r["decay"])),
-        lambda r: (r["method"], r["learning_rate"], r["decay"]),
-    ):
-        runs = list(group)
-
-        def change(which: str, key: str, runs=runs) -> str:
-            values = [
-                entry[key] - run[key] for run in runs for entry in run["scalings"]
-                if (entry["which"], entry["factor"]) == (which, 0.5)
-            ]  # fmt: skip
-            return f"{statistics.mean(values):+.2f}"
-
+    for (method, rate, decay), runs in scaled_runs().items():
         mean = {n: statistics.mean(run[n] for run in runs) for n in ("intruders", "forgetting")}
+        changes = [
+            f"{change(runs, which, key):+.2f}"
+            for key, which in product(("forgetting", "score"), ("intruders", "others"))
+        ]
         lines.append([
             NAMES[method], f"{rate:g}", f"{decay:g}", len(runs), f"{mean['intruders']:.1f}",
-            f"{mean['forgetting']:+.2f}", change("intruders", "forgetting"),
-            change("others", "forgetting"), change("intruders", "score"),
-            change("others", "score"),
+            f"{mean['forgetting']:+.2f}", *changes,
         ])  # fmt: skip
-    head = ["method", "η", "ηλ", "runs", "intruders", "forgetting", "change: intruders halved",
-            "others halved", "score: intruders halved", "others halved"]  # fmt: skip
+    head = ["method", "η", "ηλ", "runs", "intruders", "forgetting",
+            "change: intruders halved", "others halved",
+            "score, change: intruders halved", "others halved"]  # fmt: skip
     return report.markdown_table(head, lines)
+
+
+def intruders_figure() -> Figure:
+    """The change of forgetting and of the score, if intruders or as many others are halved."""
+    groups = {k: runs for k, runs in scaled_runs().items() if len(runs) == len(TRIALS)}
+    labels = [f"{NAMES[method]}, η {rate:g}, ηλ {decay:g}" for method, rate, decay in groups]
+    figure, axes = report.panels(12, 4.2, 1, 2)
+    for axis, (key, title) in zip(
+        axes, (("forgetting", "forgetting (nats per token)"), ("score", "score")), strict=True
+    ):
+        for shift, which, color in ((-0.2, "intruders", "#b2653f"), (0.2, "others", "#b9b9b9")):
+            values = [change(runs, which, key) for runs in groups.values()]
+            where = [i + shift for i in range(len(values))]
+            axis.barh(where, values, 0.4, color=color, label=f"{which} halved")
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set(xlabel=f"change of {title}", yticks=range(len(labels)), yticklabels=labels)
+        axis.invert_yaxis()
+    axes[1].set_yticklabels([])
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def what_intruders_do() -> str:
+    groups = scaled_runs()
+    plain, decayed = groups["lora", 0.01, 0.0], groups["lora", 0.04, 0.08]
+    count, few = (statistics.mean(run["intruders"] for run in runs) for runs in (plain, decayed))
+    return (
+        f"LoRA without decay has {count:.0f} intruder dimensions. Halving them changes its "
+        f"forgetting by {change(plain, 'intruders', 'forgetting'):+.2f} nats, while halving as "
+        f"many others changes it by {change(plain, 'others', 'forgetting'):+.2f}: so they do carry "
+        "a part of the forgetting, as the paper says. But here they also carry what was learned: "
+        f"the score changes by {change(plain, 'intruders', 'score'):+.2f}. With decay, LoRA has "
+        f"{few:.1f} of them, and halving these changes its forgetting by "
+        f"{change(decayed, 'intruders', 'forgetting'):+.2f}: what it still forgets is not in its "
+        "intruder dimensions. Decay is the better cure: it lowers forgetting and keeps the score."
+    )
 
 
 def intruders() -> str:
@@ -317,10 +360,16 @@ def intruders() -> str:
 ## Intruder dimensions
 
 The runs above that were chosen, trained again with the same seeds. Then the singular values of all
-intruder dimensions are halved, and as a control those of as many other directions among the first
-ten of the same layers. Runs without intruders are left out.
+intruder dimensions ([PROTOCOL.md](PROTOCOL.md) has the definition) are halved, and as a control
+those of as many other directions among the first ten of the same layers. Means over the runs; runs
+without intruders are left out.
+
+![Changes of forgetting and score by method](results/intruders.png)
 
 {intruders_table()}
+
+{textwrap.fill(what_intruders_do(), 100, break_on_hyphens=False)}
+<!-- claim: intruders-scaled -->
 """
 
 
@@ -380,13 +429,14 @@ In the literature, LoRA learns less and forgets less than full fine-tuning
 decay and without. They differ from that paper in almost everything (size, data, 100 steps, r = 8,
 the comparison at equal score), so they do not refute it. LoRA also forgets more if it has more
 intruder dimensions ([arXiv 2410.21228](https://arxiv.org/abs/2410.21228)). In the first table,
-settings that forget little have few intruders, but also small updates. The two go together, so
-these runs do not show which one matters.
+settings that forget little have few intruders, but also small updates. The two go together; the
+section on intruder dimensions below takes them apart.
 {finals(found)}{intruders()}"""
 
 
 if __name__ == "__main__":
     figure = forgetting_figure(points(load("forgetting")))
     report.save_figure(figure, RESULTS / "forgetting.png", dpi=80)
+    report.save_figure(intruders_figure(), RESULTS / "intruders.png", dpi=80)
     write_text(PAGE, page())
     print(f"wrote {PAGE} and its figures")

@@ -271,6 +271,17 @@ def test_in_the_finals_weight_decay_leaves_little_of_the_differences_in_forgetti
         assert 0 < low[method, 1] < high[method, 1] <= 0.1
 
 
+def test_halving_intruders_lowers_forgetting_and_the_score_and_halving_others_does_not():
+    groups = results.scaled_runs()
+    for run in groups["lora", 0.01, 0.0]:
+        assert results.change([run], "intruders", "forgetting") < -0.3
+        assert results.change([run], "others", "forgetting") > 0.3
+        assert results.change([run], "intruders", "score") < -0.2
+    for run in groups["lora", 0.04, 0.08]:
+        assert abs(results.change([run], "intruders", "forgetting")) < 0.05
+        assert run["forgetting"] > 0.15
+
+
 def test_the_least_forgetting_at_a_score_is_none_where_no_setting_reaches_it():
     found = choosing.points(
         [row(0.1, 0, 0.9, 3.0), row(0.1, 0.01, 0.9, 1.0), row(0.2, 0, 0.8, 0.1)]
