@@ -295,7 +295,8 @@ def changes(base: nn.Module, model: nn.Module) -> dict:
     for name, layer in find_targets(base, "all-linear").items():
         after = model.get_submodule(name).weight
         updates.append((after - layer.weight).flatten())
-        found += int(intruders(layer.weight, after).sum())
+        if not torch.equal(after, layer.weight):  # else there are none, and SVDs are slow
+            found += int(intruders(layer.weight, after).sum())
     return {"update_norm": torch.cat(updates).norm().item(), "intruders": found}
 
 

@@ -27,3 +27,19 @@ def test_the_computed_activations_are_a_lower_bound_for_a_llama_in_bfloat16(meth
     shape = memory.Shape(4, 512, 8, 4096, mlp=1376, keys=512)
     computed = memory.activations(shape, method, 8, ids.numel(), checkpointing=False)
     assert kept / computed == pytest.approx(ratio, abs=0.04), "docstrings and README say this ratio"
+
+
+@pytest.mark.parametrize(
+    "family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma", "Gemma2"]
+)
+def test_the_parameters_of_a_family_are_counted_from_its_config(family, tmp_path):
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=512, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, vocab_size=4096, head_dim=64, pad_token_id=0,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    counted = sum(p.numel() for p in model.parameters())
+    missed = 1e-3 if family in ("Gemma2", "Qwen3") else 0
+    assert memory.read_shape(tmp_path).parameters == pytest.approx(counted, rel=missed)

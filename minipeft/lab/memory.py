@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from minipeft.files import has_type, read_json, show, write_text
-from minipeft.lab import DATA, report
+from minipeft.lab import DATA, real, report
 from minipeft.lab.base import Base, load_base
 from minipeft.lab.evaluate import activation_bytes, weight_bytes
 from minipeft.lab.finetune import build_model
@@ -41,7 +41,11 @@ FULL = {"full-8": (2, 2, 4), "full": (2, 2, 8), "full-16": (6, 2, 8)}  # weights
 MEASURED = ("full", "lora", "qlora")  # on our own bases
 METHODS = (*FULL, "lora", "qlora")
 LABELS = {"full-8": "full, 8 bytes", "full": "full, 12 bytes", "full-16": "full, 16 bytes"}
-LLAMAS = ("llama", "mistral", "qwen2")  # model types with a gated MLP and no other surprises
+# Model types with a gated MLP; whether the head is the embedding if the config does not say
+LLAMAS = {
+    "llama": False, "mistral": False, "qwen2": False, "qwen3": False, "smollm3": True,
+    "phi3": False, "gemma": True, "gemma2": True, "gemma3_text": True,
+}  # fmt: skip
 MEASURED_TOKENS = 2**14  # in a step on one of our own bases: up to 2 GB
 Found = dict[str, dict[str, dict[str, int]]]  # by shape, method and part: bytes
 
@@ -110,13 +114,14 @@ SHAPES = {
 
 
 def read_shape(path: str | Path) -> Shape:
-    """The shape in a model's `config.json`, or in that file of a folder.
+    """The shape in a model's `config.json`, in that file of a folder, or in a GGUF file.
 
-    Raises ValueError for another model type than gpt2, llama, mistral and qwen2, and for a size
-    that is missing or not positive.
+    Raises ValueError for a model type other than gpt2 and those in LLAMAS, and for a size that is
+    missing or not positive. The norms of some families (Gemma 2, Qwen3) are not all counted: less
+    than 0.1 % of their parameters.
     """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-    config = read_json(file)
+    config = real.config_of(file) if file.suffix == ".gguf" else read_json(file)
     kind = config.get("model_type")
 
     def size(name: str, default: int | None = None) -> int:
@@ -138,7 +143,7 @@ def read_shape(path: str | Path) -> Shape:
     return Shape(
         size("num_hidden_layers"), width, heads, size("vocab_size"), mlp=size("intermediate_size"),
         keys=head * size("num_key_value_heads", heads), queries=head * heads,
-        bias=kind == "qwen2", tied=config.get("tie_word_embeddings") is True,
+        bias=kind == "qwen2", tied=config.get("tie_word_embeddings", LLAMAS[kind]) is True,
     )  # fmt: skip
 
 

@@ -96,3 +96,12 @@ def empty(path: Path) -> nn.Module:
             return library.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"transformers cannot read {path}: {files.one_line(error)}") from error
+
+
+def config_of(path: Path) -> dict:
+    """The settings in a model's folder or GGUF file, as transformers reads them."""
+    library, arguments = transformers(), source(path)
+    try:
+        return library.AutoConfig.from_pretrained(**arguments).to_dict()
+    except Exception as error:
+        raise ValueError(f"transformers cannot read {path}: {files.one_line(error)}") from error
