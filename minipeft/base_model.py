@@ -67,9 +67,17 @@ def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing
     for layer in quantized_layers(model).values():
         layer.dtype = torch.float32  # of the weight that it dequantizes to
     if use_gradient_checkpointing:
-        newer = getattr(model, "activation_checkpointing_enable", None)  # transformers' new name
-        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        checkpoint_activations(model)
     return model
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Turn gradient checkpointing on, without reentrant autograd."""
+    newer = getattr(model, "activation_checkpointing_enable", None)  # transformers' new name
+    if newer is not None:
+        newer({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable()
 
 
 def context_length(model: nn.Module) -> int:

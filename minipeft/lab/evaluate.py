@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minipeft.base_model import context_length
+from minipeft.base_model import checkpoint_activations, context_length
 from minipeft.lab import tasks
 from minipeft.lab.base import Base
 from minipeft.lab.tasks import Example
@@ -150,7 +150,7 @@ def checkpoint_gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict:
     state, found = torch.get_rng_state(), []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            checkpoint_activations(model)
         kept, seconds = activation_bytes(model, batch), []
         for _ in range(4):
             began = time.perf_counter()

@@ -159,7 +159,8 @@ def finetune(base: Base, task: Task, recipe: Recipe, run: RunConfig) -> Record:
         run = replace(run, warmup=max(1, math.ceil(COMMON_WARMUP * run.steps)))
     if not run.quiet and parallel.rank() == 0:
         if origin:
-            print(f"{recipe.method}: learning rate {run.learning_rate:g} ({origin})")
+            size = "" if recipe.size is None else f", {recipe.size_name} {recipe.size}"
+            print(f"{recipe.method}: learning rate {run.learning_rate:g}{size} ({origin})")
         for said in [task.split, *task.left_out]:
             if said:
                 print(f"{task.name}: {said}")

@@ -82,7 +82,8 @@ def load(path: Path, dtype: str):
     if getattr(model.config, "quantization_config", None) is not None:
         if path.suffix != ".gguf":
             raise ValueError(f"{path} is quantized: name the model that it was made from")
-        del model.config.quantization_config  # it has been dequantized
+        del model.config.quantization_config  # it has been dequantized, and can be saved
+        model.hf_quantizer = None
     model.name_or_path = str(path)
     return model.eval(), tokenizer
 

@@ -30,6 +30,10 @@ class Recipe:
     bits: int | None = None  # quantize the base first
     optimizer: Callable | None = None  # (groups, lr=…, betas=…) -> optimizer; None: AdamW
 
+    @property
+    def size_name(self) -> str:
+        return "rank" if self.has_rank else "width" if self.method == "bottleneck" else "tokens"
+
     def with_size(self, size: int) -> "Recipe":
         if self.size is None:
             raise ValueError(f"{self.method} has no size, got {size}")
@@ -89,6 +93,7 @@ COMMON = {
     "bitfit": (1e-3, None), "bottleneck": (3e-4, 64),
 }  # fmt: skip
 COMMON_WARMUP = 0.03  # of the steps
+NO_SWEEP = "the common recipe, as no sweep of this base is known"
 
 
 def common_recipe(method: str) -> Recipe:
@@ -237,7 +242,7 @@ def default_learning_rate(
         return swept_learning_rate(recipe, run, base, task, n_train)
     if recipe.method not in COMMON:
         raise ValueError(f"there is no common learning rate for {recipe.method!r}: set one")
-    return COMMON[recipe.method][0], "common for real models, no sweep of this base is known"
+    return COMMON[recipe.method][0], NO_SWEEP
 
 
 def swept_learning_rate(
