@@ -86,6 +86,9 @@ def run_cells(notebook, **options) -> None:
         resources={"metadata": {"path": str(HERE)}},
         **options,
     ).execute()
+    for cell in notebook.cells:  # progress bars do not belong into a file
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if "widget" not in str(list(o.get("data", {})))]
 
 
 def lesson_and_twin(source: Path, run: bool = True) -> dict[Path, str]:

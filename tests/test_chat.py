@@ -26,10 +26,12 @@ def write(file, *conversations) -> str:
 
 def test_every_answer_becomes_an_example_with_all_that_came_before_as_its_prompt(base, tmp_path):
     first, second = tasks.load_jsonl(write(tmp_path / "chat.jsonl", TALK), base)
-    assert first.prompt == "system: Be brief.\nuser: Who is it?\nassistant:"
-    assert second.prompt == (
-        f"{first.prompt} Ann.<|endoftext|>\nuser: And there?\nassistant:"
-    )  # fmt: skip
+    texts = [
+        base.tokenizer.decode(e.prompt_ids, skip_special_tokens=False) for e in (first, second)
+    ]
+    assert texts[0] == "system: Be brief.\nuser: Who is it?\nassistant:"
+    assert texts[1] == f"{texts[0]} Ann.<|endoftext|>\nuser: And there?\nassistant:"
+    assert (first.prompt, second.prompt) == ("Who is it?", "And there?")
     assert (first.completion, second.completion) == ("Ann.", "Bob.")
     assert base.tokenizer.decode(first.completion_ids[:-1]) == " Ann."
     assert first.completion_ids.count(base.end) == 1

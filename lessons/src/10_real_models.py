@@ -28,6 +28,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,6 +50,7 @@ from minipeft.targets import layers_at, list_targets
 
 transformers.logging.disable_progress_bar()
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+warnings.simplefilter("ignore", FutureWarning)  # of names that transformers will change
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
 OUT = Path(os.path.relpath(DATA.parent / "out" / "10"))  # git ignores it
 shutil.rmtree(OUT, ignore_errors=True)
@@ -259,8 +261,8 @@ assert labelled[-1] == base.end
 #
 # ## 4 · Train
 #
-# This is the loop from lesson 01. A run of 75 steps takes eight minutes on two cores. Here are only a few. **Guess:** by how much does the
-# validation loss fall in them?
+# This is the loop from lesson 01, and here only a few steps of it: a real run has at least a hundred. **Guess:** by how much does the
+# validation loss fall?
 
 # %%
 guess_fall = 0.5  # nats per token: put your own number here

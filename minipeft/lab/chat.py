@@ -107,9 +107,9 @@ def check_messages(messages) -> None:
         raise ValueError("no message is the assistant's, so there is nothing to learn")
 
 
-def turns(base, messages: list[dict]) -> Iterator[tuple[str, str, str]]:
-    """For every answer of the assistant: the prompt, the completion as the template writes it, and
-    the answer itself."""
+def turns(base, messages: list[dict]) -> Iterator[tuple[list[dict], str, str]]:
+    """For every answer of the assistant: the messages up to it, and the prompt and the completion
+    as the template writes them."""
     check_messages(messages)
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -121,4 +121,4 @@ def turns(base, messages: list[dict]) -> Iterator[tuple[str, str, str]]:
                 "the chat template changes earlier messages when an answer follows: "
                 f"{json.dumps(prompt[-60:])} is not how the text with the answer goes on"
             )
-        yield prompt, text[len(prompt) :], message["content"]
+        yield messages[: i + 1], prompt, text[len(prompt) :]

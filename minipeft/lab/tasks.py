@@ -97,7 +97,10 @@ def load_jsonl(file: str | Path, base: Base, fact: str | None = None) -> list[Ex
 def _encode(row: dict, base: Base, fact: str | None) -> list[Example]:
     """The examples in a line: one, or one for each answer in a chat."""
     if "messages" in row:
-        return [_chat_example(base, *turn) for turn in chat.turns(base, row["messages"])]
+        return [
+            _chat_example(base, messages, *texts)
+            for messages, *texts in chat.turns(base, row["messages"])
+        ]
     for name in ("prompt", "completion"):
         if not (isinstance(row.get(name), str) and row[name]):
             raise ValueError(f'a "{name}" is missing: a text that is not empty')
@@ -112,14 +115,16 @@ def _encode(row: dict, base: Base, fact: str | None) -> list[Example]:
     return [_example(base, prompt, completion, prompt_ids, encoded.ids, slots)]
 
 
-def _chat_example(base: Base, prompt: str, written: str, answer: str) -> Example:
-    """An answer in a chat, of which the template has already written all special tokens."""
+def _chat_example(base: Base, messages: list[dict], prompt: str, written: str) -> Example:
+    """The last message, an answer, of which the template has written all special tokens. `prompt`
+    of the example is the message before it."""
     with _encoding():
         prompt_ids = base.tokenizer.encode(prompt, add_special_tokens=False).ids
         ids = base.tokenizer.encode(written, add_special_tokens=False).ids
     if base.end in ids:  # a template may write more after it
         ids = ids[: len(ids) - 1 - ids[::-1].index(base.end)]
-    example = _example(base, prompt, answer, prompt_ids, ids, [False] * (len(ids) + 1))
+    question, answer = ["", *(message["content"] for message in messages)][-2:]
+    example = _example(base, question, answer, prompt_ids, ids, [False] * (len(ids) + 1))
     return replace(example, is_chat=True)
 
 
