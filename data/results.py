@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from minipeft.files import write_text
 from minipeft.lab import report
 
+from . import sections
 from .choosing import edges, equal_score, operating_points, points
 from .experiments import RESULTS, TRIALS, load
 
@@ -431,12 +432,13 @@ the comparison at equal score), so they do not refute it. LoRA also forgets more
 intruder dimensions ([arXiv 2410.21228](https://arxiv.org/abs/2410.21228)). In the first table,
 settings that forget little have few intruders, but also small updates. The two go together; the
 section on intruder dimensions below takes them apart.
-{finals(found)}{intruders()}"""
+{finals(found)}{intruders()}{sections.all_sections()}"""
 
 
 if __name__ == "__main__":
     figure = forgetting_figure(points(load("forgetting")))
     report.save_figure(figure, RESULTS / "forgetting.png", dpi=80)
     report.save_figure(intruders_figure(), RESULTS / "intruders.png", dpi=80)
+    sections.drawing = True
     write_text(PAGE, page())
     print(f"wrote {PAGE} and its figures")

@@ -8,9 +8,11 @@ import torch
 from conftest import tiny_config
 
 from minipeft import GPT, LoraConfig, PrefixTuningConfig, get_peft_model
-from minipeft.data import choosing, experiments, results
+from minipeft.data import choosing, claims, experiments, results, sections
 from minipeft.data.experiments import Grid, Setting
 from minipeft.lab.tasks import Example
+
+CLAIMS = {claim["id"]: claim for claim in claims.load()}
 
 
 def row(rate, decay, score, forgetting, loss=0.1, method="lora", seed=0, **more) -> dict:
@@ -280,6 +282,32 @@ def test_halving_intruders_lowers_forgetting_and_the_score_and_halving_others_do
     for run in groups["lora", 0.04, 0.08]:
         assert abs(results.change([run], "intruders", "forgetting")) < 0.05
         assert run["forgetting"] > 0.15
+
+
+def test_few_bits_cost_little_down_to_three():
+    rows, bounds = experiments.load("bits"), {}
+    for decay in (0.0, 0.04):
+        plain = sections.where(rows, method="lora", decay=decay)
+        for method in ("qlora", "lora, int3 base", "lora, int2 base"):
+            mine = sections.where(rows, method=method, decay=decay)
+            for key in ("score", "forgetting"):
+                gaps = sections.paired(mine, plain, key)
+                assert len(gaps) == 10
+                half = results.report.interval(gaps)
+                mean = statistics.mean(gaps)
+                bounds[method, key, decay] = mean - half, mean + half
+                if "int3" not in method or key == "forgetting":
+                    text = sections.with_interval(gaps)
+                    told = CLAIMS["few-bits"]["interval"]
+                    assert text in told or (method, key) == ("lora, int2 base", "forgetting")
+    for decay in (0.0, 0.04):
+        assert -0.07 < bounds["qlora", "score", decay][0] < 0.02
+        assert bounds["qlora", "forgetting", decay][1] < 0.3
+        low, high = bounds["lora, int3 base", "score", decay]
+        assert low < 0 < high, "no difference seen"
+        assert bounds["lora, int3 base", "forgetting", decay][0] > 0.1
+        assert bounds["lora, int2 base", "score", decay][1] < -0.02
+        assert bounds["lora, int2 base", "forgetting", decay][0] > 2.5
 
 
 def test_the_least_forgetting_at_a_score_is_none_where_no_setting_reaches_it():

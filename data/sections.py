@@ -1,0 +1,153 @@
+"""The shorter sections of RESULTS.md, one per experiment: a table, and what it shows in words.
+
+A section is empty until all runs of its experiment exist.
+"""
+
+import statistics
+import textwrap
+from itertools import product
+
+from matplotlib.figure import Figure
+
+from minipeft.lab import report
+
+from .choosing import operating_point, points
+from .experiments import RANKS, RESULTS, load, missing
+
+drawing = False  # `python -m data.results` writes figures; a test only wants the text
+
+
+def complete(name: str) -> list[dict]:
+    """The rows of an experiment; none as long as runs are missing."""
+    return [] if missing(name) else load(name)
+
+
+def fill(text: str) -> str:
+    return textwrap.fill(text, 100, break_on_hyphens=False)
+
+
+def with_interval(values: list[float], form: str = "+.2f") -> str:
+    """A mean with its 95 % t interval."""
+    mean, half = statistics.mean(values), report.interval(values)
+    return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
+
+
+def paired(rows: list[dict], others: list[dict], key: str) -> list[float]:
+    """Differences of a value, seed by seed."""
+    other = {row["seed"]: row[key] for row in others if key in row}
+    return [row[key] - other[row["seed"]] for row in rows if key in row and row["seed"] in other]
+
+
+def at(rows: list[dict], point: dict) -> list[dict]:
+    """The runs with a point's settings."""
+    return where(rows, **{name: point[name] for name in ("method", "learning_rate", "decay")})
+
+
+def save(name: str, figure: Figure) -> None:
+    if drawing:
+        report.save_figure(figure, RESULTS / f"{name}.png", dpi=80)
+
+
+def where(rows: list[dict], **wanted) -> list[dict]:
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def runs_figure(groups: dict[str, list[dict]], height: float = 0.3) -> Figure:
+    """Score and forgetting of every run, a line per group; the black mark is the mean."""
+    figure, axes = report.panels(10, 1 + height * len(groups), 1, 2)
+    titles = {"score": "score", "forgetting": "forgetting (nats per token; logarithmic)"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        for i, rows in enumerate(groups.values()):
+            values = [row[key] for row in rows if key in row]
+            color = report.COLORS[rows[0]["method"].split(",")[0]]
+            axis.plot(values, [i] * len(values), "o", color=color, alpha=0.5)
+            axis.plot(statistics.mean(values), i, "k|", ms=14, mew=2)
+        axis.set(xlabel=title, yticks=range(len(groups)), yticklabels=groups)
+        axis.invert_yaxis()
+    axes[1].set(xscale="log")
+    axes[1].set_yticklabels([])
+    return figure
+
+
+BASES = {
+    "lora": "float32", "qlora": "NF4 (QLoRA)", "lora, int3 base": "int3", "lora, int2 base": "int2",
+}  # fmt: skip
+
+
+def bits() -> str:
+    """QLoRA and LoRA on rounded bases, minus LoRA, paired by seed."""
+    rows = complete("bits")
+    if not rows:
+        return ""
+    lines, groups = [], {}
+    for decay, (method, name) in product((0.0, 0.04), BASES.items()):
+        mine, plain = (where(rows, decay=decay, method=m) for m in (method, "lora"))
+        groups[f"{name}, ηλ = {decay:g}"] = mine
+        means = {k: statistics.mean(r[k] for r in mine) for k in ("score", "forgetting")}
+        start = statistics.mean(row["forgetting_at_start"] for row in mine)
+        gaps = [
+            "–" if method == "lora" else with_interval(paired(mine, plain, key))
+            for key in ("score", "forgetting")
+        ]
+        lines.append([
+            name, f"{decay:g}", f"{means['score']:.3f}", gaps[0], f"{start:+.2f}",
+            f"{means['forgetting']:+.2f}", gaps[1],
+        ])  # fmt: skip
+    head = ["base", "ηλ", "score", "minus float32, paired", "forgetting at step 0", "forgetting",
+            "minus float32, paired"]  # fmt: skip
+    save("few-bits", runs_figure(groups))
+    return f"""
+## How few bits?
+
+LoRA of rank 8 on the 1M base, whose linear weights are rounded before: to NF4 with double
+quantization, or to 3 or 2 bits (whole numbers, one scale per 64 weights). All at η = 0.01, ten
+seeds, validation examples.
+
+![Score and forgetting of every run](results/few-bits.png)
+
+{report.markdown_table(head, lines)}
+
+With 4 bits, LoRA forgets hardly more than on the float32 base, and scores at most a little less.
+With 3 bits we see no difference in the score, but more forgetting. With 2 bits the base itself is
+damaged, by almost 4 nats, and LoRA still learns most of the task on it.
+<!-- claim: few-bits -->
+"""
+
+
+def ranks() -> str:
+    """LoRA by rank and scaling, each at the best of three rates."""
+    rows = complete("ranks")
+    if not rows:
+        return ""
+    found, lines, groups = points(rows), [], {}
+    for r, (how, name) in product(
+        RANKS, (("", "α = 2 r"), (", α 16", "α = 16"), (", rsLoRA", "rsLoRA, α = 2 r"))
+    ):
+        mine = where(found, method=f"lora, r {r}{how}")
+        best = operating_point(mine)
+        tried = sorted(point["learning_rate"] for point in mine)
+        groups[f"rank {r}, {name}"] = at(rows, best)
+        edge = "*" * (best["learning_rate"] in (tried[0], tried[-1]))
+        lines.append([
+            r, name, f"{best['learning_rate']:g}{edge}",
+            f"{best['score']:.3f} ± {best['score_spread']:.3f}", f"{best['forgetting']:+.2f}",
+            f"{best['intruders']:.0f}",
+        ])  # fmt: skip
+    save("ranks-scaling", runs_figure(groups))
+    head = ["rank", "scaling", "η", "score", "forgetting", "intruders"]
+    return f"""
+## Rank and scaling
+
+LoRA of four ranks on the 1M base, with three ways to choose its scaling s: α / r with α = 2 r,
+which is 2 for every rank; α / r with α = 16; and rsLoRA's α / √r
+([arXiv 2312.03732](https://arxiv.org/abs/2312.03732)) with α = 2 r. No weight decay, three rates,
+three seeds, validation examples. A star marks the smallest or largest rate that was tried.
+
+![Score and forgetting of every run](results/ranks-scaling.png)
+
+{report.markdown_table(head, lines)}
+"""
+
+
+def all_sections() -> str:
+    return bits() + ranks()
