@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import BASE
 
 from minipeft import GPT
+from minipeft.data import library
 from minipeft.lab import DATA, tasks
 from minipeft.lab.base import load_base, load_tokenizer, read_text, windows
 from minipeft.methods.qlora import NF4_CODEBOOK, dequantize_nf4, quantize_nf4
@@ -138,3 +139,15 @@ def test_the_experiment_by_bits_rounds_like_nf4_and_the_readme_shows_it(world):
 def test_the_shipped_files_are_small():
     size = sum(file.stat().st_size for file in DATA.rglob("*.*") if file.suffix != ".pyc")
     assert size < 24e6
+
+
+def test_the_chat_task_is_what_its_script_writes_and_no_question_is_in_two_files():
+    folder = DATA / "chat"
+    assert {file.name: file.read_text() for file in folder.iterdir()} == library.files()
+    parts = [
+        {json.loads(line)["messages"][0]["content"] for line in text.splitlines()}
+        for text in library.files().values()
+    ]
+    assert [len(part) for part in parts] == [200, 20, 20], "no question twice"
+    assert len(set().union(*parts)) == 240
+    assert len(library.FACTS) == 20

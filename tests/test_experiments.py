@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_config
 
 from minipeft import GPT, LoraConfig, PrefixTuningConfig, get_peft_model
-from minipeft.data import choosing, claims, experiments, results, sections
+from minipeft.data import choosing, claims, experiments, real, results, sections
 from minipeft.data.experiments import Grid, Setting
 from minipeft.lab.tasks import Example
 
@@ -321,3 +321,23 @@ def test_the_least_forgetting_at_a_score_is_none_where_no_setting_reaches_it():
 
 def test_the_page_of_results_is_made_from_the_committed_rows():
     assert results.page() == results.PAGE.read_text(), "run python -m data.results"
+
+
+# --- the real model ---
+
+
+def test_the_runs_of_the_real_model_are_listed_once_and_continue_where_they_stopped(monkeypatch):
+    todo = real.settings()
+    assert len(set(todo)) == len(todo) == 1 + 4 * 3 * 2 * 2
+    assert {s.method for s in todo} == {"frozen", "full", "lora", "qlora", "prompt_tuning"}
+    monkeypatch.setattr(real, "load", lambda: [vars(s) | {"score": 1.0} for s in todo[:5]])
+    assert real.missing() == todo[5:]
+
+
+def test_the_real_models_prompt_starts_from_its_vocabulary_and_its_lora_has_rank_16():
+    prompt, lora = (
+        real.recipe_of(m).config(size, 60) for m, size in (("prompt_tuning", 20), ("lora", 16))
+    )
+    assert (prompt.prompt_tuning_init, prompt.num_virtual_tokens) == ("SAMPLE_VOCAB", 20)
+    assert (lora.r, lora.lora_alpha, lora.target_modules) == (16, 32, "all-linear")
+    assert real.recipe_of("lora").size == 16
