@@ -11,10 +11,11 @@ from conftest import BASE, tiny_config
 from tokenizers.processors import TemplateProcessing
 
 from minipeft import GPT
-from minipeft.lab import DATA
+from minipeft.lab import DATA, real
 from minipeft.lab.base import (
     copy_tokenizer,
     encode_prompt,
+    find,
     load_base,
     load_tokenizer,
     read_text,
@@ -191,3 +192,43 @@ def test_a_tokenizer_config_of_transformers_names_the_end_token(folder):
     settings = {"model_max_length": 10**30, "eos_token": "<|endoftext|>"}  # 10³⁰: no limit
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert load_base(folder).end == 0
+
+
+def test_only_what_looks_like_a_name_on_the_hub_is_downloaded(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("minipeft.pretrained.download", lambda name: asked.append(name) or tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    for name in ("model", "out/model", "a/b/c", "../model", str(tmp_path / "model")):
+        assert str(find(name)) == name
+    assert asked == []
+    assert find("someone/model-1.5B") == tmp_path
+    assert asked == ["someone/model-1.5B"]
+
+
+def test_a_base_that_is_given_away_keeps_its_checksum(folder):
+    base = load_base(folder)
+    before = base.digest()
+    base.given_away = True
+    model = base.model()
+    assert model is base.pretrained
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert base.digest() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "needed"), [("llama", True), ("gpt2", False), (None, False), (3, False)]
+)
+def test_transformers_is_needed_for_models_that_are_no_gpt2(folder, kind, needed):
+    change_config(folder, model_type=kind)
+    assert real.is_for_transformers(folder) == needed
+    assert real.is_for_transformers(folder / "model.gguf")
+    assert not real.is_for_transformers(folder / "nothing")
+
+
+def test_without_transformers_the_error_says_how_to_install_it(folder, monkeypatch):
+    change_config(folder, model_type="llama")
+    monkeypatch.setitem(sys.modules, "transformers", None)  # its import fails
+    with pytest.raises(ValueError, match=r"needs transformers: pip install 'minipeft\[real\]'"):
+        load_base(folder)

@@ -129,3 +129,25 @@ def test_what_evaluate_and_generate_need(monkeypatch, capfd):
         ("generate --prompt a --chat b", "--prompt cannot be used with --chat"),
     ):
         assert message in refused(monkeypatch, capfd, *words.split(), status=2)
+
+
+def test_an_adapter_trained_on_chats_says_so_and_generate_warns(monkeypatch, capfd, tmp_path):
+    file, out = write(tmp_path / "chat.jsonl", TALK), str(tmp_path / "out")
+    words = f"finetune --base {SMALL} --train {file} --validation {file} --steps 1 --output {out}"
+    run(monkeypatch, *words.split())
+    found = json.loads((tmp_path / "out" / "minipeft.json").read_text())
+    assert (found["base"], found["bits"], found["chat_template"]) == (SMALL, None, "plain")
+    capfd.readouterr()
+    answer = f"generate --base {SMALL} --adapter {out} --max-new-tokens 2".split()
+    run(monkeypatch, *answer, "--chat", "Who is it?")
+    assert capfd.readouterr().err == ""
+    run(monkeypatch, *answer, "--prompt", "Who is it?")
+    warning = (
+        f"warning: the adapter in {out} is used in another way: it was trained on chats (--chat)\n"
+    )
+    assert capfd.readouterr().err == warning
+    run(monkeypatch, *answer, "--4bit", "--chat", "Who is it?")
+    assert capfd.readouterr().err.endswith("it was trained on a base that was not quantized\n")
+    (tmp_path / "out" / "minipeft.json").write_text('{"base": 3}')
+    error = refused(monkeypatch, capfd, *answer, "--chat", "x")
+    assert error.endswith("minipeft.json: base must be there, got 3")

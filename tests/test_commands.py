@@ -512,6 +512,10 @@ def test_without_a_sweep_the_common_settings_are_taken_and_announced(monkeypatch
     assert (record["learning_rate"], record["size"]) == (2e-4, 16)
     rates = [line.split(",")[2] for line in (files / "out/log.csv").read_text().splitlines()[1:4]]
     assert [float(rate) for rate in rates] == [1e-4, 2e-4, 2e-4], "3 % of 34 steps are two"
+    shutil.rmtree(files / "out")
+    run(monkeypatch, *JOB.replace("0.3m", str(SMALL)).split(), "--steps", "34")
+    rates = [line.split(",")[2] for line in (files / "out/log.csv").read_text().splitlines()[1:5]]
+    assert float(rates[1]) < float(rates[2]) == float(rates[3]), "a tenth: three"
 
 
 def test_the_labels_of_the_first_example_are_printed(monkeypatch, capfd, files):

@@ -1,5 +1,7 @@
 """How far the computed activations are below what transformers and peft keep in bfloat16."""
 
+import json
+
 import pytest
 import torch
 
@@ -38,6 +40,10 @@ def test_the_parameters_of_a_family_are_counted_from_its_config(family, tmp_path
         num_key_value_heads=2, vocab_size=4096, head_dim=64, pad_token_id=0,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text())
+    settings.pop("tie_word_embeddings", None)  # files leave out what is the default
+    file.write_text(json.dumps(settings))
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     counted = sum(p.numel() for p in model.parameters())

@@ -310,6 +310,20 @@ def test_few_bits_cost_little_down_to_three():
         assert bounds["lora, int2 base", "forgetting", decay][0] > 2.5
 
 
+def test_rank_1_scores_less_and_16_and_64_are_level():
+    found = choosing.points(experiments.load("ranks"))
+    for how in ("", ", α 16", ", rsLoRA"):
+        best = {
+            r: choosing.operating_point(sections.where(found, method=f"lora, r {r}{how}"))
+            for r in experiments.RANKS
+        }
+        scores = {r: point["score"] for r, point in best.items()}
+        assert all(scores[1] < scores[r] - 0.1 for r in (4, 16, 64))
+        assert abs(scores[16] - scores[64]) < 0.02
+        for r, low, high in ((1, 0.73, 0.83), (16, 0.98, 0.99), (64, 0.98, 0.99)):
+            assert low <= round(scores[r], 2) <= high, "the ledger says so"
+
+
 def test_the_least_forgetting_at_a_score_is_none_where_no_setting_reaches_it():
     found = choosing.points(
         [row(0.1, 0, 0.9, 3.0), row(0.1, 0.01, 0.9, 1.0), row(0.2, 0, 0.8, 0.1)]

@@ -244,6 +244,14 @@ def test_completions_get_8_tokens_more_than_the_longest_but_stay_in_the_context(
     assert all(options["eos_token_id"] == 9 for _, _, options in calls)
 
 
+def test_batches_are_smaller_if_the_vocabulary_is_large():
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=2**16))
+    assert evaluate.rows_per_batch(model, 2**6, 64) == 4
+    assert evaluate.rows_per_batch(model, 2**6, 3) == 3
+    assert evaluate.rows_per_batch(model, 2**9, 64) == 1
+    assert evaluate.rows_per_batch(SimpleNamespace(), 100, 64) == 64
+
+
 def test_virtual_tokens_take_positions_of_the_context(gpt):
     assert evaluate.virtual_tokens(gpt) == 0
     model = get_peft_model(gpt, PrefixTuningConfig(num_virtual_tokens=5))

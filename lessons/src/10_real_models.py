@@ -347,11 +347,11 @@ runs = json.loads((DATA / "results" / "library.json").read_text())
 display(Markdown(report.markdown_table(runs[0], [run.values() for run in runs])))
 common, higher, decayed = (run["loss on plain text"] for run in runs[1:])
 assert runs[2]["exact match"] > 0.3 > runs[1]["exact match"]
-assert higher > common + 0.5
+assert higher > decayed + 0.5 > common + 0.5
 
 # %% [markdown]
-# The common rate learned too little in so few steps. Five times that rate learned the facts, and forgot a lot of plain English. The last row adds weight decay
-# towards the start. That is the trade that you will make on Monday, so measure both sides.
+# The common rate learned too little in so few steps. Five times that rate learned many of the facts, and forgot plain English. Weight decay towards the start (`--weight-decay
+# 40 --decay-to start`) kept most of what was learned, and a good part of the English. That is the trade that you will make on Monday, so measure both sides.
 #
 # ## 6 · Merge, and load it elsewhere
 #
