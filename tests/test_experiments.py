@@ -324,6 +324,24 @@ def test_rank_1_scores_less_and_16_and_64_are_level():
             assert low <= round(scores[r], 2) <= high, "the ledger says so"
 
 
+def test_mlps_alone_score_less_than_attention_alone():
+    rows = experiments.load("placement")
+    pairs = [
+        (attention, mlp)
+        for attention in sections.where(rows, method="lora, attention")
+        for mlp in sections.where(rows, method="lora, mlp")
+        if all(attention[name] == mlp[name] for name in ("learning_rate", "seed"))
+    ]
+    assert len(pairs) == 9
+    assert all(attention["score"] > mlp["score"] for attention, mlp in pairs)
+    for text in ("+0.02 [-0.09, +0.13]", "-0.09 [-0.23, +0.05]"):
+        assert text in CLAIMS["placement-rates"]["interval"]
+        assert text in sections.what_placement_does(rows)
+    best = sections.best_places(experiments.load("placement-sentiment"))
+    scores = [point["score"] for point in best.values()]
+    assert max(scores) - min(scores) < 0.02
+
+
 def test_the_least_forgetting_at_a_score_is_none_where_no_setting_reaches_it():
     found = choosing.points(
         [row(0.1, 0, 0.9, 3.0), row(0.1, 0.01, 0.9, 1.0), row(0.2, 0, 0.8, 0.1)]
