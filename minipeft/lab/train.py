@@ -50,7 +50,8 @@ def train(
     the gradient of the mean loss per token of the whole batch. make_optimizer: called as
     make_optimizer(groups, lr=…, betas=…); AdamW by default. after_step: called with a dict: step,
     loss, learning_rate, seconds. checkpoint: if it has a saved state, training continues from it.
-    Raises ValueError if no parameter is trainable or a micro-batch has no labelled tokens;
+    Raises ValueError if no parameter is trainable, a micro-batch has no labelled tokens, or weights
+    would decay by more than what they are;
     FloatingPointError if a loss is not finite; Stopped after Ctrl-C or SIGTERM, once the step is
     finished and the checkpoint (if any) written, unless it was the last step.
     """
@@ -58,6 +59,11 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("no trainable parameters: the whole model is frozen")
+    if run.learning_rate * run.weight_decay >= 1:
+        raise ValueError(
+            f"learning rate {run.learning_rate:g} x weight decay {run.weight_decay:g} is the share "
+            "by which weights decay per step: it must be below 1"
+        )
     optimizer = (make_optimizer or torch.optim.AdamW)(
         parameter_groups(parameters, run), lr=run.learning_rate, betas=(0.9, run.beta2)
     )
