@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import BASE
-from test_commands import refused, run
+from test_commands import handlers, refused, run  # noqa: F401
 
 from minipeft.lab import chat, evaluate, tasks
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import BASE
 from safetensors.torch import load_file
-from test_commands import run
+from test_commands import handlers, run  # noqa: F401
 from test_conformance_qlora import bitsandbytes_layer
 
 import minipeft
