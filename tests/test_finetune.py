@@ -54,6 +54,21 @@ def test_a_run_reads_its_base_once(monkeypatch, tmp_path, method):
     assert len(calls) == 1
 
 
+def test_bases_that_are_not_shipped_get_a_warm_up_of_3_percent(monkeypatch, small, task, tmp_path):
+    seen = []
+
+    def stop(model, batches, run, *_):
+        seen.append((run.warmup, run.learning_rate))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "train", stop)
+    for base in (small, replace(small, folder=str(tmp_path))):
+        with pytest.raises(KeyboardInterrupt):
+            finetune(base, task, RECIPES["lora"], RunConfig(steps=34, quiet=True))
+    assert seen[0][0] is None, "RunConfig's own: a tenth of the steps"
+    assert seen[1] == (2, 2e-4)
+
+
 def test_training_does_not_change_the_base(small, task):
     before = small.digest()
     finetune(small, task, RECIPES["full"], RUN)
