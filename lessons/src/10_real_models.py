@@ -494,7 +494,7 @@ axis.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Most weights would stay where they are, step after step. Mixed precision therefore adds its steps to a float32 copy of the weights, and minipeft refuses
+# (The stairs are powers of two: between two of them, all bfloat16 numbers have the same distance.) Most weights would stay where they are, step after step. Mixed precision therefore adds its steps to a float32 copy of the weights, and minipeft refuses
 # `--method full --dtype bfloat16`. A frozen weight has no such problem, and adapters are float32 anyway.
 #
 # ## 10 · Several processes
