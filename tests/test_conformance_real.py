@@ -142,6 +142,21 @@ def test_other_methods_learn_too(said, llama, method):
     assert loss_in(said("evaluate --base llama --adapter out --test test.jsonl")) < 6
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", '{"model_type": "."}', r"llama/config.json: .* no model_type '\.'"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "x"}', "config.json and the files"),
+        ("model.safetensors", "nothing", "config.json and the files next to it"),
+        ("tokenizer.json", "{}", "tokenizer.json cannot be used"),
+    ],
+)
+def test_a_damaged_folder_is_one_error_that_names_a_file(llama, file, text, message):
+    Path("llama", file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        base.load_base("llama")
+
+
 def test_a_llama_has_no_biases_for_bitfit(monkeypatch, llama):
     with pytest.raises(ValueError, match="layers with a bias: none"):
         build_model(base.load_base("llama"), common_recipe("bitfit"), RunConfig())

@@ -70,13 +70,20 @@ def source(path: Path) -> dict:
 def load(path: Path, dtype: str):
     """The model in a folder or GGUF file, and transformers' tokenizer for it."""
     library, arguments = transformers(), source(path)
+    if path.suffix != ".gguf":
+        kind = files.read_json(path / "config.json").get("model_type")
+        if kind not in library.CONFIG_MAPPING:
+            raise ValueError(
+                f"{path}/config.json: this transformers knows no model_type {files.show(kind)}"
+            )
     try:
         tokenizer = library.AutoTokenizer.from_pretrained(**arguments)
         model = library.AutoModelForCausalLM.from_pretrained(
             dtype=DTYPES[dtype], use_safetensors=True, **arguments
         )
     except Exception as error:  # it has many
-        raise ValueError(f"transformers cannot load {path}: {files.one_line(error)}") from error
+        what = path if path.is_file() else f"{path}/config.json and the files next to it"
+        raise ValueError(f"transformers cannot load {what}: {files.one_line(error)}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(f"{path} has no tokenizer.json, and it cannot be made from what is there")
     if getattr(model.config, "quantization_config", None) is not None:
@@ -96,7 +103,9 @@ def empty(path: Path) -> nn.Module:
         with torch.device("meta"):
             return library.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
-        raise ValueError(f"transformers cannot read {path}: {files.one_line(error)}") from error
+        raise ValueError(
+            f"{path}/config.json: transformers cannot use it: {files.one_line(error)}"
+        ) from error
 
 
 def config_of(path: Path) -> dict:
