@@ -99,13 +99,13 @@ def completed_by_transformers(
 
 JOB = (
     "finetune --train mine.jsonl --validation held.jsonl --base gpt2 --learning-rate 1e-2 "
-    "--steps 60 --n-generate 2 --device cpu"
+    "--steps 60 --warmup 6 --n-generate 2 --device cpu"
 )
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_users_folder_is_trained_and_loaded_in_transformers_by_commands_alone(user, method):
-    run(user, f"{JOB} --method {method} --output out")
+    run(user, f"{JOB} --method {method} --output out" + (" --size 8" if method == "lora" else ""))
     row = lines()[1]
     prompt = ("--prompt", row["prompt"], "--max-new-tokens", "20")
     merged = user / "out"
