@@ -34,6 +34,7 @@ def seen(world):
     return Counter(i for e in encoded for i in e.ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "unseen"),
     [  # the variants show what unseen tokens do
@@ -119,6 +120,7 @@ def test_the_data_card_shows_the_committed_figures(world):
     assert largest["probes"]["answers about one place, values held out"] >= 0.8
 
 
+@pytest.mark.slow
 def test_the_experiment_by_bits_rounds_like_nf4_and_the_readme_shows_it(world):
     bits, w = world[4], torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
     nf4 = dequantize_nf4(quantize_nf4(w, double_quant=False))
