@@ -16,6 +16,7 @@ from minipeft.lab import report
 from . import sections
 from .choosing import edges, equal_score, operating_points, points
 from .experiments import RESULTS, TRIALS, load
+from .sections import paired, with_interval
 
 PAGE = RESULTS.parent / "RESULTS.md"
 SCORES = (0.8, 0.9, 0.95)  # at which methods are compared
@@ -172,18 +173,6 @@ def finals_of(point: dict) -> list[dict]:
     return sorted((row for row in rows if "score" in row), key=lambda row: row["seed"])
 
 
-def with_interval(values: list[float]) -> str:
-    """A mean with its 95 % t interval."""
-    mean, half = statistics.mean(values), report.interval(values)
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
-
-
-def differences(rows: list[dict], others: list[dict]) -> list[float]:
-    """How much more these runs forget than the others, paired by seed."""
-    other = {row["seed"]: row["forgetting"] for row in others}
-    return [r["forgetting"] - other[r["seed"]] for r in rows if r["seed"] in other]
-
-
 def finals_table(chosen: dict[str, dict | None], found: list[dict]) -> str:
     """A line per method: its setting, and what it scores and forgets in the final runs."""
     lines, full = [], finals_of(chosen["full"])
@@ -192,7 +181,7 @@ def finals_table(chosen: dict[str, dict | None], found: list[dict]) -> str:
         if rows:
             point, scores = chosen[method], [row["score"] for row in rows]
             edge = edges(point, found)
-            gap = "–" if method == "full" else with_interval(differences(rows, full))
+            gap = "–" if method == "full" else with_interval(paired(rows, full, "forgetting"))
             lines.append([
                 NAMES[method],
                 *(f"{point[n]:g}{'*' * (n in edge)}" for n in ("learning_rate", "decay")),
@@ -210,7 +199,7 @@ def answer(chosen: dict[str, dict | None]) -> str:
     for method in sorted(chosen, key=lambda method: order({"method": method})):
         rows = finals_of(chosen[method]) if chosen[method] and method != "full" else []
         if len(rows) > 1:
-            gaps = differences(rows, full)
+            gaps = paired(rows, full, "forgetting")
             clear = abs(statistics.mean(gaps)) > report.interval(gaps)
             what = "differs" if clear else "no difference seen"
             parts.append(f"{NAMES[method]} {with_interval(gaps)}, {what}")
@@ -384,8 +373,8 @@ def page() -> str:
 
 Written by `python -m data.results` from the runs of `python -m data.experiments`.
 [PROTOCOL.md](PROTOCOL.md) says how everything was measured: read it first. All results here are
-for one base with 1M parameters and one task that we made, `describe`: they may not generalise to
-others. The other experiments of `python -m data.experiments` are not complete.
+for one base with 1M parameters and tasks that we made, mostly `describe`: they may not generalise
+to others. The other experiments of `python -m data.experiments` are not complete.
 
 *Weight decay* on this page means decay towards the values at step 0, and not towards zero. It is
 the decoupled form of L2-SP ([arXiv 1802.01483](https://arxiv.org/abs/1802.01483)).

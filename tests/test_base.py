@@ -206,6 +206,15 @@ def test_only_what_looks_like_a_name_on_the_hub_is_downloaded(monkeypatch, tmp_p
     assert asked == ["someone/model-1.5B"]
 
 
+def test_a_base_from_the_hub_keeps_its_name_there(monkeypatch, folder):
+    monkeypatch.setattr("minipeft.pretrained.download", lambda name: folder)
+    base = load_base("someone/model-1.5B")
+    assert (base.name, base.folder) == ("model-1.5B", str(folder))
+    assert base.pretrained.name_or_path == "someone/model-1.5B", (
+        "not a cache folder of this machine"
+    )
+
+
 def test_a_base_that_is_given_away_keeps_its_checksum(folder):
     base = load_base(folder)
     before = base.digest()

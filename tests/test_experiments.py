@@ -252,7 +252,9 @@ def test_in_the_finals_weight_decay_leaves_little_of_the_differences_in_forgetti
     found = choosing.points(experiments.load("forgetting"))
     at = choosing.equal_score(found, 0.9)
     gaps = {
-        (method, i): results.differences(*(results.finals_of(at[m][i]) for m in (method, "full")))
+        (method, i): sections.paired(
+            *(results.finals_of(at[m][i]) for m in (method, "full")), "forgetting"
+        )
         for method in ("lora", "adalora", "adalora, no penalty")
         for i in range(2)
     }

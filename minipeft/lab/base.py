@@ -39,7 +39,7 @@ class Base:
 
     @property
     def name(self) -> str:
-        return Path(self.folder).name
+        return Path(getattr(self.pretrained, "name_or_path", None) or self.folder).name
 
     @property
     def is_shipped(self) -> bool:
@@ -93,8 +93,14 @@ def load_base(name: str | Path, dtype: str = "float32") -> Base:
     dtype: of the weights of transformers' models; our GPT always has float32.
     """
     folder = find(name)
-    if real.is_for_transformers(folder):
-        return load_real(folder, dtype)
+    base = load_real(folder, dtype) if real.is_for_transformers(folder) else load_gpt(folder)
+    if folder != Path(name) and folder.is_dir():  # from the Hub: adapters record the name there
+        base.pretrained.name_or_path = real.SMOLLM2 if name == "smollm2" else str(name)
+    return base
+
+
+def load_gpt(folder: Path) -> Base:
+    """A GPT-2 folder."""
     tokenizer, model = load_tokenizer(folder), GPT.from_pretrained(folder)
     check_vocabulary(tokenizer, model.config.vocab_size, folder)
     end = model.config.eos_token_id = find_end(folder, tokenizer, model.config.eos_token_id)
