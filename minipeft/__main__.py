@@ -67,9 +67,10 @@ def run() -> str | None:
 def line_of(error: BaseException) -> str:
     from minipeft.lab.cli import one_line
 
-    if isinstance(error, KeyboardInterrupt):
-        how = " Continue with --resume." if getattr(error, "saved", False) else ""
-        return f"{one_line(str(error)) or 'stopped'}.{how}"
+    if hasattr(error, "saved"):  # checkpoint.Stopped: the end of a step was reached
+        return f"{one_line(str(error))}.{' Continue with --resume.' if error.saved else ''}"
+    if isinstance(error, KeyboardInterrupt):  # Python may have added where it was raised
+        return "stopped."
     if any(getattr(getsignal(number), "raised", False) for number in (SIGINT, SIGTERM)):
         return "stopped."  # torch has turned the interrupt into another error
     if os.environ.get("MINIPEFT_DEBUG") == "1":

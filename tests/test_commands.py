@@ -33,6 +33,7 @@ from minipeft.lab import (
     tasks,
     train,
 )
+from minipeft.lab.checkpoint import Stopped
 from minipeft.lab.finetune import Record
 from minipeft.lab.recipes import RECIPES, RunConfig
 
@@ -698,7 +699,8 @@ def test_a_temperature_of_0_is_greedy_decoding_and_0_new_tokens_are_none(monkeyp
         (KeyError("a\x1b"), "error: KeyError: 'a\\x1b'"),
         (AssertionError("x" * 5000), f"error: AssertionError: {'x' * 984}"),
         (KeyboardInterrupt(), "stopped."),
-        (KeyboardInterrupt("stopped after step 3 of 8"), "stopped after step 3 of 8."),
+        (KeyboardInterrupt("decoding with 'utf-8-sig' codec failed"), "stopped."),  # Python 3.11
+        (Stopped("stopped after step 3 of 8", saved=False), "stopped after step 3 of 8."),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -716,8 +718,7 @@ def test_any_error_is_one_line_and_status_1(monkeypatch, capfd, error, line):
 
 def test_a_stopped_run_is_to_be_continued_only_if_its_state_was_saved(monkeypatch, capfd, world):
     for saved, line in ((True, "stopped. Continue with --resume."), (False, "stopped.")):
-        stopped = KeyboardInterrupt()
-        stopped.saved = saved
+        stopped = Stopped("stopped", saved)
         monkeypatch.setattr(base, "load_base", lambda *_: throw(stopped))  # noqa: B023
         assert refused(monkeypatch, capfd, *["finetune", "--output", "out"]) == line
 
