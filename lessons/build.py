@@ -7,11 +7,12 @@ python lessons/build.py --student class     # copies for a class: no outputs, no
 python lessons/build.py --figures slides    # the figures of the built lessons as PNG files
 python lessons/build.py --seed 3            # run them with other seeds: which claims still hold?
 
-A source is `src/NN_topic.py` in jupytext's percent format. An exercise is a few cells, by their
-tags: `exercise` (the stub), `wrong` (plausible wrong answers), `solution`, and `check`, which runs
-after each of these: it must print "not done yet", then fail an assertion that says what is wrong,
-then print "right". The lesson gets the stub with its check, the twin the solution with its check.
-A cell tagged `timing` prints seconds, so `--check` does not compare its output.
+A source is `src/NN_topic.py` in jupytext's percent format. An exercise is three cells, by their
+tags: `exercise` (the stub), `solution`, and `check`, which runs after each of these: it must print
+"not done yet", and then "right". The lesson gets the stub with its check, the twin the solution
+with its check. (tests/answers/ has wrong answers, and other right ones. Older lessons have them in
+cells tagged `wrong`, and checks that assert.) A cell tagged `timing` prints seconds, so `--check`
+does not compare its output.
 """
 
 import argparse
@@ -78,6 +79,7 @@ def run_cells(notebook, **options) -> None:
     # one thread: how many there are moves the seventh digit, and the bytes should be the same
     os.environ.pop("MPLBACKEND", None)  # or figures would not reach the notebook
     os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
+    os.environ["MINIPEFT_BUILD"] = "1"  # claims that do not hold are errors
     NotebookClient(
         notebook,
         timeout=600,

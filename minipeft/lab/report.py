@@ -1,5 +1,6 @@
 """Tables and figures: one Markdown table, and every figure that the project draws."""
 
+import io
 import math
 import statistics
 from collections.abc import Iterable
@@ -56,6 +57,16 @@ def interval(values: list[float]) -> float:
 def save_figure(figure: Figure, path: Path, dpi: int = 100) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, lambda to: figure.savefig(to, format="png", dpi=dpi))
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Display a figure in a notebook. alt: what it shows, for people who cannot see it."""
+    from IPython.display import Image, display
+
+    to = io.BytesIO()
+    figure.savefig(to, format="png", dpi=90, bbox_inches="tight")
+    matplotlib.pyplot.close(figure)
+    display(Image(to.getvalue(), alt=alt))
 
 
 def panels(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
