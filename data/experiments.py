@@ -166,6 +166,9 @@ PROMPT_METHODS = {
     "p_tuning": around(0.01), "p_tuning, LSTM": around(0.01),
     "prefix_tuning": around(0.2), "prefix_tuning, real text": around(0.05),
 }  # fmt: skip
+HIGHER_PROMPT_RATES = {  # where the best rate was the highest one
+    "prompt_tuning": (2.4,), "p_tuning": (0.08,), "prefix_tuning, real text": (0.4,),
+}  # fmt: skip
 SENTIMENT = {
     "full": around(0.00025), "lora": around(0.0025), "qlora": around(0.0025),
     "adalora": around(0.01), "adalora, no penalty": around(0.01), "bitfit": around(0.003),
@@ -192,7 +195,10 @@ EXPERIMENTS = {
         Grid(WIDER, (0.16, 0.32, 0.64)),
     )),
     "intruders": Chosen("forgetting", TRIALS, {"scaled": True}),
-    "prompts": Grid(PROMPT_METHODS, decays=(0.0,), common={"steps": 300}),
+    "prompts": Several(tuple(
+        Grid(rates, decays=(0.0,), common={"steps": 300})
+        for rates in (PROMPT_METHODS, HIGHER_PROMPT_RATES)
+    )),
     "sentiment": Grid(SENTIMENT, decays=(0.0, 0.02, 0.04), common={"task": "sentiment"}),
     "finals": Chosen("forgetting", tuple(range(10)), {"part": "test"}),
     "finals-sentiment": Chosen("sentiment", tuple(range(5)), {"part": "test"}),

@@ -343,6 +343,8 @@ claim(ours.score > 0.85 * full.score, "LoRA comes close to full fine-tuning")
 # (method, learning rate, learning rate × decay), from data/RESULTS.md
 settings = [("full", 0.001, 0.0), ("lora", 0.01, 0.0), ("full", 0.004, 0.32), ("lora", 0.08, 0.32)]
 rows = [json.loads(line) for line in (DATA / "results" / "finals.jsonl").read_text().splitlines()]
+
+# %%
 figure, axis = plt.subplots(figsize=(6.5, 2.8))
 means = []
 for y, setting in enumerate(settings):

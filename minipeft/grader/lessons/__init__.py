@@ -157,10 +157,10 @@ def call(function: Callable, *inputs, may_be_none: bool = False):
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise Wrong(
             f"{named(function)} raises {type(error).__name__}: {error}\n"
-            f"  input     {show(inputs)}\n  in line   {where.line or where.lineno}"
+            f"  input     {show(kept)}\n  in line   {where.line or where.lineno}"
         ) from None
     for value, before in zip(inputs, kept, strict=True):
-        if isinstance(value, Tensor) and not torch.equal(value, before):
+        if isinstance(value, Tensor | list | dict) and not is_close(value, before, 0):
             raise Wrong(f"{named(function)} changes its input {show(before)}: work on a copy")
     return got if may_be_none else done(got)
 
@@ -174,8 +174,9 @@ def expect(
     mistakes: what a likely mistake would return, by the text that names it.
     """
     inputs = tuple(inputs)
+    text = show(inputs)
     got = call(function, *inputs, may_be_none=may_be_none)
-    compare(f"{named(function)}(…)", got, expected, show(inputs), mistakes, tolerance)
+    compare(f"{named(function)}(…)", got, expected, text, mistakes, tolerance)
 
 
 def compare(
