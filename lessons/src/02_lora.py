@@ -2,15 +2,15 @@
 # # 02 · LoRA
 #
 # You have one graphics card with 24 GB of memory, and a language model with 7 billion parameters. In bfloat16 its weights
-# take 14 GB. Full fine-tuning needs gradients and optimizer states too, 84 GB or more, so it does not fit (lesson 01).
+# take 14 GB. Full fine-tuning also needs gradients and optimizer states: 84 GB in all at 12 bytes per parameter, so it does not fit (lesson 01).
 # And if twenty customers each want a model of their own, you must store twenty models of 14 GB. LoRA trains a small addition
-# to each weight matrix and stores only that: a file of about 40 MB per customer.
+# to each weight matrix and stores only that: about 40 MB per customer at rank 8.
 #
 # After this lesson you can
 # - write a LoRA layer, put it into a GPT, and train it;
 # - compute how many parameters it trains;
 # - say what its settings do, and what people use on large models;
-# - merge it into the weights, and check that nothing changed;
+# - merge it into the weights;
 # - compare it with full fine-tuning: what it learns, and what it forgets.
 #
 # **Time.** 20 minutes to read, 2 to run, 35 for the exercises. All results are for a GPT with 1 million parameters.
@@ -28,7 +28,7 @@ from torch import nn
 
 from minipeft import GPT, GPTConfig, LoraConfig, PeftModel, get_peft_model, lora
 from minipeft.grader.lessons import check, claim, hint, solution, solved
-from minipeft.lab import DATA, compare, report, tasks
+from minipeft.lab import DATA, compare, memory, report, tasks
 from minipeft.lab.base import load_base
 from minipeft.lab.evaluate import complete, task_loss
 from minipeft.lab.finetune import finetune
@@ -75,8 +75,8 @@ check("02.clearest", clearest)
 # ## What does full fine-tuning change?
 #
 # Full fine-tuning turns each weight matrix W into W + ΔW. A matrix whose shorter side is 128 has 128 *singular values*. Each belongs
-# to one direction, and says how strongly the matrix acts in it. The sum of their squares is the squared *Frobenius norm* of the
-# matrix, which is also the sum of its squared entries. So they tell how much of ΔW lies in its strongest directions.
+# to one direction, and says how strongly the matrix acts in it. The sum of their squares is the sum of all squared entries, called the squared *Frobenius norm*. So
+# they tell how much of ΔW lies in its strongest directions.
 #
 # **Your guess:** how many of the 128 directions hold 90 % of the squared norm of ΔW? Write a number, and in a few words why.
 
@@ -123,8 +123,8 @@ report.show(
 )
 
 # %% [markdown]
-# The update is concentrated: a few directions hold much of it. It also has a long tail. How much the tail matters for the task is
-# measured in "Going further".
+# The update is concentrated: of 128 directions, the strongest 8 hold about half of its squared norm. It also has a long tail. "Going further" measures how much the
+# tail matters for the task.
 #
 # ## The idea
 #
@@ -133,7 +133,8 @@ report.show(
 # $$ y = W x + b + \frac{\alpha}{r}\, B A x, \qquad A \in \mathbb{R}^{r \times in},\quad B \in \mathbb{R}^{out \times r} $$
 #
 # W and b are *frozen*: they do not change. A product B A has at most r directions, so its *rank* is at most r, and we say that the
-# update has *low rank*. The *scaling* α/r is a fixed number. A starts with random numbers, and B with zeros.
+# update has *low rank*. The *scaling* α/r is a fixed number. A starts with small random numbers, and B with zeros. The trained matrices of all layers together
+# are called an *adapter*.
 #
 # **Exercise 1.** W has the shape 384 × 128, and r is 8. How many parameters does LoRA train for this layer?
 
@@ -162,10 +163,13 @@ both_zero = []  # so neither would ever change
 check("02.zero", first_step, both_zero)
 
 # %% [markdown]
+# One of the two must be zero, so that the model starts as the base. The other must not, or nothing would ever train.
+#
 # ## Write the layer
 #
 # **Exercise 3.** Write the layer. It wraps an `nn.Linear`, freezes it, and adds (α/r) B A x. Call the two matrices
-# `self.A`, of shape (r, in), and `self.B`, of shape (out, r). Each is an `nn.Parameter`, or an `nn.Linear` without a bias.
+# `self.A`, of shape (r, in), and `self.B`, of shape (out, r). Each is an `nn.Parameter`, or an `nn.Linear` without a bias. Draw A with a standard deviation of about 1/√in.
+# (The rows of `x` are inputs, so A x is `x @ A.T`.)
 
 
 # %% tags=["exercise"]
@@ -201,7 +205,7 @@ if not solved("02.my_lora"):  # until yours is right, the lesson goes on with mi
 
 # %% [markdown]
 # Now compare with minipeft's layer, in [minipeft/methods/lora.py](../minipeft/methods/lora.py). First by numbers: with the same A and B, the equation
-# gives what its layer gives. Then read its first half. The rest of the class merges.
+# gives what its layer gives. Then read `__init__` and `forward`. Numbers such as (1) refer to the equations at the top of the file, and `merged_weight` is for merging, which comes later.
 
 # %%
 torch.manual_seed(0)
@@ -219,7 +223,7 @@ print(
 # %% [markdown]
 # ## Put it into a GPT
 #
-# This is the whole trick: freeze the model, and replace its linear layers. `find_targets` returns them by name: `"all-linear"` means all except
+# Freeze the model, and replace its linear layers. `find_targets` returns them by name: `"all-linear"` means all except
 # the output head. Below is the first block of the GPT, before and after.
 
 
@@ -237,9 +241,9 @@ model = add_my_lora(base.model(), r=8, alpha=16)
 print(model.transformer.h[0])
 
 # %% [markdown]
-# minipeft's `add_lora` does the same, and refuses a model without targets or with an adapter. For everything else, use
-# `get_peft_model`, which works as in Hugging Face peft. Two checks before we train: the model starts as the base, and the number of trainable parameters is
-# that of the formula.
+# minipeft's `add_lora`, below, does the same. In your own work, call `get_peft_model`, as in Hugging Face peft: it can also switch, disable and save adapters.
+#
+# Two checks before we train: the model starts as the base, and the number of trainable parameters is that of the formula.
 
 # %%
 print(inspect.getsource(lora.add_lora))
@@ -252,7 +256,7 @@ print(f"trainable: {trained:,} of {sum(p.numel() for p in model.parameters()):,}
 # %% [markdown]
 # ## Train it
 #
-# The training loop of lesson 01. Nothing in it knows about LoRA: the optimizer gets the parameters that require a gradient.
+# The loop of lesson 01 knows nothing about LoRA: the optimizer gets the parameters that require a gradient.
 
 
 # %%
@@ -295,6 +299,8 @@ print("reference: ", prompt.completion)
 claim(losses[-1] < 0.2 * losses[0], "the loss falls to less than a fifth")
 
 # %% [markdown]
+# Each fact may be phrased in two ways, so the text may differ from the reference. What counts is the values.
+#
 # ## The settings
 #
 # | setting | here | on a 7B model | what it does |
@@ -303,17 +309,27 @@ claim(losses[-1] < 0.2 * losses[0], "the loss falls to less than a fifth")
 # | α | 16 | often 2 r | multiplies the update by α/r |
 # | target modules | all linear layers | all linear layers | where the update goes; the LoRA paper used only queries and values |
 # | learning rate | 10⁻² | 2 · 10⁻⁴ | from a sweep here; large models need smaller ones |
-# | weight decay | none | none or a little | pulls the update towards zero; see below |
+# | weight decay | none | none, or up to 1/100 | AdamW's pulls A and B towards zero; another kind follows below |
 # | batch size | 16 | 8 to 32 | examples per step |
 # | steps | 100 | 1 to 5 epochs | |
 #
-# Our learning rate is 50 times the usual one. It was the best for this small model and 100 steps, so it says nothing about a large model.
-# [HYPERPARAMETERS.md](HYPERPARAMETERS.md) has the sources of the third column.
+# Our learning rate is 50 times the usual one: it is for a small model and 100 steps, and no advice for a large one.
+# [HYPERPARAMETERS.md](HYPERPARAMETERS.md) has the sources of the third column. And what does LoRA cost on a 7B model?
+
+# %%
+shape = memory.SHAPES["llama-2-7b"]
+a = shape.adapter(8)  # r (in + out), over all linear layers
+print(f"adapter: {a:,} parameters, {2 * a / 1e6:.0f} MB as a file in bfloat16")
+print(
+    f"weights {2 * shape.parameters / 1e9:.1f} GB; gradients and AdamW's averages of the adapter {12 * a / 1e9:.2f} GB"
+)
+
+# %% [markdown]
+# That fits on a card with 24 GB, with some room for activations.
 #
 # ## Against full fine-tuning
 #
-# From here on, `finetune` runs the loop, saves the adapter, and measures. Both methods see the same examples in the same order for 100 steps, each at its own best
-# learning rate. *Share of gap* is 0 for the frozen base, and 1 for full fine-tuning.
+# From here on, `finetune` runs the loop, saves the adapter, and measures. Both methods see the same examples in the same order, each at its own best learning rate. *Share of gap* is 0 for the frozen base, and 1 for full fine-tuning.
 
 # %%
 ours = finetune(base, task, RECIPES["lora"], RunConfig(seed=0, output=OUT / "lora"))
@@ -329,15 +345,19 @@ records = compare.load(DATA / "results" / "1m" / "compare.json")
 for live in (full, ours):
     others = [r for r in records if r.method == live.method and not r.random_base and r.seed]
     print(live.method, "with other seeds:", [f"{record.score:.2f}" for record in others])
-    claim(compare.in_spread(live, others), f"{live.method} scores like its other seeds")
+    middle = sum(record.score for record in others) / len(others)
+    claim(abs(live.score - middle) < 0.12, f"{live.method} scores like its other seeds")
 claim(ours.score > 0.85 * full.score, "LoRA comes close to full fine-tuning")
 
 # %% [markdown]
-# LoRA trains a small share of the parameters, and comes close to full fine-tuning. Look at the other seeds: they lie so far apart that one run cannot rank the two.
+# LoRA trains a small share of the parameters, and comes close to full fine-tuning. With other seeds the scores of the two methods overlap, so these runs cannot rank them.
 #
-# But look at the column *forgetting*: the rise of the loss on text like that of pretraining. LoRA forgot more. Is this the method, or the way it was trained?
-# Neither run had *weight decay*. The figure shows ten other runs per bar, with the decay that was best for each method: in each step, it pulls the trained weights a little
-# towards their values at the start. All settings were chosen to state at least 90 % of the facts of the validation examples correctly.
+# But look at the column *forgetting*: the rise of the loss on text like that of pretraining. LoRA forgot more. Is this the method, or the way it was trained? Neither
+# run had *weight decay*.
+#
+# The next figure adds a weight decay that, in each step, removes a part of the distance between each trained weight and its value at the start. (AdamW's built-in decay
+# pulls towards zero instead.) For each bar, learning rate and decay were chosen on validation examples: the settings that forget least among those whose models state at least
+# 90 % of the facts correctly. Each bar is the mean of ten seeds.
 
 # %%
 # (method, learning rate, learning rate × decay), from data/RESULTS.md
@@ -370,11 +390,11 @@ report.show(
 claim(max(means[2:]) < 0.3 < min(means[:2]), "with weight decay, both forget much less")
 
 # %% [markdown]
-# Weight decay decides how much is forgotten, far more than the method does. LoRA still forgets a little more than full fine-tuning here.
-# A study of a large model found the opposite ([Biderman et al.](https://arxiv.org/abs/2405.09673)), so this may not generalise. Lesson 09 comes back to it.
+# With weight decay (and a learning rate that suits it) both forget a small part of what they forgot before: more than ten times less. So the regularizer matters more than the method. LoRA still forgets
+# more than full fine-tuning here. A study of large models found the opposite ([Biderman et al.](https://arxiv.org/abs/2405.09673)), so this may not generalize. Lesson 09 comes back to it.
 # <!-- claim: finals-forgetting -->
 #
-# LoRA has one advantage that full fine-tuning does not have: disable the adapter, and the base is back, exactly.
+# Whatever it forgot, LoRA can take it back: disable the adapter, and the model computes exactly what the base computes.
 
 # %%
 model = PeftModel.from_pretrained(base.model(), OUT / "lora").eval()
@@ -429,9 +449,9 @@ print(f"{type(merged).__name__}; logits differ by {difference:.0e} of the larges
 # **To read:** the paper, [Hu et al. 2021](https://arxiv.org/abs/2106.09685), sections 4 and 7. [LoRA Without Regret](https://thinkingmachines.ai/blog/lora/) (2025)
 # asks when LoRA equals full fine-tuning.
 #
-# **Build it yourself.** Write the whole file and have it graded: `python -m minipeft build start lora my` ([BUILD.md](BUILD.md)).
-#
 # # Going further
+#
+# **Build it yourself.** Write the whole file and have it graded: `python -m minipeft build start lora my` ([BUILD.md](BUILD.md)).
 #
 # ## Does the tail matter?
 #
@@ -443,7 +463,9 @@ for r in (0, 1, 2, 4, 8, 16, 32, 64, 128):  # 128: all of ΔW
     model = GPT.from_pretrained(OUT / "full")  # embeddings, LayerNorms and biases stay as tuned
     for name, delta in deltas.items():
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-        model.get_submodule(name).weight.data = (weights[name] + u[:, :r] * s[:r] @ vh[:r]).detach()
+        model.get_submodule(name).weight.data = (
+            weights[name] + (u[:, :r] * s[:r]) @ vh[:r]
+        ).detach()
     losses[r] = task_loss(model, task.validation, base.end)["slot_loss"]
     print(f"rank {r:3}: slot loss {losses[r]:.3f}")
 print(f"LoRA, trained with rank 8: {ours.validation[-1]['slot_loss']:.3f}")
@@ -453,12 +475,11 @@ claim(
 )
 
 # %% [markdown]
-# The tail matters, but each further direction matters less. An update that is trained at rank 8 is better than one that is cut to rank 8 afterwards.
+# The tail matters, but each further direction matters less. In these two runs, an update that is trained at rank 8 has a lower loss than one that is cut to rank 8 afterwards.
 #
 # ## What breaks it: no pretraining
 #
-# Train a GPT of the same shape that starts from random weights. **Guess first:** on the template tokens, the same few phrases in
-# all examples, how close will LoRA come to full fine-tuning?
+# Train a GPT of the same shape that starts from random weights, with one seed. Before you run it, guess: will LoRA learn at least the template tokens, the same few phrases in all examples?
 
 # %%
 full_random = finetune(base, task, RECIPES["full"], RunConfig(seed=0, random_base=True))
@@ -480,7 +501,8 @@ report.show(
     figure,
     "Loss by step: on a random base, LoRA stays far above full fine-tuning, on template tokens too.",
 )
-claim(full_random.score < 0.5 * full.score, "without pretraining, full fine-tuning fails")
+print(f"slot accuracy on a random base: full {full_random.score:.2f}, LoRA {lora_random.score:.2f}")
+claim(max(full_random.score, lora_random.score) < 0.1, "without pretraining, both fail")
 claim(lora_random.test_template_loss > full_random.test_template_loss, "LoRA fails more")
 
 # %%
@@ -496,11 +518,11 @@ print(
     f"template loss: LoRA {lora_random.test_template_loss:.2f}, with free embeddings {freed:.2f}, "
     f"full {full_random.test_template_loss:.2f}"
 )
-claim(freed < lora_random.test_template_loss / 4, "the frozen random embeddings were the problem")
+claim(freed < lora_random.test_template_loss / 4, "free embeddings repair the template")
 
 # %% [markdown]
-# Without pretraining, nothing learns names in 100 steps. LoRA does not even learn the template, but its rank is not to blame: with free embeddings it does.
-# LoRA needs weights that are *worth freezing*.
+# Without pretraining, neither learns names in 100 steps, and LoRA does not even learn the template. Its low rank is not the reason: with free embeddings, the same A and B learn the template about as well as full fine-tuning.
+# In this GPT the embeddings are also the output head, and LoRA keeps them as they are. So it needs a base whose frozen parts are useful.
 #
 # ## More exercises
 #

@@ -82,7 +82,7 @@ class MyLora(nn.Module):  # the layer is not frozen
     def __init__(self, layer, r, alpha):
         super().__init__()
         self.layer = layer
-        self.A = nn.Parameter(torch.randn(r, layer.in_features))
+        self.A = nn.Parameter(torch.randn(r, layer.in_features) / layer.in_features**0.5)
         self.B = nn.Parameter(torch.zeros(layer.out_features, r))
         self.scaling = alpha / r
 
@@ -95,7 +95,7 @@ class MyLora(nn.Module):  # no scaling
     def __init__(self, layer, r, alpha):
         super().__init__()
         self.layer = layer.requires_grad_(False)
-        self.A = nn.Parameter(torch.randn(r, layer.in_features))
+        self.A = nn.Parameter(torch.randn(r, layer.in_features) / layer.in_features**0.5)
         self.B = nn.Parameter(torch.zeros(layer.out_features, r))
 
     def forward(self, x):
@@ -108,7 +108,7 @@ class MyLora(nn.Module):  # the bias is not frozen
         super().__init__()
         self.layer = layer
         self.layer.weight.requires_grad_(False)
-        self.A = nn.Parameter(torch.randn(r, layer.in_features))
+        self.A = nn.Parameter(torch.randn(r, layer.in_features) / layer.in_features**0.5)
         self.B = nn.Parameter(torch.zeros(layer.out_features, r))
         self.scaling = alpha / r
 
@@ -121,7 +121,7 @@ class MyLora(nn.Module):  # B is detached, so it never trains
     def __init__(self, layer, r, alpha):
         super().__init__()
         self.layer = layer.requires_grad_(False)
-        self.A = nn.Parameter(torch.randn(r, layer.in_features))
+        self.A = nn.Parameter(torch.randn(r, layer.in_features) / layer.in_features**0.5)
         self.B = nn.Parameter(torch.zeros(layer.out_features, r))
         self.scaling = alpha / r
 
@@ -134,7 +134,7 @@ class MyLora(nn.Module):  # the bias of the layer is left out
     def __init__(self, layer, r, alpha):
         super().__init__()
         self.layer = layer.requires_grad_(False)
-        self.A = nn.Parameter(torch.randn(r, layer.in_features))
+        self.A = nn.Parameter(torch.randn(r, layer.in_features) / layer.in_features**0.5)
         self.B = nn.Parameter(torch.zeros(layer.out_features, r))
         self.scaling = alpha / r
 
@@ -147,13 +147,54 @@ class MyLora(nn.Module):  # W is changed when the layer is made
     def __init__(self, layer, r, alpha):
         super().__init__()
         self.layer = layer.requires_grad_(False)
-        self.A = nn.Parameter(torch.randn(r, layer.in_features))
+        self.A = nn.Parameter(torch.randn(r, layer.in_features) / layer.in_features**0.5)
         self.B = nn.Parameter(torch.randn(layer.out_features, r))
         self.layer.weight -= alpha / r * (self.B @ self.A).detach()
         self.scaling = alpha / r
 
     def forward(self, x):
         return self.layer(x) + self.scaling * (x @ self.A.T @ self.B.T)
+
+
+# %% 02.my_lora wrong
+class MyLora(nn.Module):  # A is too large
+    def __init__(self, layer, r, alpha):
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.A = nn.Parameter(torch.randn(r, layer.in_features))
+        self.B = nn.Parameter(torch.zeros(layer.out_features, r))
+        self.scaling = alpha / r
+
+    def forward(self, x):
+        return self.layer(x) + self.scaling * (x @ self.A.T @ self.B.T)
+
+
+# %% 02.my_lora wrong
+class MyLora(nn.Module):  # earlier layers get no gradient through the frozen one
+    def __init__(self, layer, r, alpha):
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.A = nn.Parameter(torch.randn(r, layer.in_features) / layer.in_features**0.5)
+        self.B = nn.Parameter(torch.zeros(layer.out_features, r))
+        self.scaling = alpha / r
+
+    def forward(self, x):
+        with torch.no_grad():
+            y = self.layer(x)
+        return y + self.scaling * (x @ self.A.T @ self.B.T)
+
+
+# %% 02.my_lora wrong
+class MyLora(nn.Module):  # as in the equation, but the rows of x are the inputs
+    def __init__(self, layer, r, alpha):
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.A = nn.Parameter(torch.randn(r, layer.in_features) / layer.in_features**0.5)
+        self.B = nn.Parameter(torch.zeros(layer.out_features, r))
+        self.scaling = alpha / r
+
+    def forward(self, x):
+        return self.layer(x) + self.scaling * self.B @ self.A @ x
 
 
 # %% 02.my_lora right
@@ -175,7 +216,7 @@ class MyLora(nn.Module):  # linear layers
 class MyLora(nn.Module):  # one matrix for both
     def __init__(self, layer, r, alpha):
         super().__init__()
-        self.A = nn.Parameter(torch.rand(r, layer.in_features) - 0.5)
+        self.A = nn.Parameter((torch.rand(r, layer.in_features) - 0.5) / layer.in_features**0.5)
         self.B = nn.Parameter(torch.zeros(layer.out_features, r))
         self.w, self.b, self.s = layer.weight.detach(), layer.bias, alpha / r
         layer.requires_grad_(False)

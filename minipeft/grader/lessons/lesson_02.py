@@ -8,7 +8,6 @@ from . import (
     answered,
     call,
     compare,
-    done,
     ensure,
     exercise,
     expect,
@@ -84,12 +83,12 @@ def zero(first_step, both_zero, draw):
 
 @exercise(
     "02.my_lora",
-    "self.A = nn.Parameter(torch.randn(r, layer.in_features) / …), and B likewise with zeros.",
+    "self.A = nn.Parameter(torch.randn(r, …) / … ** 0.5), and self.B likewise with torch.zeros.",
     "forward returns self.layer(x) + alpha / r * (x @ self.A.T @ self.B.T).",
 )
 def my_lora(MyLora, draw):
     for n_in, n_out, r, alpha, bias in (
-        (10, 7, 3, 5.0, True), (4, 4, 1, 1.0, True), (3, 9, 2, 8.0, False),
+        (10, 7, 3, 5.0, True), (4, 4, 1, 1.0, True), (3, 9, 2, 8.0, False), (400, 5, 4, 8.0, True),
     ):  # fmt: skip
         linear = nn.Linear(n_in, n_out, bias=bias)
         before = {name: p.detach().clone() for name, p in linear.named_parameters()}
@@ -97,12 +96,22 @@ def my_lora(MyLora, draw):
         layer = call(MyLora, linear, r, alpha)
         x, plain = draw.normal(2, 5, n_in), nn.Linear(n_in, n_out, bias=bias)
         plain.load_state_dict(before)
-        y = done(layer(x))
-        compare("the output at the start", y, plain(x), inputs, tolerance=1e-5)
+        y = call(layer, x)
         A, B = (_matrix(layer, name) for name in "AB")
+        mistakes = {"the layer's bias is missing": x @ plain.weight.T}
+        if B.any():
+            mistakes["B must be zero at the start"] = y
+        compare("the output at the start", y, plain(x), inputs, mistakes)
         for name, matrix, shape in (("A", A, (r, n_in)), ("B", B, (n_out, r))):
             has_shape(f"self.{name}", matrix, shape, inputs)
         ensure(bool(A.any()), "self.A is zero at the start, so nothing would ever train")
+        if n_in == 400:
+            spread = A.std().item() * n_in**0.5
+            ensure(
+                0.2 < spread < 3,
+                f"A starts with a standard deviation of {A.std().item():.3g}: it must be about "
+                f"1/√in, here {n_in**-0.5:.3g}",
+            )
         trained = {id(p) for p in layer.parameters() if p.requires_grad}
         for name in before:
             ensure(id(getattr(linear, name)) not in trained, f"the layer's {name} is not frozen")
@@ -111,7 +120,8 @@ def my_lora(MyLora, draw):
         with torch.no_grad():
             B.copy_(draw.normal(n_out, r))
         update = x @ A.T @ B.T
-        y = layer(x)
+        x.requires_grad_()
+        y = call(layer, x)
         compare(
             "the output, once B is not zero", y, plain(x) + alpha / r * update, inputs,
             {
@@ -122,7 +132,14 @@ def my_lora(MyLora, draw):
                 "A and B are used in the wrong order or not at all": plain(x),
             },
         )  # fmt: skip
-        y.square().sum().backward()
+        ensure(y.requires_grad, "the output has no gradient. Was it detached?")
+        y.sum().backward()
+        right = (plain.weight + alpha / r * B @ A).sum(0).expand_as(x)
+        compare(
+            "the gradient of x", x.grad, right.detach(), inputs,
+            {"the gradient does not go through the frozen layer: freeze its parameters, but do not "
+             "detach its output": (alpha / r * B @ A).detach().sum(0).expand_as(x)},
+        )  # fmt: skip
         for name, matrix in (("A", A), ("B", B)):
             ensure(
                 matrix.grad is not None and bool(matrix.grad.any()),
@@ -159,8 +176,8 @@ def merge(merge, draw):
 
 @exercise(
     "02.gpt2",
-    "First one layer: A is 4 × 768, and B is (3 · 768) × 4.",
-    "12 layers, each with r · (in + out) parameters.",
+    "Count one layer first: what are the shapes of A and B?",
+    "A is 4 × 768, and B is (3 · 768) × 4. There are 12 such pairs.",
 )
 def gpt2(gpt2, draw):
     mistakes = {
@@ -214,6 +231,9 @@ def extract(extract, draw):
         mistakes = {
             "the singular values are missing": u[:, :r] @ vh[:r],
             "the singular values are used twice": u[:, :r] * s[:r] ** 2 @ vh[:r],
+            "torch.linalg.svd returns V transposed already": u[:, :r] * s[:r] @ vh.mT[:r]
+            if n_in == n_out
+            else u,
             "these are the weakest directions": u[:, -r:] * s[-r:] @ vh[-r:],
         }
         compare("B A", B @ A, u[:, :r] * s[:r] @ vh[:r], inputs, mistakes)
