@@ -1,514 +1,680 @@
 # %% [markdown]
-# # 00 · A small GPT: what does a model know after ten million tokens?
+# # 00 · A small GPT
+#
+# A company downloads a language model with 7 billion parameters, and trains it for one night to answer its customers. In the morning a number called the loss
+# is lower, and the answers look good. Did the model learn this now, did it know it before, or did it find a shortcut that will fail next week? To find out, you
+# must know what a model can do, and how that is measured. Here you practice on models so small that you can look inside.
 #
 # After this lesson you can
-# - name the parts of a GPT, count their parameters, and compute an attention by hand;
-# - say what our shipped bases can do, and what they cannot, with the score of pure chance beside it;
-# - watch a tiny GPT learn to copy, on your own computer, in less than a minute;
-# - show what the text must have, and what the model must have, for that to happen.
+# - turn text into tokens, and tokens into text;
+# - compute the loss of a model by hand, and say what its size means;
+# - name the parts of a GPT, and compute its attention;
+# - test whether a model learned what its score suggests.
 #
-# **Papers.** Vaswani et al. 2017, *Attention Is All You Need*, arXiv 1706.03762; Radford et al. 2019, *Language Models are
-# Unsupervised Multitask Learners* (GPT-2).
-#
-# **Time.** Twenty minutes to read, two to run, forty for the exercises.
+# **Time.** 20 minutes to read, 1 to run, 35 for the exercises. All results are for GPTs with at most 3 million parameters.
+# Unknown words are in the [glossary](README.md#glossary).
 
 # %%
 import inspect
 import json
 import math
+from itertools import islice
 from random import Random
 
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
+from IPython.display import Markdown, display
 
 from minipeft import GPT, GPTConfig, gpt
-from minipeft.data import card, text  # the probes, and the generator of the text
+from minipeft.data import card, text  # questions for a model, and the generator of our texts
 from minipeft.data.words import NEW_PEOPLE, PEOPLE
+from minipeft.grader.lessons import check, claim, hint, solution, solved
 from minipeft.lab import DATA, evaluate, report, tasks
 from minipeft.lab.base import load_base, windows
 from minipeft.lab.recipes import RunConfig
 from minipeft.lab.train import train
 
-BLUE, GREY = report.COLORS["full"], report.COLORS["frozen"]
-plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
+BLUE, ORANGE, GREY = (report.COLORS[name] for name in ("full", "lora", "frozen"))
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 base = load_base(DATA / "base" / "1m")
 model = base.model().eval()
+
+# %% [markdown]
+# ## Before you start
+#
+# Two questions about PyTorch. Replace `None` with your answer, and run both cells.
+#
+# **1.** `x` has the shape (2, 5, 16), and `w` the shape (16, 48). What is the shape of `x @ w`?
+
+# %% tags=["exercise"]
+shape = None  # three numbers in parentheses
+
+# %% tags=["solution"]
+shape = (2, 5, 48)  # each of the 2 · 5 vectors of 16 numbers becomes one of 48
+
+# %% tags=["check"]
+check("00.matmul", shape)
+
+# %% [markdown]
+# **2.** `scores` has the shape (3, 4). What is the sum of all twelve numbers of `scores.softmax(dim=-1)`?
+
+# %% tags=["exercise"]
+total = None  # a number
+
+# %% tags=["solution"]
+total = 3  # each of the 3 rows sums to 1
+
+# %% tags=["check"]
+check("00.softmax", total)
+
+# %% [markdown]
+# If an answer is wrong, call `hint(1)` in a new cell, then `hint(2)`, and then `solution()`.
+#
+# ## How does a skill appear?
+#
+# Later you train a tiny GPT from random weights. For 400 steps it sees lists of names that are read back: "The names: Ada Bell, Carl Cook. Again: Ada Bell,
+# Carl Cook." The test has names that it has never seen.
+#
+# **Your guess:** after how many steps does it copy half of the names? Write a number, and in a few words why.
+
+# %%
+guess = None  # steps, 0 to 400
+reason = ""
+
+# %% [markdown]
+# ## Text becomes tokens
+#
+# A model reads numbers. A *tokenizer* cuts a text into *tokens*, and gives each its number, the *id*. Ours knows 2,048 tokens: its *vocabulary*.
+# Frequent words are one token, and rare words are cut into parts. The sign `Ġ` stands for a space.
+
+# %%
+for sentence in ("Clara Stone lost a golden key.", "Hello, PEFT!"):
+    encoded = base.tokenizer.encode(sentence)
+    print(
+        *(f"{token} {id}" for token, id in zip(encoded.tokens, encoded.ids, strict=True)), sep="   "
+    )
+
+# %% [markdown]
+# **Exercise 1.** Write the reverse. `vocabulary` is a dictionary from token to id. `to_text(ids, vocabulary)` returns the text, with spaces instead of `Ġ`.
+
+
+# %% tags=["exercise"]
+def to_text(ids, vocabulary): ...  # return the text
+
+
+# %% tags=["solution"]
+def to_text(ids, vocabulary):
+    tokens = {number: token for token, number in vocabulary.items()}
+    return "".join(tokens[number] for number in ids).replace("Ġ", " ")
+
+
+# %% tags=["check"]
+check("00.to_text", to_text)
+
+# %% [markdown]
+# Our *base models* were trained on ten million tokens about a small invented world. This is called *pretraining*.
+# Here are three documents. Names have two parts, and one pair in eight is *held out*: it occurs nowhere in these texts, so a model cannot know it by heart.
+
+# %%
 for seed in (13, 34, 20):
     print(text.document(Random(seed)), "\n")
 
 # %% [markdown]
-# Those are three of the documents that our bases were pretrained on: ten million tokens about a little world, made by
-# `data/text.py`. All fine-tuning in this course starts from what such a base knows, so let us find that out first.
+# ## The loss
 #
-# Names have two parts, and one pair in eight is held out: its parts are common, the pair stands nowhere in the
-# text. What a model says of such a name it cannot have learned by heart.
+# A GPT predicts the next token. At each position it computes one number for each token of the vocabulary, the *logits*, and softmax turns them into
+# probabilities. The loss is small if the token that comes next had a high probability p:
 #
-# ## Questions first
+# $$ \text{loss} = -\frac{1}{T-1} \sum_{t=1}^{T-1} \log p\,(\text{token}_{t+1} \mid \text{token}_1, \dots, \text{token}_t) $$
 #
-# **First.** A list of three names that the model has never seen, then "Again:" and the first of them. For how many of a hundred such
-# lists does our small base give the second name right?
-#
-# **Second.** Later you will train a tiny GPT on nothing but lists that are read back, for 600 steps. After how many does it copy half of
-# the names? And what share will its twin copy, trained as long on lists in which no name comes back?
+# This mean of −log p is the *cross-entropy*. With the natural logarithm its unit is the *nat*. In the table below, the *label* is the token that should come
+# next. So the labels are the text, *shifted by one position*.
 
 # %%
-guess_lists = 30  # of 100: put your own numbers here before you go on
-guess_step, guess_twin = 300, 0.3  # steps; share of names copied
-
-# %% [markdown]
-# ## The parts
-#
-# A token becomes a vector, and so does its position. Then a stack of blocks, each adding to the vectors what an *attention*
-# and an *MLP* have to say. At the end every vector is compared with all token vectors, and that gives the chances of the next token.
-#
-# $$ x \leftarrow x + \mathrm{Attention}(\mathrm{LN}(x)), \qquad x \leftarrow x + \mathrm{MLP}(\mathrm{LN}(x)), \qquad
-# \mathrm{Attention} = \mathrm{softmax}\!\left(\frac{q k^\top}{\sqrt{d_k}} + \mathrm{mask}\right) v $$
-#
-# The attention is the only part in which one position can look at another. The rest works on each position alone.
-
-# %%
-parts = {
-    "tokens (wte)": "wte",
-    "positions (wpe)": "wpe",
-    "attention": ".attn.",
-    "MLP": ".mlp.",
-    "norms": "ln_",
-}
-counts = {
-    title: sum(p.numel() for name, p in model.named_parameters() if part in name)
-    for title, part in parts.items()
-}
-for title, count in counts.items():
-    print(f"{title:16} {count:9,}")
-total, c = sum(counts.values()), model.config
-d = c.n_embd
-assert total == sum(p.numel() for p in model.parameters())
-assert total == (c.vocab_size + c.n_positions) * d + c.n_layer * (12 * d * d + 13 * d) + 2 * d
-print(f"{'together':16} {total:9,}; the output head is the token table once more")
-
-# %% [markdown]
-# ## By hand: one attention
-#
-# Each position asks (q), each offers a key (k) and a value (v). The weights say who listens to whom. A position may look
-# at itself and back, never ahead.
-
-
-# %%
-def attend(attention, x):
-    """What an attention says of x (1, t, d), and its weights, (h, t, t)."""
-    t, d = x.shape[1:]
-    heads = attention.n_head
-    q, k, v = attention.c_attn(x)[0].split(d, dim=-1)  # each (t, d)
-    q, k, v = (z.view(t, heads, d // heads).transpose(0, 1) for z in (q, k, v))  # (h, t, k)
-    scores = q @ k.transpose(1, 2) / math.sqrt(d // heads)  # (h, t, t)
-    ahead = torch.ones(t, t, dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(ahead, -torch.inf).softmax(-1)  # each row sums to 1
-    y = (weights @ v).transpose(0, 1).reshape(t, d)  # the heads side by side
-    return attention.c_proj(y), weights
-
-
-sentence = "The names: Ada Bell, Carl Cook, Dora Ash. Again: Ada Bell, Carl Cook,"
+sentence = "Clara Stone lost a golden key. What was lost? A golden key."
 encoded = base.tokenizer.encode(sentence)
 ids = torch.tensor([encoded.ids])
-block = model.transformer.h[0]
 with torch.no_grad():
-    x = model.transformer.wte(ids) + model.transformer.wpe(torch.arange(ids.shape[1]))
-    mine, weights = attend(block.attn, block.ln_1(x))
-    theirs, _ = block.attn(block.ln_1(x), None, None)
-assert torch.allclose(mine, theirs[0], atol=1e-4)
-print("the first layer's attention by hand: the same numbers as minipeft's")
+    out = model(ids, labels=ids)  # the model shifts the labels itself
+probabilities = out.logits[0].softmax(-1)  # (t, v)
+by_hand = []
+print(f"{'the model reads':16} {'label':10} {'p':>6} {'-log p':>7}")
+for t in range(len(encoded.ids) - 1):
+    p = probabilities[t, encoded.ids[t + 1]].item()
+    by_hand.append(-math.log(p))
+    print(f"{encoded.tokens[t]:16} {encoded.tokens[t + 1]:10} {p:6.3f} {by_hand[-1]:7.3f}")
+mean = sum(by_hand) / len(by_hand)
+assert math.isclose(mean, out.loss.item(), rel_tol=1e-4)
+print(f"the mean is {mean:.3f} nats per token, as the model says")
+claim(by_hand[-3] < by_hand[4] / 2, "the second time, “golden” is easier to predict")
 
 # %% [markdown]
-# ## The real file
+# Look at "golden key": the second time, the model can read it. A surprise, such as "What", costs a lot.
 #
-# `minipeft/gpt.py` does the same in one fused call, and knows two things more: a cache of earlier keys and values, so that
-# writing a text does not compute everything again, and dropout.
+# **Exercise 2.** A model that knows nothing gives each of the 2,048 tokens the same probability. What is its loss in nats? And if it only knows that
+# one of 24 first names comes next?
+
+# %% tags=["exercise"]
+nothing = None  # a number, or an expression
+a_name = None
+
+# %% tags=["solution"]
+nothing = math.log(2048)  # minus the logarithm of 1/2048
+a_name = math.log(24)
+
+# %% tags=["check"]
+check("00.nats", nothing, a_name)
+
+# %% [markdown]
+# $e^{\text{loss}}$ is called *perplexity*. With a perplexity of 24, a model is as unsure as with 24 equally likely tokens.
+#
+# **Exercise 3.** A text has two labels. The model gives them the probabilities 1/2 and 1/8. What is its perplexity?
+
+# %% tags=["exercise"]
+perplexity = None
+
+# %% tags=["solution"]
+perplexity = math.exp((math.log(2) + math.log(8)) / 2)  # the loss is the mean of both
+
+# %% tags=["check"]
+check("00.perplexity", perplexity)
+
+# %% [markdown]
+# **Exercise 4.** Write the loss of a batch. `logits` has the shape (b, t, v), and `ids` (b, t). Do not forget the shift. You may use `F.cross_entropy`.
+
+
+# %% tags=["exercise"]
+def my_loss(logits, ids): ...  # the mean loss per label, in nats
+
+
+# %% tags=["solution"]
+def my_loss(logits, ids):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+# %% tags=["check"]
+check("00.my_loss", my_loss)
+
+# %% [markdown]
+# ## A loss curve
+#
+# Let us repeat the first 250 steps of pretraining, with a smaller GPT. A loss means little alone, so we compare with models that know less. One only counts how often each token occurs. A *5-gram model* counts which token follows each group of four.
 
 # %%
-print(inspect.getsource(gpt.Attention))
-print(inspect.getsource(gpt.Block))
+known = json.loads((DATA / "results" / "bases.json").read_text())
+settings = {"n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.08}
+settings |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+
+
+def batches(rows, seed=0):
+    """Batches of 16 texts in random order, forever. The labels are the ids."""
+    for i in tasks.shuffled(list(range(len(rows))), 16, seed):
+        yield [{"input_ids": rows[i], "labels": rows[i]}]
+
+
+def run(steps):
+    return RunConfig(
+        steps=steps, learning_rate=6e-3, warmup=50, lr_end=0.05, weight_decay=0.1, beta2=0.95
+    )
+
+
+rng = Random(5)
+documents = base.tokenizer.encode_batch([text.document(rng) for _ in range(4000)])
+rows = windows([document.ids for document in documents], 64, base.end)
+torch.manual_seed(0)
+small = GPT(GPTConfig(vocab_size=2048, n_positions=64, **settings))
+losses = train(small, batches(rows), run(250), title="pretraining").losses
+
+# %%
+levels = {
+    "all tokens equally likely": math.log(2048),
+    "counting tokens": known["unigram"],
+    "5-gram model": known["5-gram"],
+    "our 1M base": known["bases"]["1m"]["loss"],
+}
+figure, axis = plt.subplots(figsize=(7, 3.8))
+axis.plot(range(1, 251), losses, color=BLUE)
+axis.text(252, losses[-1], f"small GPT: {losses[-1]:.1f}", va="center", color=BLUE)
+for name, level in levels.items():
+    axis.axhline(level, xmax=0.97, color=GREY, linestyle="--", linewidth=1)
+    axis.text(252, level, f"{name}: {level:.1f}", va="center")
+axis.set(xlabel="step", ylabel="loss (nats per token)", yscale="log", xlim=(0, 255))
+axis.set_title("training loss (dashed: models on held-out text)", fontsize=10)
+axis.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+axis.minorticks_off()
+report.show(
+    figure,
+    "Training loss by step: it starts near 7.6, passes the model that counts tokens within 50 steps, and ends above the 5-gram model and the 1M base.",
+)
+claim(known["5-gram"] < losses[-1] < known["unigram"] - 1, "the small GPT ends in between")
 
 # %% [markdown]
-# ## Who listens to whom
+# Our base, trained far longer, is well below the 5-gram model: it can look back further than four tokens. Here both write, always with the most likely token:
+
+# %%
+for prompt in (
+    "The names: Rita Clay, Pablo Sands, Jana Bell. Again:",
+    "We went to Lemon Gate. The",
+    "The capital of France is",
+):
+    prompt_ids = torch.tensor([base.tokenizer.encode(prompt).ids])
+    for name, writer in (("small GPT", small), ("1M base", model)):
+        out = writer.generate(prompt_ids, max_new_tokens=14)[0, prompt_ids.shape[1] :]
+        print(f"{name:10} {prompt} [{base.tokenizer.decode(out.tolist()).strip()}]")
+
+# %% [markdown]
+# ## The parts of a GPT
 #
-# The list is being read back. To go on, a model could look for the *first* time of what it has just read, and at the token that came
-# next there. Do any of the base's heads do that? For every place after "Again" where a name must come next, take the weight on that
-# name in the list.
+# Each token becomes a vector, and so does its position. Their sum starts the *residual stream*: the vector per token that every *block* reads and adds to, twice:
+#
+# $$ x \leftarrow x + \mathrm{Attention}(\mathrm{LN}(x)), \qquad x \leftarrow x + \mathrm{MLP}(\mathrm{LN}(x)) $$
+#
+# - *LN*, LayerNorm, brings each vector to mean 0 and variance 1, then applies a learned scale and shift.
+# - The *MLP* works on each position by itself: linear layer, nonlinearity, linear layer.
+# - Only *attention* carries information from one position to another.
+#
+# At the end, dot products with all token vectors give the logits.
+
+# %%
+parts = {"tokens": "wte", "positions": "wpe", "attention": ".attn.", "MLP": ".mlp.", "LN": "ln_"}
+names = dict(model.named_parameters())
+for title, part in parts.items():
+    print(f"{title:10} {sum(p.numel() for name, p in names.items() if part in name):9,}")
+print(f"{'all':10} {sum(p.numel() for p in names.values()):9,}")
+print(model.transformer.h[0])
+
+# %% [markdown]
+# **Exercise 5.** How many parameters does the MLP of one block have? Both of its layers have a bias.
+
+# %% tags=["exercise"]
+mlp = None  # a number, or an expression
+
+# %% tags=["solution"]
+mlp = 128 * 512 + 512 + 512 * 128 + 128
+
+# %% tags=["check"]
+check("00.mlp", mlp)
+
+# %% [markdown]
+# ## Attention
+#
+# Each position computes three vectors: a query q (what am I looking for?), a key k (what do I offer?) and a value v (what do I pass on?). The *weights* say how much each position
+# takes from the others:
+#
+# $$ \mathrm{weights} = \mathrm{softmax}\!\left(\frac{q\,k^\top}{\sqrt{d_k}} + \mathrm{mask}\right), \qquad y = \mathrm{weights} \cdot v $$
+#
+# Here $d_k$ is the length of a key. The mask is −∞ where a position would look ahead, and 0 elsewhere. Several *heads* do this, each with its own part of the vectors.
+#
+# **Exercise 6.** Write `attention_weights(q, k)`, for q and k of the shape (h, t, k): heads, positions, length of a key. It returns the weights, (h, t, t). Row i says where
+# position i looks.
+
+
+# %% tags=["exercise"]
+def attention_weights(q, k): ...  # return (h, t, t)
+
+
+# %% tags=["solution"]
+def attention_weights(q, k):
+    t = q.shape[-2]
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (h, t, t)
+    ahead = torch.ones(t, t, dtype=torch.bool).triu(1)
+    return scores.masked_fill(ahead, -torch.inf).softmax(-1)
+
+
+# %% tags=["check"]
+check("00.attention", attention_weights)
+if not solved("00.attention"):  # until yours is right, the lesson uses PyTorch's
+
+    def attention_weights(q, k):
+        one_hot = torch.eye(q.shape[-2]).expand(*q.shape[:-2], -1, -1)
+        return F.scaled_dot_product_attention(q, k, one_hot, is_causal=True)
+
+
+# %% [markdown]
+# Compare with minipeft's attention, in [minipeft/gpt.py](../minipeft/gpt.py). It also has a *KV cache* (`past`): during generation, it keeps the keys and values of
+# earlier tokens, and does not compute them again.
+
+# %%
+sentence = "The names: Rita Clay, Pablo Sands, Jana Bell. Again: Rita Clay, Pablo Sands,"
+listed = base.tokenizer.encode(sentence)
+listed_ids, t = torch.tensor(listed.ids), len(listed.ids)
+block = model.transformer.h[0]
+with torch.no_grad():
+    x = model.transformer.wte(listed_ids) + model.transformer.wpe(torch.arange(t))  # (t, d)
+    qkv = block.attn.c_attn(block.ln_1(x))  # (t, 3 d)
+    q, k, v = qkv.view(t, 3, 4, 32).permute(1, 2, 0, 3)  # each (h, t, k)
+    y = (attention_weights(q, k) @ v).transpose(0, 1).reshape(t, 128)  # heads next to each other
+    by_hand = block.attn.c_proj(y)  # (t, d)
+    minipefts, _ = block.attn(block.ln_1(x)[None], None, None)
+assert torch.allclose(by_hand, minipefts[0], atol=1e-4)
+print(inspect.getsource(gpt.Attention.forward))
+
+# %% [markdown]
+# ## What can our bases do?
+#
+# These prompts have one right continuation. All their names are from the held-out pairs.
+
+# %%
+titles = {
+    "reads a list of names back, names held out": "reads a list back",
+    "second mention of a name, names held out": "completes a name",
+    "answers about one place, values held out": "answers about one place",
+    "the same, all values people (chance 1/3)": "the same, all answers are people",
+}
+for key in titles:
+    prompt, wanted = card.PROBES[key][1](text.Writer(Random(3), text.VALUES | card.HELD_OUT))
+    print(f"{prompt} [{wanted.strip()}]\n")
+columns = {f"{name} base": row["probes"] for name, row in reversed(known["bases"].items())}
+table = [[t, *(f"{p[key]:.2f}" for p in columns.values())] for key, t in titles.items()]
+display(Markdown(report.markdown_table(["share correct", *columns], table)))
+people = [row["the same, all values people (chance 1/3)"] for row in columns.values()]
+claim(people[0] < people[1] < people[2], "larger bases tell people apart better")
+claim(min(p[key] for p in columns.values() for key in list(titles)[:2]) > 0.95, "all bases copy")
+
+# %% [markdown]
+# All bases copy. But look at the last two rows. If only one person is named, "who?" has one possible answer. If three are named, a guess is
+# right one time in three, and the small bases fail more often.
+#
+# ## Watch it learn to copy
+#
+# Now test your guess. A *twin* sees lists in which other names follow "Again:". With few names, a small vocabulary is enough.
+
+# %%
+firsts, lasts = (sorted({name.split()[i] for name in PEOPLE})[:24] for i in (0, 1))
+seen, new = (
+    [name for name in names if name.split()[0] in firsts and name.split()[1] in lasts]
+    for names in (PEOPLE, NEW_PEOPLE)
+)
+
+
+def a_list(rng, names, returning=True):
+    n = rng.randint(2, 4)
+    chosen = rng.sample(names, 2 * n)
+    again = chosen[:n] if returning else chosen[n:]
+    return f"The names: {', '.join(chosen[:n])}. Again: {', '.join(again)}."
+
+
+def list_rows(names, returning, n, seed):
+    """Lists one after the other, in rows of 64 tokens."""
+    rng = Random(seed)
+    encoded = base.tokenizer.encode_batch([a_list(rng, names, returning) for _ in range(n)])
+    return windows([e.ids for e in encoded], 64, base.end)
+
+
+print(f"{len(seen)} names to train on, {len(new)} held out")
+print(*(a_list(Random(1), seen, returning) for returning in (True, False)), sep="\n")
+
+# %%
+used = list_rows(seen + new, True, 1000, 1).unique()
+again, *signs = (base.tokenizer.encode(piece).ids[0] for piece in (" Again", ":", ",", "."))
+test = list_rows(new, True, 150, seed=99)
+
+
+def to_small(ids):
+    """The ids of the base's tokenizer as ids of the small vocabulary."""
+    return torch.searchsorted(used, ids)
+
+
+# %%
+def is_name_again(ids):
+    """For one text, whether each token belongs to a name after "Again:"."""
+    marks, after = [], False
+    for token in ids.tolist():
+        marks.append(after and token not in [*signs, base.end])
+        after = token == again or (after and token != base.end)
+    return marks
+
+
+def copied(model, rows, shift=0):
+    """The share of name tokens that are copied, with all positions shifted."""
+    with evaluate.evaluating(model):
+        positions = torch.arange(shift, 64)[None]
+        logits = model(rows[:, : 64 - shift], position_ids=positions).logits
+    marks = torch.tensor([is_name_again(row) for row in test])[:, 1 : 64 - shift]
+    return (logits[:, :-1].argmax(-1) == rows[:, 1 : 64 - shift])[marks].float().mean().item()
+
+
+# %%
+def learn(returning=True, layers=2, seed=0):
+    """A tiny GPT trained on lists, and the share of names that it copied, by step."""
+    rows, points = to_small(list_rows(seen, returning, 9000, seed)), []
+    torch.manual_seed(seed)
+    config = GPTConfig(
+        vocab_size=len(used), n_positions=64, **settings | {"n_layer": layers}
+    )  # fmt: skip
+    model = GPT(config)
+
+    def look(row):
+        if row["step"] % 20 == 0:
+            points.append((row["step"], copied(model, to_small(test))))
+
+    look({"step": 0})
+    train(model, batches(rows, seed), run(400), after_step=look)
+    return model, points
+
+
+tiny, points = learn()
+twin, twin_points = learn(returning=False)
+
+# %%
+half = next((step for step, share in points if share >= 0.5), None)
+figure, axis = plt.subplots(figsize=(7, 3.6))
+for found, color, style, label in (
+    (points, BLUE, "o-", "names return"),
+    (twin_points, GREY, "x--", "twin: other names follow"),
+):
+    axis.plot(*zip(*found, strict=True), style, color=color, markersize=4, label=label)
+    axis.text(405, found[-1][1], f"{found[-1][1]:.2f}", va="center", color=color)
+axis.plot([half], [dict(points)[half]], "o", color=BLUE, markersize=9, label=f"step {half}")
+if guess is not None:
+    axis.axvline(guess, color="black", linestyle=":", label="your guess")
+axis.set(xlabel="step", ylabel="share of names copied", ylim=(-0.03, 1.03))
+axis.legend(frameon=False, loc="center right")
+report.show(
+    figure,
+    "Share of names copied by step: near zero for about 120 steps, then a jump to 0.6 within 40 steps, and above 0.8 at the end. The twin stays at zero.",
+)
+before = max(share for step, share in points if step <= half - 60)
+print(f"60 steps before half: {before:.2f}; chance would be {1 / 24:.2f}")
+claim(before < 0.25 < 0.6 < points[-1][1], "copying comes suddenly, after many steps without it")
+claim(max(share for _, share in twin_points) < 0.15, "the twin never copies")
+
+# %% [markdown]
+# Copying comes suddenly. And it comes only where it pays: the twin saw the same names as often, but looking back never helped it.
+#
+# ## Look inside
+#
+# How could a model copy? It could look for an earlier occurrence of the token that it has just read, and attend to the token *after* it. A head that does this is an *induction head*
+# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). We measure each head's mean weight on the name that must come next.
 
 
 # %%
 @torch.no_grad()
-def all_weights(model, ids):
-    """The attention weights of every layer: a list of (h, t, t)."""
-    x = model.transformer.wte(ids) + model.transformer.wpe(torch.arange(ids.shape[1]))
-    found = []
+def all_weights(model, ids, positions=None):
+    """The attention weights of all layers for a text (t,): (layers, h, t, t)."""
+    t, found = len(ids), []
+    positions = torch.arange(t) if positions is None else positions
+    x = (model.transformer.wte(ids) + model.transformer.wpe(positions))[None]  # (1, t, d)
     for block in model.transformer.h:
-        found.append(attend(block.attn, block.ln_1(x))[1])
+        qkv = block.attn.c_attn(block.ln_1(x))[0]  # (t, 3 d)
+        q, k, _ = qkv.view(t, 3, block.attn.n_head, -1).permute(1, 2, 0, 3)  # each (h, t, k)
+        found.append(attention_weights(q, k))
         x, _ = block(x, None, None)
-    return found
+    return torch.stack(found)
 
 
-# pairs of a position j where a name comes next, and the place i of that name in the list
-again = encoded.tokens.index("ĠAgain")
-following = [*encoded.ids[again + 2 :], base.tokenizer.encode(" Dora").ids[0]]
-signs = [base.tokenizer.encode(sign).ids[0] for sign in (":", ",", ".")]
-pairs = [
-    (j, ids[0].tolist().index(t)) for j, t in enumerate(following, again + 1) if t not in signs
-]
+# %%
+def pairs(ids):
+    """(i, j): a name comes after position i, and its place in the list is j."""
+    marks = is_name_again(ids)
+    return [(i - 1, ids.tolist().index(ids[i])) for i in range(len(ids)) if marks[i]]
 
 
-def copying_scores(model):
-    """For each layer and head, the mean weight on the name that must come next."""
-    layers = all_weights(model, ids)
-    return torch.stack([sum(w[:, j, i] for j, i in pairs) / len(pairs) for w in layers])
+def head_scores(model, texts, shift=0, gap=0):
+    """For each head, the mean weight on the name that must come next: (layers, h).
+
+    shift: of all positions. gap: of those from "Again" on, so that distances change.
+    """
+    scores = []
+    for ids in texts:
+        positions = torch.arange(len(ids)) + shift
+        positions[ids.tolist().index(again) :] += gap
+        known_ids = ids if model.config.vocab_size == 2048 else to_small(ids)
+        weights = all_weights(model, known_ids, positions)
+        scores += [weights[:, :, i, j] for i, j in pairs(ids)]
+    return torch.stack(scores).mean(0)
 
 
-scores = copying_scores(model)
-layer, head = divmod(int(scores.argmax()), c.n_head)
-uniform = sum(1 / (j + 1) for j, _ in pairs) / len(pairs)
-print(
-    f"layer {layer}, head {head}: {scores.max():.2f}; the median head {scores.median():.2f}; looking everywhere alike {uniform:.2f}"
-)
+# %%
+rng = Random(7)
+lists = [a_list(rng, new) for _ in range(30)]
+texts = [torch.tensor(base.tokenizer.encode(one).ids) for one in lists]
 torch.manual_seed(0)
-untrained = copying_scores(GPT(c)).max()
-print(f"the best head of a GPT that was never trained: {untrained:.2f}")
-assert scores.max() > 3 * untrained
+untrained = GPT(model.config).eval()
+best = [head_scores(one, texts).max().item() for one in (model, tiny, untrained)]
+for name, weight in zip(("1M base", "tiny GPT", "never trained"), best, strict=True):
+    print(f"best head, {name:14} {weight:.2f}")
+claim(min(best[:2]) > 3 * best[2], "both have a head that looks at the next name")
 
 # %%
-figure, axis = plt.subplots(figsize=(6.5, 5.5), layout="constrained")
-shown = [token.replace("Ġ", " ") for token in encoded.tokens]
-image = axis.imshow(all_weights(model, ids)[layer][head], cmap="Greys", vmin=0, vmax=1)
-for j, i in pairs:
-    axis.add_patch(plt.Rectangle((i - 0.5, j - 0.5), 1, 1, fill=False, edgecolor=BLUE, linewidth=2))
-axis.set_xticks(range(len(shown)), shown, rotation=90)
-axis.set_yticks(range(len(shown)), shown)
-axis.set(
-    xlabel="looks at",
-    ylabel="position",
-    title=f"layer {layer}, head {head} (boxes: the name that comes next)",
+layer, head = divmod(int(head_scores(model, texts).argmax()), 4)
+weights = all_weights(model, listed_ids)[layer, head]
+shown = [token.replace("Ġ", " ") for token in listed.tokens]
+start = listed.tokens.index("ĠAgain")
+figure, axis = plt.subplots(figsize=(7, 3.6))
+image = axis.imshow(weights[start:], cmap="Greys", vmin=0, vmax=1)
+for i, j in [*pairs(listed_ids), (t - 1, listed.tokens.index("ĠJana"))]:
+    box = plt.Rectangle((j - 0.5, i - start - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=2)
+    axis.add_patch(box)
+axis.set_xticks(range(t), shown, rotation=90)
+axis.set_yticks(range(t - start), shown[start:])
+axis.set(xlabel="looks at", ylabel="has just read", title=f"1M base, layer {layer}, head {head}")
+figure.colorbar(image, label="weight", shrink=0.8)
+report.show(
+    figure,
+    "Attention weights of one head while a list is read back: the dark cells are on the names that come next.",
 )
-figure.colorbar(image, label="weight", shrink=0.7)
-plt.show()
 
 # %% [markdown]
-# Such a head is called an *induction head* (Olsson et al. 2022, arXiv 2209.11895). Nobody put it there.
+# Orange boxes mark the name that must come next. Both models have a head that looks there. Is it an induction head?
 #
-# ## What the bases can do
+# Now *shift* the text by one position: the same tokens, but the first has position 1 instead of 0. A reader would not notice.
 #
-# First the loss, for the whole of held-out text. A loss means little without the loss of somebody who knows less:
+# **Your guess:** what share of the names will the tiny GPT copy then?
 
 # %%
-known = json.loads((DATA / "results" / "bases.json").read_text())
-print(f"all tokens alike       {math.log(c.vocab_size):.2f} nats per token")
-print(f"counting tokens        {known['unigram']:.2f}")
-print(f"counting five in a row {known['5-gram']:.2f}")
-for name, row in known["bases"].items():
-    print(f"the {name:4} base          {row['loss']:.2f}")
-live = evaluate.text_loss(model, base.held_out)
-assert abs(live - known["bases"]["1m"]["loss"]) < 1e-3
-assert live < 0.6 * known["5-gram"]
+guess_shifted = None  # 0 to 1
+reason = ""
+
+# %%
+models = {"1M base": (model, test), "tiny GPT": (tiny, to_small(test))}
+shares, shifted, apart = {}, {}, {}
+for name, (one, rows) in models.items():
+    shares[name] = [copied(one, rows, shift) for shift in range(8)]
+    shifted[name] = head_scores(one, texts, shift=1).max().item()
+    apart[name] = [head_scores(one, texts, gap=gap).max().item() for gap in range(8)]
+print("best head, all shifted by 1:", {name: f"{weight:.2f}" for name, weight in shifted.items()})
+claim(min(shares["1M base"][1], shifted["1M base"]) > 0.7, "the base still copies when shifted")
+claim(min(apart["1M base"]) > 0.7, "the base copies at each distance")
+ours, best = shares["tiny GPT"], apart["tiny GPT"]
+claim(ours[1] < 0.5 * ours[0] and best[1] < 0.7 * best[0], "the tiny GPT looks at positions")
+claim(ours[6] > ours[1] + 0.1, "a shift by six hurts less")
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+titles = ("share of names copied", "weight of the best head on the next name")
+labels = ("shift of the whole text (positions)", "shift from “Again” on (positions)")
+for axis, found, title, label in zip(axes, (shares, apart), titles, labels, strict=True):
+    for (name, values), color, style in zip(
+        found.items(), (ORANGE, BLUE), ("^--", "o-"), strict=True
+    ):
+        axis.plot(range(8), values, style, color=color, label=name)
+        for shift in (0, 1):
+            axis.text(shift + 0.1, values[shift] + 0.04, f"{values[shift]:.2f}", color=color)
+    axis.set(xlabel=label, ylim=(-0.03, 1.1), title=title)
+if guess_shifted is not None:
+    axes[0].plot([1], [guess_shifted], "k*", markersize=11, label="your guess")
+axes[0].legend(frameon=False, loc=(0.3, 0.56))
+report.show(
+    figure,
+    "Shifted by one position, the tiny GPT falls from above 0.8 to about 0.1, and its best head too; the base stays above 0.8 in both panels.",
+)  # fmt: skip
 
 # %% [markdown]
-# Counting cannot look back further than four tokens; a GPT can, and that is most of the difference. Now ask it directly. The *probes* of
-# `data/card.py` are prompts with one right continuation; the names are held out, but for the first row.
+# Shifted by one position, the tiny GPT has lost its skill. It had learned at which *positions* to look, not for which token. That is no induction head, and the unshifted score
+# hid it. (Shifts by three and six hurt less: the lengths of our lists are multiples of six.) The base loses little. On the right, only the part from "Again" on is shifted, so distances change: its head
+# still finds the names. In its texts distances vary, so a rule about positions would fail.
+#
+# ## Summary
+#
+# - A tokenizer turns text into ids, and a GPT predicts the next one.
+# - The loss is the mean of −log p, in nats per token. The labels are the text, shifted by one.
+# - Every block adds to the residual stream. Only attention connects positions.
+# - Copying appears suddenly, and only if the text rewards it.
+# - The same score can come from a skill or from a shortcut. Change the test so that the shortcut fails.
+#
+# **Do you remember?** Answer first, then open.
+#
+# <details><summary>1. A model has a loss of 0 nats on a text. What are its perplexity and its probability of each next token?</summary>Both are 1: it is certain, and it is right.</details>
+#
+# <details><summary>2. You forgot to shift the labels, and train. The loss quickly falls to nearly 0. What did the model learn?</summary>To repeat the token that it has just read.</details>
+#
+# <details><summary>3. A head puts a high weight on the name that comes next. Why is this not yet an induction head?</summary>It may have learned positions. Change the positions: an induction head still finds the name.</details>
+#
+# **To read:** [Olsson et al. 2022](https://arxiv.org/abs/2209.11895) on induction heads, and [data/README.md](../data/README.md) on our texts and bases. Next is lesson 01.
+#
+# # Going further
+#
+# ## Is one layer enough?
+#
+# An induction head needs help from an earlier layer: first, each token must learn which token stands *before* it. Only then can a later head search for "what came after this token?".
+# So Olsson et al. find induction heads only in models with two or more layers. **Guess first:** how much will a GPT with one layer copy, unshifted and shifted by one position?
 
 # %%
-for title, (held_out, probe) in card.PROBES.items():
-    values = text.VALUES | card.HELD_OUT if held_out else text.VALUES
-    prompt, wanted = probe(text.Writer(Random(3), values))
-    print(f"[{title}]\n{prompt} ->{wanted}")
+flat, _ = learn(layers=1)
+in_place, moved = (copied(flat, to_small(test), shift) for shift in (0, 1))
+print(f"one layer:  unshifted {in_place:.2f}, shifted by one position {moved:.2f}")
+print(f"two layers: unshifted {shares['tiny GPT'][0]:.2f}, shifted {shares['tiny GPT'][1]:.2f}")
+claim(in_place > 0.6, "a single layer copies, too")
+claim(moved < 0.5 * in_place, "it does so by position")
+
+# %% [markdown]
+# One layer copies as well as two. This fits what the shift showed: our tiny GPT needs no induction head for its task.
+#
+# ## What breaks it: labels that are not shifted
+#
+# Here is a training loop with a common bug: each position is trained to predict the token that it has just read.
 
 # %%
 torch.manual_seed(0)
-lists = card.probe(model, base.tokenizer, card.copying, text.VALUES | card.HELD_OUT, n=100)
-nothing = card.probe(
-    GPT(c).eval(), base.tokenizer, card.copying, text.VALUES | card.HELD_OUT, n=100
-)
-print(f"lists of names never seen, read back: {lists:.2f}; you guessed {guess_lists / 100:.2f}")
-print(f"a model that was never trained: {nothing:.2f}")
-assert lists > 0.95
-assert nothing < 0.05
-
-# %%
-titles = [
-    "reads a list back",
-    "second mention",
-    "one place",
-    "one place,\nall values people",
-    "one of three places",
-]
-rows = list(card.PROBES)[1:]  # all with held-out names
-figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
-for n, (name, color, hatch) in enumerate(
-    [("0.3m", "#b9b9b9", "//"), ("1m", BLUE, ""), ("3m", "#444444", "..")]
-):
-    values = [known["bases"][name]["probes"][row] for row in rows]
-    where = [i + 0.26 * (n - 1) for i in range(len(rows))]
-    axis.bar(where, values, 0.24, color=color, hatch=hatch, edgecolor="white", label=f"{name} base")
-axis.plot([-0.4, 0.4], [guess_lists / 100] * 2, "k:", label="your guess")
-axis.plot([2.6, 3.4], [1 / 3] * 2, "k-", label="chance: one of three people")
-axis.set_xticks(range(len(rows)), titles)
-axis.set(ylabel="share of 200 prompts continued rightly", ylim=(0, 1.05))
-figure.legend(loc="outside lower center", ncols=5, frameon=False)
-plt.show()
+rows = to_small(list_rows(seen, True, 2000, seed=0))
+parrot = GPT(GPTConfig(vocab_size=len(used), n_positions=64, **settings))
+optimizer = torch.optim.AdamW(parrot.parameters(), lr=3e-3)
+for [batch] in islice(batches(rows), 60):
+    logits = parrot(batch["input_ids"]).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())  # no shift
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+true_loss = parrot(**batch).loss.item()  # shifts
+print(f"the loss that the bug shows: {loss.item():.3f}; the true one: {true_loss:.1f}")
+out = parrot.generate(rows[:1, :5], max_new_tokens=8)
+print(base.tokenizer.decode(used[out[0]].tolist()))
+claim(loss.item() < 0.1, "without the shift, the loss falls to nearly zero")
+claim(true_loss > math.log(len(used)), "the true loss is above that of a model that knows nothing")
 
 # %% [markdown]
-# Copying: perfect, even for the smallest. Looking things up: good, but mind the fourth group. Asked about one place, a model
-# may find the answer by its *kind*: there is one person in the text, so a "who" must be that one. Only where all three values are people must
-# it read the relation, and there the bases differ, with chance at one third. And outside their little world they know nothing:
-
-# %%
-for prompt in (
-    "The capital of France is",
-    "Two and two is",
-    "Clara Stone lost a golden key. What was lost?",
-):
-    out = model.generate(torch.tensor([base.tokenizer.encode(prompt).ids]), max_new_tokens=14)
-    print(base.tokenizer.decode(out[0].tolist()))
-
-# %% [markdown]
-# ## Watch it learn to copy
+# The loss is nearly zero, and the model is worse than one that was never trained: it repeats its last token. If a loss is too good, check the labels first.
 #
-# Where does the skill come from? Take the smallest text and model in which we saw it appear within a minute: lists of two to four names,
-# read back, and nothing else; names from a few parts; two layers, width 64. That is *not* how the bases were trained (they needed
-# an hour, on the whole text, and copying came late there too: `data/LOG.md`). The twin's text differs in one thing: after "Again:" come other names.
-
-# %%
-PARTS = 24  # first and family names in use
-
-
-def few(names):
-    firsts = sorted({name.split()[0] for name in PEOPLE})[:PARTS]
-    lasts = sorted({name.split()[1] for name in PEOPLE})[:PARTS]
-    return [name for name in names if name.split()[0] in firsts and name.split()[1] in lasts]
-
-
-def a_list(writer, names, returning):
-    n = writer.rng.randint(2, 4)
-    told = writer.some(names, 2 * n)
-    again = told[:n] if returning else told[n:]
-    return f"The names: {', '.join(told[:n])}. Again: {', '.join(again)}."
-
-
-def list_windows(names, returning, n, seed):
-    writer = text.Writer(Random(seed))
-    lists = [a_list(writer, names, returning) for _ in range(n)]
-    encoded = [e.ids for e in base.tokenizer.encode_batch(lists)]
-    return windows(encoded, 64, base.end)  # lists follow each other, so places vary
-
-
-seen, new = few(PEOPLE), few(NEW_PEOPLE)
-print(f"{len(seen)} names to train on, {len(new)} held out")
-for returning in (True, False):
-    print(a_list(text.Writer(Random(1)), seen, returning))
-lengths = {
-    len(base.tokenizer.encode(a_list(text.Writer(Random(i)), seen, True)).ids) + 1
-    for i in range(99)
-}
-print("tokens in a list, its end included:", sorted(lengths))
-
-# %% [markdown]
-# We measure on lists of held-out names: at every token of a name after "Again:", is the right one the likeliest?
-
-# %%
-AGAIN = base.tokenizer.encode(" Again").ids[0]
-
-
-def names_again(rows):
-    """True at the tokens of names after "Again:", (n, t)."""
-    mask = torch.zeros_like(rows, dtype=torch.bool)
-    for row, marks in zip(rows.tolist(), mask, strict=True):
-        after = False
-        for j, token in enumerate(row):
-            marks[j] = after and token not in signs and token != base.end
-            after = token == AGAIN or (after and token != base.end)
-    return mask
-
-
-test = list_windows(new, True, n=150, seed=99)
-where = names_again(test)
-
-
-def copied(model, shift=0):
-    """The share of names copied, with every position pushed along by `shift` places."""
-    rows, marks = test[:, : 64 - shift], where[:, 1 : 64 - shift]
-    with evaluate.evaluating(model):
-        logits = model(rows, position_ids=torch.arange(shift, 64)[None]).logits
-    return (logits[:, :-1].argmax(-1) == rows[:, 1:])[marks].float().mean().item()
-
-
-# %%
-def learn(returning, layers=2, steps=600, seed=0):
-    """A tiny GPT trained on lists, and how much it copied, by step."""
-    rows = list_windows(seen, returning, n=9000, seed=seed)
-    torch.manual_seed(seed)
-    config = GPTConfig(
-        vocab_size=c.vocab_size, n_positions=64, n_embd=64, n_layer=layers, n_head=4, initializer_range=0.08,
-        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
-    )  # fmt: skip
-    model, points = GPT(config), []
-
-    def look(row):
-        if row["step"] % 25 == 0:
-            points.append((row["step"], copied(model)))
-
-    look({"step": 0})
-    order = tasks.shuffled(list(range(len(rows))), 16, seed)
-    batches = ([{"input_ids": rows[i], "labels": rows[i]}] for i in order)
-    title = f"{layers} layers, names {'return' if returning else 'never return'}"
-    run = RunConfig(
-        steps=steps, learning_rate=6e-3, warmup=60, lr_end=0.05, weight_decay=0.1, beta2=0.95
-    )
-    train(model, batches, run, after_step=look, title=title)
-    return model, points
-
-
-tiny, points = learn(returning=True)
-
-# %%
-twin, twin_points = learn(returning=False)
-
-# %% [markdown]
-# And one with a single layer, for a reason that comes below. **Guess:** will it learn to copy?
-
-# %%
-flat, flat_points = learn(returning=True, layers=1)
-
-# %%
-figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
-for found, color, style, label in [
-    (points, BLUE, "o-", "two layers, names return"),
-    (flat_points, GREY, "s:", "one layer, names return"),
-    (twin_points, "black", "x--", "two layers, names never return"),
-]:
-    axis.plot(*zip(*found, strict=True), style, color=color, markersize=4, label=label)
-axis.axvline(guess_step, color="black", linewidth=1, linestyle="-.", label="your guesses")
-axis.axhline(guess_twin, color="black", linewidth=1, linestyle="-.")
-axis.set(xlabel="step", ylabel="share of names copied (held-out pairs)", ylim=(-0.03, 1.03))
-figure.legend(loc="outside lower center", ncols=2, frameon=False)
-plt.show()
-
-
-# %%
-def passed(points, level):
-    return next((step for step, share in points if share >= level), None)
-
-
-first, half, most = (passed(points, level) for level in (0.1, 0.5, 0.6))
-print(f"two layers: a tenth copied after {first} steps, half after {half}, six tenths after {most}")
-print(f"(expect 150 to 350); you guessed {guess_step}")
-print(f"at the end {points[-1][1]:.2f}, one layer {flat_points[-1][1]:.2f} (expect above 0.6)")
-print(
-    f"names never return: {twin_points[-1][1]:.2f}, you guessed {guess_twin}; by chance {1 / PARTS:.2f}"
-)
-assert most - first <= 125
-assert points[-1][1] > 0.6
-assert flat_points[-1][1] > 0.6
-assert max(share for _, share in twin_points) < 0.15
-
-# %% [markdown]
-# It jumps: for many steps nothing, then most of it within a few dozen. And without recurring names it is never learned: the twin saw
-# the same names as often, in the same form, for as many steps. A model learns to look back only where looking back pays.
+# ## More exercises
 #
-# ## What breaks it
-#
-# But be suspicious. Olsson et al. find that copying by looking for the first time takes *two* layers: one to tell each token what stands before
-# it, one to find it. Our single layer copies as well as the two. So perhaps they learned something else. Our lists are all of one
-# form: in a list of three, each name comes back eleven places later. That can be learned from the *positions* alone.
-#
-# So push the text along: the same lists, and the first token at position one, or two, or three, in place of zero. Nothing that a reader would
-# notice.
-
-# %%
-shifts = range(8)
-pushed = {
-    title: [copied(found, shift) for shift in shifts]
-    for title, found in (("the 1m base", model), ("two layers", tiny), ("one layer", flat))
-}
-figure, axis = plt.subplots(figsize=(8, 3.8), layout="constrained")
-for (title, values), color, style in zip(
-    pushed.items(), ("black", BLUE, GREY), ("^-", "o-", "s:"), strict=True
-):
-    axis.plot(shifts, values, style, color=color, label=title)
-axis.set(xlabel="places pushed along", ylabel="share of names copied", ylim=(-0.03, 1.03))
-figure.legend(loc="outside lower center", ncols=3, frameon=False)
-plt.show()
-
-# %%
-for title, values in pushed.items():
-    print(f"{title:12} in place {values[0]:.2f}, one place further {values[1]:.2f}")
-print(
-    f"best copying head: base {copying_scores(model).max():.2f}, two layers {copying_scores(tiny).max():.2f}"
-)
-assert pushed["the 1m base"][1] > 0.8
-assert pushed["two layers"][1] < 0.5
-assert pushed["one layer"][1] < 0.5
-
-# %% [markdown]
-# One place further, and the tiny models have lost it, one layer and two alike. They copied by place, and the score could not tell. (Three
-# and six places hurt less: our lists have lengths that are multiples of six.) The base hardly minds. Its text had names
-# coming back at all distances and in many forms, where places are of no use, and so it had to learn the real thing. What a model
-# learns is what its text makes pay, and a score says only what it was made to ask. That holds for every score in this course.
-#
-# ## Exercises
-#
-# Each has a cell that checks your answer. The solutions are in `solutions/00_a_small_gpt.ipynb`.
-#
-# **1 · Warm-up.** A model that knows nothing gives each of 2048 tokens the same chance. What is its loss, in nats a token? And what is
-# the loss of a model that knows that the next token is one of 24 first names, and no more?
-
-# %% tags=["exercise"]
-nothing, a_name = None, None  # two numbers, or expressions
-
-# %% tags=["wrong"]
-nothing, a_name = math.log2(2048), math.log2(24)
-
-# %% tags=["wrong"]
-nothing, a_name = 1 / 2048, 1 / 24
-
-# %% tags=["wrong"]
-nothing, a_name = math.log(2048), math.log(2048) - math.log(24)
-
-# %% tags=["solution"]
-nothing, a_name = math.log(2048), math.log(24)
-
-# %% tags=["check"]
-if nothing is None or a_name is None:
-    print("not done yet")
-else:
-    assert nothing >= 0 and a_name >= 0, "a loss is MINUS a logarithm: never negative"  # noqa: PT018
-    assert not math.isclose(nothing, 11, abs_tol=0.01), "in bits: nats use the natural logarithm"
-    assert nothing > 1 / 2048, "that is the chance; the loss is minus its logarithm"
-    assert math.isclose(nothing, math.log(2048), abs_tol=0.01), "minus the logarithm of 1/2048"
-    assert not math.isclose(a_name, math.log(2048 / 24), abs_tol=0.01), (
-        "that is what the knowledge gains; the loss that is left is minus the logarithm of 1/24"
-    )
-    assert math.isclose(a_name, math.log(24), abs_tol=0.01), "minus the logarithm of 1/24, in nats"
-    print(f"right: {nothing:.2f} and {a_name:.2f}")
-
-# %% [markdown]
-# **2 · The head before the head.** To find what *followed* a first time, an earlier layer must have told each token who stands
-# before it. In large models single heads do that. In ours? Write `looks_back(weights)`: for weights (h, t, t), each head's mean weight on the position just before, over all
-# positions but the first; the result has shape (h,).
+# **Exercise 7.** Does any head look at the position just before? Write `looks_back(weights)`: for weights (h, t, t), each head's mean weight on
+# the position just before, over all positions except the first. The result has the shape (h,).
 
 
 # %% tags=["exercise"]
-def looks_back(weights): ...  # (h,)
-
-
-# %% tags=["wrong"]
-def looks_back(weights):
-    return weights.diagonal(dim1=1, dim2=2).mean(-1)
-
-
-# %% tags=["wrong"]
-def looks_back(weights):
-    return weights.diagonal(1, dim1=1, dim2=2).mean(-1)
-
-
-# %% tags=["wrong"]
-def looks_back(weights):
-    return weights.diagonal(-1, dim1=1, dim2=2).sum(-1) / weights.shape[1]
+def looks_back(weights): ...  # return (h,)
 
 
 # %% tags=["solution"]
@@ -517,115 +683,51 @@ def looks_back(weights):
 
 
 # %% tags=["check"]
-toy = torch.zeros(2, 4, 4)
-toy[0] = torch.eye(4)  # looks at itself
-toy[1, 1:, :3], toy[1, 0, 0] = torch.eye(3), 1.0  # looks at the one before
-answer = looks_back(toy)
-if answer is None:
-    print("not done yet")
-else:
-    answer = torch.as_tensor(answer).float()  # a list will do as well
-    assert answer.shape == (2,), (
-        f"one number a head: the shape must be (2,), not {tuple(answer.shape)}"
-    )
-    for said, value in {
-        "that is the weight on ITSELF: one place further left": [1, 0.25],
-        "that is the weight on the place AHEAD: the row is who looks, the column at whom": [0, 0],
-        "the first position has none before it: divide by t - 1": [0, 0.75],
-        "the mean over the positions, not the sum": [0, 3],
-    }.items():
-        assert not torch.allclose(answer, torch.tensor(value).float()), said
-    assert torch.allclose(answer, torch.tensor([0.0, 1])), "weights[:, j, j - 1], for j from 1"
-    best = [max(map(float, looks_back(w))) for w in all_weights(model, ids)]
-    alike = float(looks_back(torch.ones(1, 20, 20).tril() / torch.arange(1, 21)[:, None])[0])
-    assert max(best) < 0.6  # the copying head above is surer than that
-    print(f"right. The base's best head in each layer: {[round(b, 2) for b in best]};")
-    print(f"looking everywhere alike would give {alike:.2f}. No single head does it for sure:")
-    print("it must be spread over several heads, or done otherwise.")
+check("00.looks_back", looks_back)
+
+# %%
+if solved("00.looks_back"):
+    best = [max(looks_back(weights)) for weights in all_weights(model, listed_ids)]
+    print("the base's best head in each layer:", [f"{float(weight):.2f}" for weight in best])
+    uniform = torch.ones(1, t, t).tril() / torch.arange(1, t + 1)[:, None]
+    print(f"with the same weight on all positions: {float(looks_back(uniform)[0]):.2f}")
 
 # %% [markdown]
-# **3 · Hard: a copier without learning.** Write the rule itself. `follow(tokens)` takes a list of token ids and says which comes next:
-# find the longest run of tokens at the end that also stands somewhere earlier, and return what followed it there (the latest such place, if there
-# are several); `None` if even the last token is new. (It will err where another list stands before, in the same window.)
+# Some heads prefer that position, but none gives it nearly all of its weight. So the base must pass on "what stands before" with several heads together, or in another way.
+#
+# **Exercise 8, harder.** Write the rule of an induction head, without learning. `follow(tokens)` gets a list of ids and says which id comes next. Find the longest run of tokens at the end of the list that
+# also occurs earlier (the two may overlap), and return the token that followed it there. If there are several such places, take the latest. If even the last token is new, return `None`.
 
 
 # %% tags=["exercise"]
-def follow(tokens): ...  # a token, or None; the stub returns None
-
-
-# %% tags=["wrong"]
-def follow(tokens):
-    for start in range(len(tokens) - 2, -1, -1):
-        if tokens[start] == tokens[-1]:
-            return tokens[start + 1]
-    return None
-
-
-# %% tags=["wrong"]
-def follow(tokens):
-    for length in range(len(tokens) - 1, 0, -1):
-        for start in range(len(tokens) - length):
-            if tokens[start : start + length] == tokens[-length:]:
-                return tokens[start + length]
-    return None
-
-
-# %% tags=["wrong"]
-def follow(tokens):
-    for length in range(len(tokens), 0, -1):
-        for start in range(len(tokens) - length, -1, -1):
-            if tokens[start : start + length] == tokens[-length:]:
-                return tokens[start + length]
-    return None
+def follow(tokens): ...  # return an id, or None
 
 
 # %% tags=["solution"]
 def follow(tokens):
     for length in range(len(tokens) - 1, 0, -1):
-        end = tokens[-length:]
         for start in range(len(tokens) - length - 1, -1, -1):
-            if tokens[start : start + length] == end:
+            if tokens[start : start + length] == tokens[-length:]:
                 return tokens[start + length]
     return None
 
 
 # %% tags=["check"]
-def ask(*tokens):
-    try:
-        return follow(list(tokens))
-    except IndexError:
-        return "an index beyond the list: has the end found itself?"
+check("00.follow", follow)
 
-
-if ask(1, 2, 3, 1) is None and ask(1, 2, 1, 3, 1) is None:
-    print("not done yet")
-else:
-    said = ask(1, 2, 3, 1)
-    assert said == 2, f"after 1, 2, 3, 1: 1 stood there before, and 2 followed; you say {said}"
-    said = ask(1, 2, 3)
-    assert said is None, f"3 is new: the end is no EARLIER place; you say {said}, not None"
-    said = ask(1, 2, 5, 3, 2, 6, 1, 2)
-    assert said == 5, f"the LONGEST run: 1, 2 was followed by 5; you say {said}"
-    said = ask(1, 2, 1, 3, 1)
-    assert said == 3, f"the LATEST place, where several are as long, not the first: you say {said}"
-    hits = [
-        follow(row[:j]) == row[j]
-        for row, marks in zip(test[:40].tolist(), names_again(test[:40]).tolist(), strict=True)
-        for j in range(len(row))
-        if marks[j]
+# %%
+if solved("00.follow"):
+    found = [
+        (row[i - 1] == signs[0], follow(row[:i]) == row[i])
+        for row in test[:40].tolist()
+        for i, is_name in enumerate(is_name_again(torch.tensor(row)))
+        if is_name
     ]
-    print(
-        f"right: your rule copies {sum(hits) / len(hits):.2f} of the names, the tiny GPT {points[-1][1]:.2f}"
-    )
+    errors = [is_first for is_first, hit in found if not hit]
+    share = 1 - len(errors) / len(found)
+    print(f"your rule copies {share:.2f} of the names, the 1M base {shares['1M base'][0]:.2f}")
+    print(f"{sum(errors)} of its {len(errors)} errors are at the first name after “Again:”")
+    claim(sum(errors) > 0.8 * len(errors), "the rule fails at the first name")
 
 # %% [markdown]
-# ## Summary, at this size
-#
-# - A GPT is token and position vectors, blocks of attention and MLP, and the token table once more; only attention looks elsewhere.
-# - At this size our bases copy names that they never saw, and answer questions about them; told apart by relation alone, they fail more the smaller they are.
-# - At this size copying comes suddenly, after many steps without a trace of it; a text whose names never return teaches none at all.
-# - At this size a tiny model on lists of one form copies by place: pushed along by one position, it is lost. The base is not.
-# - A score at this size, as at any, is worth as much as what a model that learned something else would get.
-#
-# **To read:** Olsson et al. 2022, *In-context Learning and Induction Heads*, arXiv 2209.11895; `data/README.md`, the data card, and
-# `data/LOG.md` on what failed. Then lesson 01: what does changing everything cost?
+# At the first name after "Again:", the longest run may belong to an earlier list in the same row. There the rule copies from the wrong list.
