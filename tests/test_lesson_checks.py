@@ -112,6 +112,8 @@ def test_a_check_leaves_torchs_random_state_as_it_was():
         (torch.ones(2), torch.ones(1, 2), False),
         ([1.0, 1.0], torch.ones(2), False),
         (torch.ones(2), [1, 1], True),
+        (torch.tensor([True]), torch.tensor([True]), True),
+        (torch.tensor([True]), torch.tensor([False]), False),
         ((1, 2), [1, 2], True),
         ([1, 2, 3], [1, 2], False),
         (1.0, 1, True),

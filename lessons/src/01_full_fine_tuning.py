@@ -4,7 +4,7 @@
 # A pretrained language model knows a lot, but it does not write in the form that your application needs. *Fine-tuning* goes on
 # training it on a few hundred examples of your own. *Full* fine-tuning changes every weight, and it is the standard that every
 # other method is compared with. It is also expensive: the weights of a model with 7 billion parameters take 14 GB in bfloat16 and fit on a card with 24 GB, but training it
-# there fails with "out of memory". This lesson shows what training does step by step, what it costs, and how to tell whether a model has learned anything.
+# there fails with "out of memory". This lesson shows what training does, what it costs, and how to tell whether a model has learned anything.
 #
 # After this lesson you can
 # - say which tokens a model is trained on, and write the training loop;
@@ -46,7 +46,7 @@ task = tasks.load_task(base, "describe")
 print(task.train[0].prompt, "\n->", task.train[0].completion)
 
 # %% [markdown]
-# This is one of 400 training examples of the task `describe`. The model must turn facts into sentences. The names in the test examples occur nowhere in training.
+# This is one of 400 training examples of `describe`: turn facts into sentences. The names in the test examples occur nowhere in training.
 #
 # ## Before you start
 #
@@ -142,13 +142,12 @@ assert torch.allclose(output.loss, by_hand)
 print(f"loss of the base on these two completions: {output.loss:.2f} nats per token")
 
 # %% [markdown]
-# This is more than the loss of a model that gives all tokens the same probability! The base is not bad, it is confident of another form: after a list of facts it expects questions and answers, as in the text that it was
-# pretrained on.
+# This is more than the loss of a model that gives all tokens the same probability! The base expects something else here, and with confidence. You will see below what it writes.
 
 # %% [markdown]
 # ## The training loop
 #
-# In each step: a batch, its loss, the gradients, and an update of all weights. Two habits make training more stable. The learning rate *warms up* for ten steps and then falls
+# In each step: a batch, its loss, the gradients, and an update of all weights. Two habits make training more stable. The learning rate *warms up* in the first tenth of the steps and then falls
 # to zero along a cosine. And if the norm of all gradients together is above 1, they are *clipped*: scaled down to a norm of 1. There is no weight decay in this lesson; lesson 02 comes to it.
 
 
@@ -176,7 +175,7 @@ def batches(examples, seed=0):
 
 
 # %% [markdown]
-# minipeft's own loop, `lab.train`, can also continue a run that was stopped, and use several GPUs. Otherwise it does the same. Five steps of both:
+# minipeft's own loop, `lab.train`, can also continue a run that was stopped, and use several GPUs. Five steps of both:
 
 # %%
 short = RunConfig(steps=5, learning_rate=1e-3, quiet=True)
@@ -219,7 +218,7 @@ print("torch.optim.AdamW moves them by", [round(value, 4) for value in w.data.to
 # Training holds four things: the weights, a gradient for each weight, AdamW's two averages, and the *activations*. Activations are all results of
 # the forward pass that the backward pass needs. Their size grows with the number of tokens in a batch.
 #
-# **Your guess:** our GPT, in float32, is trained on 16 texts of 64 tokens. How many times the memory of its weights does it need in all? And a model with 7 billion parameters in bfloat16, whose AdamW keeps float32 averages?
+# **Your guess:** our GPT, in float32, is trained on 16 texts of 64 tokens. How many times the memory of its weights does it need in all? And a model with 7 billion parameters in bfloat16, with float32 averages and the same texts?
 
 # %%
 guess_small, guess_7b = None, None  # times the weights
@@ -257,8 +256,8 @@ report.show(
 )
 
 # %% [markdown]
-# For our small GPT, most of the memory is activations. For a large model with this many tokens, it is the optimizer: two averages per weight, and each takes 4 bytes while
-# weights and gradients take 2. That makes 12 bytes per parameter, and 16 if a float32 copy of the weights is kept as well.
+# For our small GPT, most of the memory is activations. For a large model with this many tokens, it is the optimizer: two averages of 4 bytes per weight, while
+# weights and gradients take 2 bytes each. That makes 12 bytes per parameter, and 16 if a float32 copy of the weights is kept as well.
 #
 # **Exercise 4.** You fine-tune a model with 7 billion parameters at 12 bytes per parameter. How many GB (10⁹ bytes) does this take, without activations?
 
@@ -274,8 +273,8 @@ check("01.gigabytes", gigabytes)
 # %% [markdown]
 # ## Fine-tune it
 #
-# In a completion, the tokens that are copied from the facts are *slot tokens*. All others are *template tokens*: "This is the story of" begins half of all completions.
-# *Slot accuracy* is the share of facts that the generated text states correctly.
+# A prompt has four *facts*, such as "near is Black Oven", and the *value* of this fact is "Black Oven". In a completion, the tokens of the values are *slot tokens*. All others are *template tokens*: "This is the story of" begins half of all completions.
+# *Slot accuracy* is the share of facts that the generated text states in one of the known phrasings, with the right value. To save time, it is measured on 32 of the validation examples here.
 #
 # **Your guess:** after how many of 100 steps has the loss on template tokens fallen by nine tenths? And the loss on slot tokens?
 
@@ -322,8 +321,8 @@ report.show(
 # %% [markdown]
 # ## Has it learned the task?
 #
-# A falling loss does not answer this. Suppose a model ignores all values in the prompt. What would it score? We train such a *blind* model: in its training examples, each prompt gets
-# the values of other examples. Reading the prompt is then useless.
+# A falling loss does not answer this. Suppose a model ignores all values in the prompt. What would it score? We train such a *blind* model: its completions stay, but the values in each prompt are exchanged for those of other examples. The
+# completion can no longer be read off the prompt, so the model learns not to try.
 
 
 # %%
@@ -359,7 +358,7 @@ claim(full[-1]["score"] > 0.85, "the fine-tuned model states most facts")
 
 # %% [markdown]
 # A model that cannot do the task at all makes most of the improvement in the loss. So we report template and slot tokens separately, and count facts in generated text. A second control is
-# the *random base*: a model that starts from random weights, trained on the same examples. (These runs come with minipeft: the mean of four seeds, at the learning rate that is best for it.) What it learns comes from the training examples only, and not from pretraining.
+# the *random base*: a model that starts from random weights, trained on the same examples. (These runs come with minipeft: the mean of four seeds, at the learning rate with the lowest loss.) What it learns comes from the training examples only, and not from pretraining.
 
 # %%
 records = compare.load(DATA / "results" / "1m" / "compare.json")
@@ -384,14 +383,14 @@ axes[0].set_ylabel("validation loss (nats per token)")
 axes[0].legend(frameon=False)
 report.show(
     figure,
-    "The template loss of all three models falls at about the same pace. The slot loss falls only for the fine-tuned model, and as early.",
+    "The template loss of all three models falls at about the same pace. The slot loss of the fine-tuned model falls as early and below 0.1; that of the others stays at about 4.",
 )
 
 # %% [markdown]
 # The surprise is on the right: the slot loss falls *as early as* the template loss. The base could already copy names (lesson 00), so it only had to learn where to put them. The random base cannot copy, and does not
 # learn it in 100 steps.
 #
-# Still, *whole* facts come later than the slot loss suggests, because a value has several tokens and all must be right.
+# But a *whole* value has several tokens, and all must be right.
 #
 # **Exercise 5.** At some step the slot loss is L nats per token. Assume that all tokens are equally hard. Write `whole_value(loss, n)`: the probability that all n tokens of a value are right.
 
@@ -412,7 +411,7 @@ check("01.whole_value", whole_value)
 facts = sum(len(task.facts(example.prompt)) for example in task.validation)
 n = sum(sum(example.is_slot) for example in task.validation) / facts
 print(f"a value has {n:.1f} tokens on average")
-for point in full[2:11:2]:
+for point in [*full[2:11:2], full[-1]]:
     expected = math.exp(-n * point["slot_loss"])
     print(
         f"step {point['step']:3}: slot loss {point['slot_loss']:.2f}, "
@@ -420,7 +419,7 @@ for point in full[2:11:2]:
     )
 
 # %% [markdown]
-# The measured accuracy is lower still: tokens are not equally hard, and in generated text one wrong token changes what follows.
+# The estimate is rough: tokens are not equally hard, and generation always takes the most probable token.
 #
 # ## What it forgets
 #
@@ -451,9 +450,9 @@ claim(0.5 < after - before < 1.8, "full fine-tuning without weight decay forgets
 #
 # **To read:** Loshchilov and Hutter 2017, [*Decoupled Weight Decay Regularization*](https://arxiv.org/abs/1711.05101) (AdamW). McCloskey and Cohen 1989, *Catastrophic Interference in Connectionist Networks*.
 #
-# **Build it yourself.** Write the training loop and have it graded: `python -m minipeft build start training my` ([BUILD.md](BUILD.md)).
-#
 # # Going further
+#
+# **Build it yourself.** Write the training loop and have it graded: `python -m minipeft build start training my` ([BUILD.md](BUILD.md)).
 #
 # ## How low can the loss go?
 #
@@ -505,11 +504,11 @@ axes[1].minorticks_off()
 axes[0].legend(frameon=False)
 report.show(
     figure,
-    "Slot accuracy and forgetting by learning rate: the best rate of LoRA is about ten times that of full fine-tuning.",
+    "Slot accuracy and forgetting by learning rate: LoRA needs rates several times as high, and fails at the highest one.",
 )
 
 # %% [markdown]
-# If both methods had the same learning rate, the result would depend on which method that rate suits. The random base fails at every rate. For full fine-tuning three rates score about the same, but the highest
+# If both methods had the same learning rate, the result would depend on which method that rate suits. The random base fails at every rate that was tried. For full fine-tuning three rates score about the same, but the highest
 # of them forgets several times as much: this lesson uses the lowest of the three.
 #
 # **Exercise 6.** Write `pick(points)`. Each point is a dict with `learning_rate` and `slot_loss`, in any order. Return the learning rate with the lowest slot loss, or `"edge"` if it is the smallest or the largest one that was tried: then
@@ -543,7 +542,7 @@ for name, values in scores.items():
     print(f"{report.NAMES[name]:14} {[f'{value:.2f}' for value in values]}")
 
 # %% [markdown]
-# **Exercise 7, harder.** Two methods have different means. If the method made no difference, how often would means be at least as far apart? Write `chance(a, b)`: go through *all* ways to split the scores of both into two groups of the sizes of a and b. Return the share
+# **Exercise 7, harder.** Two methods have different means. Suppose the method made no difference, so that the scores could have come in any order. How often would the means be at least as far apart as they are? Write `chance(a, b)`: go through *all* ways to split the scores of both into two groups of the sizes of a and b. Return the share
 # of the splits whose means differ at least as much as those of a and b do, in either direction (allow 1e-9 for rounding).
 
 
@@ -569,7 +568,7 @@ def chance(a, b):
 check("01.chance", chance)
 
 # %% [markdown]
-# With four seeds each there are 70 splits. The observed one and its mirror image always count, so the share is at least 2/70. Prefix tuning differs from the other two by that minimum: all of its scores are lower.
+# With four seeds each there are 70 splits. The observed split always counts, and so does the one with a and b exchanged. So the share is at least 2/70. Prefix tuning differs from the other two by that minimum: all of its scores are lower.
 # Between full fine-tuning and LoRA, most splits differ as much: these runs show no difference.
 #
 # ## What breaks it: too few examples
@@ -590,11 +589,11 @@ claim(few[-1]["template_loss"] > lowest["template_loss"], "the loss on template 
 claim(few[-1]["score"] > lowest["score"] - 0.15, "but the score does not fall with it")
 
 # %% [markdown]
-# The validation loss falls and then rises, on template tokens too: the model becomes too sure of the phrasings that it has memorized. But slot accuracy does not fall with it. **The loss is not the score**, so stop training by the number that you care about.
+# The validation loss falls and then rises, on template and on slot tokens: the model becomes too sure of what it has memorized. But slot accuracy does not fall with it. **The loss is not the score**, so stop training by the number that you care about.
 #
 # ## Where the time goes
 #
-# The backward pass does about twice the work of the forward pass. Half of it computes the gradients of the weights, and half passes gradients on to the layer below. Training fewer weights saves only the gradients of the weights.
+# The backward pass does about twice the work of the forward pass. Half of it computes the gradients of the weights, and half passes gradients on to the layer below. Training fewer weights saves gradients of weights and work of the optimizer. But gradients must still be passed on, down to the lowest layer that is trained.
 
 # %% tags=["timing"]
 batch, clone = tasks.collate(task.train[:16], base.end, "cpu"), base.model().train()

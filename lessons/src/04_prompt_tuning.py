@@ -1,601 +1,551 @@
 # %% [markdown]
-# # 04 · Prompt tuning: can vectors replace weights?
+# # 04 · Prompt tuning
+#
+# You serve one model with 7 billion parameters to twenty customers, and each wants answers in another style. Their requests arrive mixed.
+# A batch with twenty different LoRAs needs special code in every layer. Prompt tuning leaves the layers as they are: it learns a
+# few vectors per customer and puts them in front of the text. Twenty vectors of width 4,096 take 328 kB in float32.
 #
 # After this lesson you can
-# - write prompt tuning in fewer than twenty lines, and count its parameters;
-# - say why its learning rate depends on where the vectors start;
-# - tell steering a model from teaching it something new, and measure both;
-# - show that a frozen model forgets while a prompt stands before it, and that the switch undoes it;
-# - say why soft tokens stand before the text and not behind it.
+# - write prompt tuning, and count its parameters;
+# - say which tokens can attend to the learned vectors;
+# - choose initial values and a learning rate that fit together;
+# - serve several tasks in one batch;
+# - compare it with full fine-tuning on two tasks, and say what people use today.
 #
-# **Paper.** Lester et al. 2021, *The Power of Scale for Parameter-Efficient Prompt Tuning*, arXiv 2104.08691.
-#
-# **Time.** Twenty minutes to read, three to run, forty for the exercises.
+# **Time.** 20 minutes to read, 2 to run, 35 for the exercises. Results are for GPTs with 1 million parameters, unless we say otherwise.
+# Unknown words are in the [glossary](README.md#glossary).
 
 # %%
 import inspect
 import math
-from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import Markdown, display
+from torch import nn
 
-from minipeft import GPT, GPTConfig, PromptTuningConfig, get_peft_model, prompt_tuning
-from minipeft.lab import DATA, compare, tasks
+from minipeft import PromptTuningConfig, get_peft_model, prompt_tuning
+from minipeft.grader.lessons import check, claim, hint, solution, solved
+from minipeft.lab import DATA, compare, report, tasks
 from minipeft.lab.base import load_base
-from minipeft.lab.evaluate import task_loss
+from minipeft.lab.evaluate import complete, task_loss
 from minipeft.lab.finetune import finetune
 from minipeft.lab.recipes import RECIPES, RunConfig
-from minipeft.lab.report import COLORS
 from minipeft.lab.train import train
 
-GREEN, GREY = COLORS["prompt_tuning"], COLORS["frozen"]
-plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
+GREEN, GREY = (report.COLORS[name] for name in ("prompt_tuning", "frozen"))
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 base = load_base(DATA / "base" / "1m")
-steer, skill = (tasks.load_task(base, name) for name in ("sentiment", "describe"))
-for task in (steer, skill):
-    print(f"{task.name}: {task.train[0].prompt}\n -> {task.train[0].completion}\n")
+sentiment, describe = (tasks.load_task(base, name) for name in ("sentiment", "describe"))
 
 # %% [markdown]
-# Two tasks for one small GPT. In `sentiment` it says whether the words were kind; it knows the words, and "good"
-# and "bad" too, and must only be *steered* to answer with them. In `describe` it turns a list of facts into sentences
-# that it never saw: that is a new *skill*.
+# ## Before you start
 #
-# ## A question first
+# **1.** Lesson 01: which label keeps a token out of the loss?
+
+# %% tags=["exercise"]
+label = None
+
+# %% tags=["solution"]
+label = -100
+
+# %% tags=["check"]
+check("04.label", label)
+
+# %% [markdown]
+# **2.** Lesson 02: you have trained a LoRA without weight decay; all weights of the base model are frozen. In which states is the model worse than the base on text
+# like that of pretraining? Answer with a list: `[]`, `["enabled"]`, `["disabled"]` or `["enabled", "disabled"]`.
+
+# %% tags=["exercise"]
+worse = None
+
+# %% tags=["solution"]
+worse = ["enabled"]  # disabled, it is exactly the base
+
+# %% tags=["check"]
+check("04.worse", worse)
+
+# %% [markdown]
+# ## Vectors in place of weights?
 #
-# You write "Answer in one word" before a question, and a language model does something else, with not one weight
-# changed. The words reach it as vectors. So why not look for vectors that no word has, by gradient descent?
-# Twenty vectors of width 128 before the text, and a million weights that stay as they are.
-#
-# **Your guess:** a model whose weights are all tuned gets nearly everything right in both tasks. What part of the
-# test will the twenty vectors get right?
+# You write "Answer in one word" before a question, and a language model behaves differently, with no weight changed. The model sees your words as
+# vectors. So why not look for vectors that belong to no word, by gradient descent? Here are two tasks to try it on.
 
 # %%
-guess = {"sentiment": 0.5, "describe": 0.5}  # from 0 to 1: put your own numbers before you go on
+for task in (sentiment, describe):
+    example = task.train[0]
+    print(f"{task.name}: {example.prompt}\n  -> {example.completion.strip()}\n")
+share = sum(e.completion == sentiment.test[0].completion for e in sentiment.test[:64]) / 64
+chance = max(share, 1 - share)
+print(f"Always the same word: {chance:.2f} of sentiment is right.")
 
-# what a model scores that learned nothing, and always says the same word
-good = sum(example.completion == " good." for example in steer.test[:64]) / 64
-chance = max(good, 1 - good)
-print(
-    f"always the same word: {chance:.2f} of sentiment is right; one sentence for all: 0 of describe"
-)
-assert 0.4 < good < 0.6
+# %% [markdown]
+# In `sentiment` the base model already knows the words. In `describe` it must write sentences that it has never seen.
+#
+# **Your guess:** after 100 steps, full fine-tuning gets more than 90 % right in both tasks. What share will twenty trained vectors get right?
+
+# %%
+guess = {"sentiment": None, "describe": None}  # from 0 to 1
+reason = ""
 
 # %% [markdown]
 # ## The idea
 #
+# The embedding E turns the t tokens of a text into t vectors of width d. Prompt tuning puts p more vectors in front of them, the rows of a matrix P:
+#
 # $$ \text{logits} = \text{model}([P;\, E(x)]), \qquad P \in \mathbb{R}^{p \times d} $$
 #
-# E turns the t tokens of the text into vectors, one row each. P is p more rows, in front. P is trained, and
-# nothing else: p · d numbers. We drop the logits of the p soft tokens, for there is no word to predict there.
+# We call them *virtual tokens*. (The paper says *soft* tokens.) The model is frozen; only P is trained. The logits of the virtual tokens are
+# dropped, because there is no word to predict.
+#
+#     [ P1 ][ P2 ] … [ P20 ][ We ][ went ][ to ] … [ Answer ][ : ]  ->  good
+#      trained                frozen: rows of the embedding
+#
+# **Exercise 1.** GPT-2 has 12 layers of width 768, and a context of 1,024 tokens. With 100 virtual tokens, how many parameters are trained? And how many
+# tokens of text still fit?
 
-# %%
-figure, axis = plt.subplots(figsize=(8, 1.9))
-words = ["soft 1", "soft 2", "soft 3", "…", "was", "tasty.", "How", "was", "it?"]
-for i, word in enumerate(words):
-    soft = i < 3
-    axis.add_patch(plt.Rectangle((i, 0), 0.88, 1, color=GREEN if soft else "#dddddd"))
-    axis.text(i + 0.44, 0.5, word, ha="center", va="center", color="white" if soft else "black")
-axis.annotate("", (9.3, 1.25), (0, 1.25), arrowprops={"arrowstyle": "->", "color": "#777777"})
-axis.text(4.5, 1.4, "each place sees those to its left", ha="center", color="#555555")
-axis.text(9.35, 0.5, "good", va="center", weight="bold")
-axis.text(1.44, -0.45, "P: trained", ha="center", color=GREEN)
-axis.text(6, -0.45, "E(x): rows of the frozen embedding", ha="center")
-axis.set(xlim=(-0.1, 10.2), ylim=(-0.6, 1.8))
-axis.axis("off")
-plt.show()
+# %% tags=["exercise"]
+trained = None  # parameters
+room = None  # tokens of text
+
+# %% tags=["solution"]
+trained = 100 * 768  # one vector per virtual token, at the input only
+room = 1024 - 100  # virtual tokens take positions
+
+# %% tags=["check"]
+check("04.count", trained, room)
 
 # %% [markdown]
-# ## By hand
-#
-# Five soft tokens before two texts, the loss on the last three tokens, and one step downhill. Then the same with
-# minipeft, from the same P.
+# **Exercise 2.** Why in front? Our GPT is a decoder: a token attends only to itself and to the tokens on its left. A text has the tokens 0 to 5. For which of them can the
+# logits change if you put virtual tokens after the text? And if you put them between tokens 3 and 4? Answer with lists.
+
+# %% tags=["exercise"]
+after = None
+between = None
+
+# %% tags=["solution"]
+after = []  # no token of the text can attend to its right
+between = [4, 5]
+
+# %% tags=["check"]
+check("04.seen", after, between)
+
+# %% [markdown]
+# Now ask the model itself.
 
 # %%
 torch.manual_seed(0)
-model = base.model().requires_grad_(False)
-ids, labels = torch.randint(5, 900, (2, 8)), torch.full((2, 8), -100)
-labels[:, 5:] = ids[:, 5:]
-
-P = torch.randn(5, 128, requires_grad=True)
-x = torch.cat([P.expand(2, 5, 128), model.transformer.wte(ids)], dim=1)  # (b, p + t, d)
-silent = torch.full((2, 5), -100)  # no label for a soft token
-by_hand = model(inputs_embeds=x, labels=torch.cat([silent, labels], dim=1))
-loss, logits = by_hand.loss, by_hand.logits[:, 5:]  # (b, t, v)
-loss.backward()
-stepped = (P - 0.1 * P.grad).detach()
-
-ours = prompt_tuning.PromptEmbedding(model, PromptTuningConfig(num_virtual_tokens=5))
-ours.embedding.weight.data = P.detach().clone()
-out = ours(model, ids, labels=labels)
-out.loss.backward()
-torch.optim.SGD(ours.parameters(), lr=0.1).step()
-assert torch.equal(out.logits, logits)
-assert torch.allclose(out.loss, loss)
-assert torch.allclose(ours.prompt(), stepped, atol=1e-6)
-print("by hand and minipeft: the same logits, the same loss, the same P after a step")
-
-# %% [markdown]
-# ### Before, not behind
-#
-# One often reads that soft tokens are *appended* to the input and go into the encoder. The paper puts them in front. Its model is
-# T5, which has an encoder and a decoder, and in an encoder each token sees all others; our GPT is
-# a decoder, in which a token sees those to its left alone. Put P behind the text, and see which logits change.
-
-# %%
+gpt = base.model().requires_grad_(False)
+P = nn.Parameter(torch.randn(5, 128))
+ids = torch.tensor([sentiment.test[0].prompt_ids])
+text, t = gpt.get_input_embeddings()(ids), ids.shape[1]
 with torch.no_grad():
-    plain, e = model(ids).logits, model.transformer.wte(ids)
-    behind = model(inputs_embeds=torch.cat([e, P.expand(2, 5, 128)], dim=1)).logits[:, :8]
-before_moves = ((logits - plain).abs().max() / plain.abs().max()).item()
-behind_moves = ((behind - plain).abs().max() / plain.abs().max()).item()
-print(f"P before the text moves its logits by {before_moves:.2f} of the largest")
-print(f"P behind the text moves them by {behind_moves:.0e} (rounding is about 1e-7)")
-assert before_moves > 0.05
-assert behind_moves < 1e-5
+    plain = gpt(ids).logits
+    front = gpt(inputs_embeds=torch.cat([P[None], text], dim=1)).logits[:, 5:]
+    behind = gpt(inputs_embeds=torch.cat([text, P[None]], dim=1)).logits[:, :t]
+for name, logits in (("before", front), ("after", behind)):
+    change = ((logits - plain).abs().max() / plain.abs().max()).item()
+    print(f"P {name} the text: its logits change by {change:.0e} of the largest one")
+assert torch.allclose(behind, plain, atol=1e-4)
+claim(
+    (front - plain).abs().max() > 0.05 * plain.abs().max(), "P before the text changes its logits"
+)
 
 # %% [markdown]
-# Nothing of the text hears what stands behind it; only what is written afterwards would. In front, every token
-# hears P, in every layer, through attention.
+# The text cannot see virtual tokens that come after it: its logits stay the same, up to rounding. So put them in front.
 #
-# ## The real file
+# ## Write it
 #
-# `minipeft/methods/prompt_tuning.py` imports torch and nothing else. Beyond the lines above it knows three ways to
-# start, the mask of a padded batch, positions, and `generate`. There is no `merge`: P is no part of any weight.
+# **Exercise 3.** Texts in a batch are padded. The attention mask is 1 for tokens and 0 for padding; labels are as in lesson 01. Write `prepend(P, x, mask, labels)`. It
+# returns all three inputs with the p virtual tokens in front. P is (p, d), x is (b, t, d), mask and labels are (b, t).
 
-# %%
-print(inspect.getsource(prompt_tuning.PromptEmbedding.__init__))
+
+# %% tags=["exercise"]
+def prepend(P, x, mask, labels): ...  # return x, mask, labels, each p longer in dimension 1
+
+
+# %% tags=["solution"]
+def prepend(P, x, mask, labels):
+    b, p = len(x), len(P)
+    x = torch.cat([P.expand(b, -1, -1), x], dim=1)
+    mask = torch.cat([mask.new_ones(b, p), mask], dim=1)  # seen by the text
+    labels = torch.cat([labels.new_full((b, p), -100), labels], dim=1)  # without a loss
+    return x, mask, labels
+
+
+# %% tags=["check"]
+check("04.prepend", prepend)
+if not solved("04.prepend"):  # until yours is right, the lesson uses minipeft's
+
+    def prepend(P, x, mask, labels):
+        ours = prompt_tuning.PromptEmbedding(gpt, PromptTuningConfig(num_virtual_tokens=len(P)))
+        ours.embedding.weight = P
+        inputs = ours.prepend(gpt, inputs_embeds=x, attention_mask=mask, labels=labels)
+        return tuple(inputs[name] for name in ("inputs_embeds", "attention_mask", "labels"))
+
 
 # %% [markdown]
-# ## On the GPT
-#
-# Does it start as the base, as LoRA does? **Guess**, then look.
+# This is the whole method. With the same P, minipeft gives the same loss and the same gradient. Its two functions are in
+# [minipeft/methods/prompt_tuning.py](../minipeft/methods/prompt_tuning.py).
 
 # %%
-ids = torch.tensor([base.tokenizer.encode(steer.test[0].prompt).ids])
-model = base.model()
-plain = model(ids).logits
-config = PromptTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM")
-model = get_peft_model(model, config)
-assert not torch.allclose(model(ids).logits, plain, atol=0.1)
+batch = tasks.collate(sentiment.train[:4], base.end, "cpu")
+text = gpt.get_input_embeddings()(batch["input_ids"])
+x, mask, labels = prepend(P, text, batch["attention_mask"], batch["labels"])
+by_hand = gpt(inputs_embeds=x, attention_mask=mask, labels=labels).loss
+by_hand.backward()
+
+ours = prompt_tuning.PromptEmbedding(gpt, PromptTuningConfig(num_virtual_tokens=5))
+ours.embedding.weight.data = P.detach().clone()
+out = ours(gpt, **batch)
+out.loss.backward()
+assert torch.allclose(out.loss, by_hand)
+assert torch.allclose(ours.embedding.weight.grad, P.grad, atol=1e-6)
+print(inspect.getsource(prompt_tuning.PromptEmbedding.forward))
+print(inspect.getsource(prompt_tuning.PromptEmbedding.prepend))
+
+# %% [markdown]
+# There is nothing to merge, because no weight changes. Unlike LoRA, the model does not start as the base: untrained virtual tokens already change the output.
+
+# %%
+model = get_peft_model(base.model(), PromptTuningConfig(20, task_type="CAUSAL_LM"))
+model.print_trainable_parameters()
+difference = (model(ids).logits - plain).abs().max()
+claim(difference > 0.1, "untrained virtual tokens change the output")
 with model.disable_adapter():
     assert torch.equal(model(ids).logits, plain)
-print("with the prompt it is another model at once; switched off, the base, to the bit")
-
-model(ids, labels=ids).loss.backward()
-trained = [name for name, p in model.named_parameters() if p.requires_grad]
-assert trained == ["prompt_encoder.embedding.weight"]
-assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-assert model.get_nb_trainable_parameters()[0] == 20 * 128  # p d
-model.print_trainable_parameters()
+print(f"step 0: logits differ by up to {difference:.1f}; with the adapter disabled, not at all")
 
 # %% [markdown]
-# ## Where to start, and how fast
+# ## Initial values and learning rate
 #
-# P may start as noise from N(0, 1), as rows of the embedding drawn at random (`SAMPLE_VOCAB`), or as the words of a text (`TEXT`).
-# Adam moves each number by about the learning rate in each step, however large the number is. So first ask
-# how large they are.
+# P may start as noise (`RANDOM`, the default of Hugging Face peft), or as embeddings of real tokens: of random ones (`SAMPLE_VOCAB`), or those of a text that describes the task (`TEXT`).
+#
+# **Exercise 4.** In one step, Adam moves a number by at most about the learning rate. A number in P has a size of about 1 if P starts as noise, and about 1/5 if it starts as
+# embeddings. The learning rate is 10⁻². In 20 steps, how many times its own size can a number move?
 
-# %%
-TEXT = "Question: How was it? Answer: good. Question: How was it? Answer: bad."
+# %% tags=["exercise"]
+noise = None
+embeddings = None
 
+# %% tags=["solution"]
+noise = 20 * 1e-2 / 1
+embeddings = 20 * 1e-2 / (1 / 5)
 
-def fresh(start, p=20, seed=0):
-    """The base behind p soft tokens that start in one of the three ways."""
-    torch.manual_seed(seed)
-    text = {"prompt_tuning_init_text": TEXT, "tokenizer_name_or_path": base.folder}
-    text = text if start == "TEXT" else {}
-    config = PromptTuningConfig(num_virtual_tokens=p, prompt_tuning_init=start, **text)
-    return get_peft_model(base.model(), config)
-
-
-def prompt_of(model):
-    return model.prompt_encoder.prompt().detach().clone()
-
-
-STARTS = {"RANDOM": "o-", "SAMPLE_VOCAB": "s--", "TEXT": "^:"}
-lengths = {start: prompt_of(fresh(start)).norm(dim=1).mean().item() for start in STARTS}
-print({start: f"{length:.1f}" for start, length in lengths.items()}, "(mean length of a vector)")
-assert lengths["RANDOM"] > 4 * lengths["SAMPLE_VOCAB"]
+# %% tags=["check"]
+check("04.moves", noise, embeddings)
 
 # %% [markdown]
-# Noise is several times as long as a word. It should need larger steps to become something else. Try four
-# learning rates, each ten times the last, for fifty steps.
+# So noise should need larger learning rates. We train both for 50 steps, with three learning rates.
 
 
 # %%
-def train_prompt(start, rate, p=20, steps=50):
-    """Validation loss after a short training on `sentiment`, and how far P went for its length."""
-    model = fresh(start, p)
-    first = prompt_of(model)
-    order = tasks.shuffled(steer.train, 16, 0)
-    batches = ([tasks.collate(part, base.end, model.device)] for part in order)
-    run = RunConfig(steps=steps, learning_rate=rate, warmup=5)
-    train(model, batches, run, title=f"{start}, rate {rate:g}")
-    moved = ((prompt_of(model) - first).norm() / first.norm()).item()
-    return task_loss(model, steer.validation, base.end)["loss"], moved
+def train_prompt(task, start, rate, p=20, steps=50):
+    """A model with p virtual tokens after a short training."""
+    torch.manual_seed(0)
+    config = PromptTuningConfig(num_virtual_tokens=p, prompt_tuning_init=start)
+    model = get_peft_model(base.model(), config)
+    order = tasks.shuffled(task.train, 16, seed=0)
+    batches = ([tasks.collate(part, base.end, "cpu")] for part in order)
+    train(model, batches, RunConfig(steps=steps, learning_rate=rate, warmup=5, quiet=True))
+    return model
 
 
-RATES = [0.003, 0.03, 0.3, 3.0]
-curves = {start: [] for start in STARTS}
-for start in STARTS:
-    for rate in RATES:
-        curves[start].append(train_prompt(start, rate))
-        loss, moved = curves[start][-1]
-        print(f"{start:12} rate {rate:<5}: loss {loss:.4f}, P moved by {moved:.2f} of its length")
-
-noise, words = curves["RANDOM"], curves["SAMPLE_VOCAB"]
-assert noise[0][0] > 2 * max(words[0][0], curves["TEXT"][0][0])  # a small rate: words are ahead
-for i in (0, 1):  # and noise at ten times the rate?
-    ratio = noise[i + 1][0] / words[i][0]
-    print(f"noise at {RATES[i + 1]:g} against words at {RATES[i]:g}: the loss is {ratio:.1f} times")
-assert noise[1][0] < 2 * words[0][0]  # it has caught up with words at the small rate
+RATES = [0.003, 0.03, 0.3]
+models, losses = {}, {}
+for start in ("RANDOM", "SAMPLE_VOCAB"):
+    models[start] = [train_prompt(sentiment, start, rate) for rate in RATES]
+    losses[start] = [task_loss(m, sentiment.validation, base.end)["loss"] for m in models[start]]
 
 # %%
-for start, style in STARTS.items():
-    shade = {"RANDOM": GREEN, "SAMPLE_VOCAB": "#81c784", "TEXT": "black"}[start]
-    plt.plot(RATES, [loss for loss, _ in curves[start]], style, color=shade, label=start)
-unsure = math.log(2) / len(steer.test[0].completion_ids)
-plt.axhline(unsure, color=GREY, linestyle=":", label="good or bad, but not which")
-plt.xscale("log")
-plt.yscale("log")
-plt.xlabel("learning rate")
-plt.yticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
-plt.ylabel("validation loss after 50 steps (nats a token)")
-plt.legend(frameon=False)
-plt.show()
+figure, axis = plt.subplots(figsize=(6.5, 3.6))
+for (start, values), style, color in zip(
+    losses.items(), ("o-", "s--"), (GREEN, "black"), strict=True
+):
+    axis.plot(RATES, values, style, color=color)
+    for rate, value in zip(RATES, values, strict=True):
+        text, offset = (
+            (f"{value:.2g}", (6, 4)) if rate < 0.3 else (f"{value:.2g}  {start}", (8, -3))
+        )
+        axis.annotate(text, (rate, value), offset, textcoords="offset points", color=color)
+undecided = math.log(2) / len(sentiment.test[0].completion_ids)
+axis.axhline(undecided, color=GREY, linestyle=":")
+axis.text(1.8, undecided, "good or bad,\nbut not which", ha="right", va="bottom", color=GREY)
+axis.set(xscale="log", yscale="log", xlabel="learning rate", xlim=(0.002, 2))
+axis.set_ylabel("validation loss (nats per token)")
+report.show(
+    figure,
+    "Loss after 50 steps by learning rate, log axes: noise is ten times above embeddings at the smallest rate, and closer at the largest.",
+)
+by_noise, by_embeddings = losses["RANDOM"], losses["SAMPLE_VOCAB"]
+claim(by_noise[0] > 2 * by_embeddings[0], "at the smallest rate, embeddings are far ahead")
+claim(by_noise[1] < 2 * by_embeddings[0], "at ten times the rate, noise has caught up with that")
 
 # %% [markdown]
-# What counts is the step as a share of the vector's length. Words forgive a small rate, noise does not: it hardly moved. At
-# ten times the rate noise is where words were, or ahead. At the best rate of each, words stay ahead (by how much, differs from seed to seed). Above the dotted line the prompt has not even found that the answer is one of two words.
-# So a comparison of two starts at *one* learning rate is no comparison; sweep each.
+# Noise with ten times the learning rate gets about as far as embeddings do, or further. So compare two starts only if each has its own best learning rate.
+#
+# | setting | here | on a large model | what it does |
+# |---|---|---|---|
+# | virtual tokens p | 20 | 20 to 200 | parameters; each one makes every text longer |
+# | start | noise | embeddings | see above |
+# | learning rate | 3 · 10⁻¹ | 10⁻³ to 3 · 10⁻² | noise needs more |
+# | weight decay | none | none | |
+# | batch size | 16 | 4 to 16 | |
+# | steps | 100 | thousands | |
+#
+# The sources are in [HYPERPARAMETERS.md](HYPERPARAMETERS.md).
 #
 # ## Against full fine-tuning
 #
-# The same examples in the same order, a hundred steps, for each method its own swept learning rate
-# (`data/results/sweep.json`), and a prompt that starts as noise, which is peft's default. First the steering task. One seed runs here;
-# LoRA's row and the other seeds of both tasks have run before, by `python -m minipeft compare --base data/base/1m --task NAME --seeds 4`.
+# Both see the same examples in the same order for 100 steps, each at its best learning rate. One seed of `sentiment` runs here. *Exact match* is the share of answers that are right, word for word.
 
 # %%
-results = DATA / "results" / "1m"
+runs = {
+    method: finetune(base, sentiment, RECIPES[method], RunConfig(seed=0, n_evaluations=1))
+    for method in ("frozen", "full", "prompt_tuning")
+}
+frozen, full, ours = runs.values()
+display(Markdown(report.markdown_table(
+    ["method", "trained", "exact match", "share of gap", "forgetting at step 0", "forgetting", "kB on disk"],
+    [[report.NAMES[name], f"{r.trainable:,}", f"{r.score:.2f}",
+      f"{(r.score - frozen.score) / (full.score - frozen.score):.2f}",
+      f"{r.forgot('start') or 0:+.2f}", f"{r.forgot() or 0:+.2f}",
+      f"{(r.disk_bytes or 0) / 1e3:,.0f}"] for name, r in runs.items()],
+)))  # fmt: skip
+print(ours.examples[0]["prompt"])
+for name, record in runs.items():
+    print(f"{report.NAMES[name]:14}", record.examples[0]["generated"].strip()[:60])
+
+# %% [markdown]
+# And with four seeds, both tasks (from shipped runs):
+
+# %%
+folder = DATA / "results" / "1m"
 shipped = {
-    "sentiment": compare.load(results / "sentiment" / "compare.json"),
-    "describe": compare.load(results / "compare.json"),
+    "sentiment": compare.rows(compare.load(folder / "sentiment" / "compare.json")),
+    "describe": compare.rows(compare.load(folder / "compare.json")),
 }
-by_name = {"frozen": finetune(base, steer, RECIPES["frozen"], RunConfig())}
-run = RunConfig(steps=100, seed=0, n_evaluations=1)
-for method in ("full", "prompt_tuning"):
-    by_name[method] = finetune(base, steer, RECIPES[method], run)
-    print(f"{method}: {steer.metric} {by_name[method].score:.2f}")
-by_name["lora"] = compare.rows(shipped["sentiment"])["lora"][0]
-METHODS = ["frozen", "full", "lora", "prompt_tuning"]
-
-# %% tags=["timing"]
-display(Markdown(compare.table([by_name[method] for method in METHODS], steer)))
-
-# %% [markdown]
-# (LoRA's seconds are from another machine.) Now the new skill: here only the prompt runs, and the other methods are read from the
-# shipped file.
-
-# %%
-stuck = finetune(base, skill, RECIPES["prompt_tuning"], run)
-scores = {
-    name: {m: [r.score for r in compare.rows(records)[m]] for m in METHODS}
-    for name, records in shipped.items()
-}
-for name in scores:
-    for method in METHODS:
-        print(f"{name:10} {method:14}", [f"{score:.2f}" for score in scores[name][method]])
-print(f"here: {by_name['prompt_tuning'].score:.2f} and {stuck.score:.2f}")
-
-for record in (by_name["full"], by_name["prompt_tuning"], stuck):
-    rows = compare.rows(shipped[record.task])[record.method]
-    others = [other for other in rows if other.seed != record.seed]
-    assert compare.in_spread(record, others), "this run is unlike the other seeds"
-mean = {name: {m: sum(s) / len(s) for m, s in by.items()} for name, by in scores.items()}
-assert mean["sentiment"]["full"] == mean["sentiment"]["lora"] == 1
-assert mean["sentiment"]["prompt_tuning"] > chance + 0.2  # it steers, on the mean of four seeds
-assert min(scores["sentiment"]["prompt_tuning"]) < 0.7  # but not with every seed
-assert min(mean["describe"]["full"], mean["describe"]["lora"]) > 0.9
-assert max(*scores["describe"]["prompt_tuning"], stuck.score) < 0.15  # no skill, with any seed
-
-# %%
-figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
-for axis, (name, by_method), now in zip(
-    axes, scores.items(), (by_name["prompt_tuning"], stuck), strict=True
-):
-    for i, method in enumerate(METHODS):
-        axis.bar(i, mean[name][method], color=COLORS[method], width=0.6)
-        axis.plot([i] * len(by_method[method]), by_method[method], "_", color="black", ms=14)
-    axis.plot(3, now.score, "D", color="white", mec="black", label="prompt tuning, here")
-    axis.axhline(guess[name], color="black", linestyle=":", label="your guess")
-    axis.axhline(
-        chance if name == "sentiment" else 0, color=GREY, linestyle="--", label="learned nothing"
-    )
-    axis.set_xticks(range(4), METHODS)
-    axis.set(title={"sentiment": "steering", "describe": "a new skill"}[name] + f": {name}")
-axes[0].set(ylabel="score (a line for each seed)", ylim=(-0.03, 1.05))
-figure.legend(
-    *axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+METHODS = ("full", "lora", "prompt_tuning")
+scores = {name: {m: [r.score for r in rows[m]] for m in METHODS} for name, rows in shipped.items()}
+figure, axes = plt.subplots(1, 2, figsize=(9, 2.4), sharey=True, layout="constrained")
+for axis, (name, by_method) in zip(axes, scores.items(), strict=True):
+    for y, (method, values) in enumerate(by_method.items()):
+        mean, color = sum(values) / 4, report.COLORS[method]
+        axis.plot(values, [y + 0.2] * 4, "|", color=color, ms=9)
+        axis.errorbar(mean, y, xerr=report.interval(values), fmt="os^"[y], color=color, capsize=4)
+        axis.text(1.25, y, f"{mean:.2f}", va="center")
+    if guess[name] is not None:
+        axis.axvline(guess[name], color="black", linestyle=":", label="your guess")
+        axis.legend(frameon=False)
+    axis.set(title=name, xlabel="score: mean, 95 % interval, seeds", xlim=(-0.03, 1.22))
+axes[0].axvline(chance, color=GREY, linestyle="--")
+axes[0].text(chance, 1.4, " always the\n same word", color=GREY, va="center")
+axes[0].set(yticks=range(3), yticklabels=[report.NAMES[m] for m in METHODS], ylim=(2.5, -0.5))
+report.show(
+    figure,
+    "Scores with four seeds: on sentiment, prompt tuning varies widely, with one seed near chance; on describe it is at zero.",
 )
-plt.show()
-
-# %% [markdown]
-# Two answers to the question. Vectors can steer: most seeds get nearly all of it, though with this start and this rate a seed
-# can fall back to chance. The paper finds that a
-# larger model makes prompt tuning better and safer; a base of three times the size says so too, printed below. But the vectors did not teach the skill, not in these
-# hundred steps: hardly a fact comes out right with any seed. What did they learn?
 
 # %%
+others = [r for r in shipped["sentiment"]["prompt_tuning"] if r.seed != ours.seed]
+claim(compare.in_spread(ours, others), "this run scores like the other seeds")
+steered, taught = scores["sentiment"]["prompt_tuning"], scores["describe"]["prompt_tuning"]
+claim(sum(steered) / 4 > chance + 0.2, "prompt tuning learns sentiment, on average")
+claim(min(steered) < 0.7, "but not with every seed")
+claim(max(taught) < 0.1 < 0.9 < min(scores["describe"]["lora"]), "it does not learn describe")
 larger = compare.rows(compare.load(DATA / "results" / "sentiment" / "compare.json"))
 larger = [record.score for record in larger["prompt_tuning"]]
-print("sentiment on the 3M base:", [f"{score:.2f}" for score in larger])
-assert min(larger) > mean["sentiment"]["prompt_tuning"]
-first, last = stuck.validation[0], stuck.validation[-1]
-for key in ("template_loss", "slot_loss"):
-    print(f"{key}: {first[key]:.2f} before, {last[key]:.2f} after 100 steps")
-print("wanted: ", stuck.examples[0]["reference"].strip())
-print("written:", stuck.examples[0]["generated"].strip()[:200])
-assert last["template_loss"] < 0.6 * first["template_loss"]
+print("sentiment, base with 3M parameters:", [f"{score:.2f}" for score in larger])
+claim(min(larger) > 0.9, "on the larger base, every seed learns sentiment")
 
 # %% [markdown]
-# The loss fell by much, above all on the template: with the right words so far, the model often knows how to go on. Left to itself it
-# babbles, and the score stayed at nothing: the loss is not the score.
+# Two results. Twenty vectors can make the model answer with words that it knows, though one seed stays near chance. They do not teach it to write new sentences in 100 steps; LoRA and
+# full fine-tuning do. One explanation: the virtual tokens change only what the layers read, not what they compute. But 100 steps may just be too few: "Going further" measures that.
+# The paper finds that prompt tuning comes closer to full fine-tuning the larger the model is, and our 3M base points the same way.
 #
-# ## Does a frozen model forget?
-#
-# Not one weight has changed. Is the model as good on its pretraining text as before?
+# Now look at the column *forgetting*. No weight has changed, and yet the loss on text like that of pretraining rises. Part of this is there at step 0: noise in front of a text disturbs it. With the adapter disabled, the base is back, exactly:
 
 # %%
-for record in (by_name["full"], by_name["lora"], by_name["prompt_tuning"], stuck):
-    states = ", ".join(f"{state} {value:.3f}" for state, value in record.forgetting.items())
-    print(f"{record.task:9} {record.method:14} loss on pretraining text: {states}")
-for record in (by_name["prompt_tuning"], stuck):
-    assert record.forgot("off") == 0
-    assert record.forgot("on") > 1
-assert by_name["prompt_tuning"].forgot("on") > by_name["full"].forgot("on") + 1
+assert ours.forgot("off") == 0
+claim(ours.forgot("on") > full.forgot() + 1, "with the prompt, it forgets more than full")
+print(f"forgetting, enabled: {ours.forgot('on'):+.2f}; disabled: {ours.forgot('off'):+.2f}")
 
 # %% [markdown]
-# With the prompt before it, the frozen model is far worse at what it knew, and far worse than the model whose every
-# weight was tuned on the same task. "Frozen" says where the base is kept. It does not say that nothing is forgotten
-# while a prompt talks into its ear. But the prompt can be taken off, and the base is there, to the bit.
+# ## One batch, many tasks
 #
-# ## What breaks it, and what mends it
+# P is part of the input, so each row of a batch can have its own.
 #
-# Take tokens away: does a single one still steer? Then take three times as many steps: is the prompt that was stuck
-# on the new skill stuck for good? **Guess**, then run.
+# **Exercise 5.** Write `mixed(model, prompts, which, ids)`. It returns the logits (b, t, v) of a batch whose row i has `prompts[which[i]]` in front. `prompts` is (n, p, d), `which` is (b,),
+# `ids` is (b, t). Drop the logits of the virtual tokens.
+
+
+# %% tags=["exercise"]
+def mixed(model, prompts, which, ids): ...  # return the logits of the text
+
+
+# %% tags=["solution"]
+def mixed(model, prompts, which, ids):
+    x = torch.cat([prompts[which], model.get_input_embeddings()(ids)], dim=1)
+    return model(inputs_embeds=x).logits[:, prompts.shape[1] :]
+
+
+# %% tags=["check"]
+check("04.mixed", mixed)
+
+# %% [markdown]
+# ## What people use today
+#
+# Mostly LoRA. The server vLLM removed its support for trained prompts [in 2025](https://github.com/vllm-project/vllm/pull/20588), and
+# kept LoRA. Hugging Face peft publishes a [benchmark](https://github.com/huggingface/peft/tree/main/method_comparison/MetaMathQA): a 3B model learns grade-school mathematics in 5,000 steps.
 
 # %%
-single = train_prompt("SAMPLE_VOCAB", RATES[2], p=1)[0]
-print(f"sentiment, 50 steps: loss with 1 soft token {single:.3f}, with 20 {words[2][0]:.3f}")
-print(
-    f"undecided between the two words {unsure:.3f}; the base alone {by_name['frozen'].test_loss:.3f}"
+published = {"LoRA, rank 32": 0.482, "P, 200 embeddings": 0.391, "P, 200 × noise": 0.252}
+for name, accuracy in published.items():
+    print(f"{name:18} {accuracy:.0%} of the test problems right (one seed)")
+
+# %% [markdown]
+# If you use prompt tuning, start from embeddings. In that run they were embeddings of random tokens, and both runs with P had the learning rate 10⁻³. What would you try before you
+# blame the noise?
+#
+# ## Summary
+#
+# - Prompt tuning trains p · d numbers in front of the text. The model is frozen, and there is nothing to merge.
+# - Virtual tokens must come before the text; they need a mask of 1 and the label -100.
+# - Noise needs a larger learning rate than embeddings.
+# - Here it learns quickly to answer with known words, if not with every seed. It learns a new way of writing slowly.
+# - It forgets while it is enabled. Rows of one batch can have different prompts.
+#
+# **Do you remember?** Answer first, then open.
+#
+# <details><summary>1. Why do virtual tokens have the label -100?</summary>There is no word to predict at their positions, so they must not count in the loss.</details>
+#
+# <details><summary>2. You append the virtual tokens to the prompt instead. Which tokens can attend to them?</summary>Only themselves and what is generated after them. No token of the prompt can.</details>
+#
+# <details><summary>3. Two starts are compared at one learning rate. What is wrong?</summary>It may suit one of them better. Each start needs its own.</details>
+#
+# **To read:** the paper, [Lester et al. 2021](https://arxiv.org/abs/2104.08691), section 3; [Petrov et al. 2023](https://arxiv.org/abs/2310.19698) on what a prompt cannot do.
+#
+# **Build it yourself.** `python -m minipeft build start prompt_tuning my` ([BUILD.md](BUILD.md)).
+#
+# # Going further
+#
+# ## Slow, or unable?
+#
+# After 100 steps on `describe`, prompt tuning had learned nothing that counts. Is that the end? **Guess**, then train for 300 steps.
+
+# %%
+longer = finetune(
+    base, describe, RECIPES["prompt_tuning"], RunConfig(steps=300, seed=0, n_evaluations=6)
 )
-longer = finetune(base, skill, RECIPES["prompt_tuning"], replace(run, steps=300))
-for record in (stuck, longer):
-    print(
-        f"describe, {record.steps} steps: template loss {record.test_template_loss:.2f}, "
-        f"{skill.metric} {record.score:.2f}"
+
+# %%
+figure, axis = plt.subplots(figsize=(6.5, 3.4))
+curves = {"prompt tuning, 300 steps": ([longer], "^-", GREEN)}
+for method, style in (("prompt_tuning", "v--"), ("lora", "s:")):
+    curves[f"{report.NAMES[method]}, 100 steps"] = (
+        shipped["describe"][method],
+        style,
+        report.COLORS[method],
     )
-print(f"(expect 0.1 to 0.5 with 300; LoRA in 100 steps: {mean['describe']['lora']:.2f})")
-assert single < 2 * unsure
-assert longer.test_template_loss < 0.8 * stuck.test_template_loss
-assert 0.02 < longer.score < 0.6 * mean["describe"]["lora"]
+for name, (records, style, color) in curves.items():
+    points = [[p["slot_loss"] for p in r.validation] for r in records]
+    values = [sum(column) / len(column) for column in zip(*points, strict=True)]
+    steps = [p["step"] for p in records[0].validation]
+    axis.plot(steps, values, style, color=color, label=f"{name}: ends at {values[-1]:.2f}")
+axis.set(yscale="log", xlabel="step", ylabel="validation slot loss (nats per token)")
+axis.legend(frameon=False)
+report.show(
+    figure,
+    "Slot loss by step, log axis: prompt tuning falls slowly and keeps falling until step 300; LoRA is far lower after 100.",
+)
+
+# %%
+print(f"slot accuracy: {longer.score:.2f} after 300 steps; after 100 at most {max(taught):.2f}")
+print("reference:", longer.examples[0]["reference"].strip())
+print("generated:", longer.examples[0]["generated"].strip()[:200])
+short = [r.validation[-1]["slot_loss"] for r in shipped["describe"]["prompt_tuning"]]
+claim(longer.validation[-1]["slot_loss"] < 0.9 * sum(short) / 4, "with 300 steps it learns more")
+claim(max(taught) < longer.score < 0.6, "the first facts are right, far fewer than with LoRA")
 
 # %% [markdown]
-# One vector goes most of the way when steering. And "stuck" was too strong a word: with three times
-# the steps the facts begin to come. So it is not that vectors *cannot* learn a new skill: they are slow, and far behind LoRA even with
-# more steps. More vectors help too (try `.with_size(28)`, the most that fits), but they cost: every soft token takes a place in the context and is computed in each forward pass, in training
-# and in use. Look at the seconds in the table above: hundreds of times fewer trained numbers do not make a step even twice as fast. The gradient
-# still goes through the whole model, and the text is twenty tokens longer.
+# So it is slow rather than unable. More steps help, but LoRA gets much further in a third of them. Nor is a step cheap: the gradient of P goes back through all
+# layers, and each text is 20 tokens longer.
 #
-# ## Exercises
+# ## What breaks it: fewer tokens, and unseen tokens
 #
-# Each has a cell that checks your answer. The solutions are in `solutions/04_prompt_tuning.ipynb`.
-# After them, write `prompt_tuning.py` yourself and have it graded: `python -m minipeft build start prompt_tuning my`. The page `lessons/BUILD.md` says how.
-#
-# **1 · Warm-up.** GPT-2 has 12 layers of width 768 and a context of 1,024. With 100 soft tokens, how many parameters are
-# trained, and how many tokens of text still fit?
+# One virtual token instead of twenty:
 
-# %% tags=["exercise"]
-numbers = None  # trained parameters
-room = None  # tokens of text
-
-# %% tags=["wrong"]
-numbers = 12 * 100 * 768
-room = 1024 - 100
-
-# %% tags=["wrong"]
-numbers = 100 * 768
-room = 1024
-
-# %% tags=["solution"]
-numbers = 100 * 768
-room = 1024 - 100
-
-# %% tags=["check"]
-if numbers is None or room is None:
-    print("not done yet")
-else:
-    with torch.device("meta"):  # the full-size GPT-2, without memory for its weights
-        large = get_peft_model(GPT(GPTConfig()), PromptTuningConfig(num_virtual_tokens=100))
-    assert numbers != 12 * 100 * 768, "the prompt stands at the input alone, not in every layer"
-    assert numbers == large.get_nb_trainable_parameters()[0], "p · d: a vector for each token"
-    assert room != 1024, "soft tokens take places in the context"
-    assert room == large.config.n_positions - 100, "the context, less a place for each soft token"
-    print(f"right: {numbers:,} parameters, room for {room} tokens")
+# %%
+one = task_loss(
+    train_prompt(sentiment, "SAMPLE_VOCAB", 0.3, p=1), sentiment.validation, base.end
+)["loss"]  # fmt: skip
+print(
+    f"loss: {one:.3f} with 1 virtual token, {by_embeddings[2]:.3f} with 20, {undecided:.3f} undecided"
+)
+claim(one < undecided, "a single virtual token does better than undecided")
 
 # %% [markdown]
-# **2 · A padded batch.** Texts of unequal length are padded on the right, with a mask of ones and zeros (b, t). Write
-# `in_front(mask, labels, p)`: both as the model needs them with p soft tokens before the text.
+# Now the answers are 👍 and 👎, and nothing else changes. The tokenizer splits each of them into bytes that the pretraining text does not have. The same can happen with plain
+# words. The pretraining text has "Come" only at the start of a quotation, where it is one token. After a space it is two tokens, and the second one occurs nowhere in that text.
+
+# %%
+for text in ("Come", " Come", " 👍", " 👎"):
+    print(f"{text!r:8}", base.tokenizer.encode(text).tokens)
+unseen = tasks.load_task(base, "sentiment_unseen")
+for task, model in (
+    (sentiment, models["SAMPLE_VOCAB"][2]),
+    (unseen, train_prompt(unseen, "SAMPLE_VOCAB", 0.3)),
+):
+    texts = complete(model, base, task.test[:64])
+    score = task.score(task.test[:64], texts)
+    print(f"{task.name}: {score:.2f} right; the first answer: {texts[0][:40]!r}")
+claim(score < 0.1, "with this prompt the model does not write tokens that it never saw")
+
+# %% [markdown]
+# Pretraining never showed the model these tokens. Their rows in the embedding, and in the output head that is tied to it, are frozen now: a prompt does not change them, and neither does a LoRA in the layers. (`LoraConfig(trainable_token_indices=…)` trains
+# such rows as well.) So check the tokens of your data before you choose a method.
+#
+# ## More exercises
+#
+# **Exercise 6.** `TEXT` starts P as the embeddings of a text that describes the task. Write `fill(ids, p)`: the list of p token ids to start from. A longer text is cut, a shorter one repeated from its beginning.
 
 
 # %% tags=["exercise"]
-def in_front(mask, labels, p): ...  # return the two, each (b, p + t)
-
-
-# %% tags=["wrong"]
-def in_front(mask, labels, p):
-    zeros, silent = mask.new_zeros(len(mask), p), labels.new_full((len(labels), p), -100)
-    return torch.cat([zeros, mask], dim=1), torch.cat([silent, labels], dim=1)
-
-
-# %% tags=["wrong"]
-def in_front(mask, labels, p):
-    ones, zeros = mask.new_ones(len(mask), p), labels.new_zeros(len(labels), p)
-    return torch.cat([ones, mask], dim=1), torch.cat([zeros, labels], dim=1)
-
-
-# %% tags=["wrong"]
-def in_front(mask, labels, p):
-    ones, silent = mask.new_ones(len(mask), p), labels.new_full((len(labels), p), -100)
-    return torch.cat([mask, ones], dim=1), torch.cat([labels, silent], dim=1)
+def fill(ids, p): ...  # return a list of p ids
 
 
 # %% tags=["solution"]
-def in_front(mask, labels, p):
-    ones, silent = mask.new_ones(len(mask), p), labels.new_full((len(labels), p), -100)
-    return torch.cat([ones, mask], dim=1), torch.cat([silent, labels], dim=1)
+def fill(ids, p):
+    return [ids[i % len(ids)] for i in range(p)]
 
 
 # %% tags=["check"]
-batch = tasks.collate(steer.train[:4], base.end, "cpu")
-mask, labels = batch["attention_mask"], batch["labels"]
-answer = in_front(mask, labels, 3)
-if answer is None:
-    print("not done yet")
-else:
-    assert all(a.shape == (4, mask.shape[1] + 3) for a in answer), "each is p longer: (b, p + t)"
-    assert not (answer[0] == -100).any(), "the mask first, then the labels"
-    assert (answer[0][:, :3] == 1).all(), "a zero in front hides the soft tokens: they must be seen"
-    assert torch.equal(answer[0][:, 3:], mask), (
-        "the text's own mask comes after the p ones, in front"
-    )
-    assert (answer[1][:, :3] != 0).all(), "0 is a token: only -100 means that no loss is asked here"
-    assert torch.equal(answer[1][:, 3:], labels), "the text's own labels come after the p new ones"
-    assert (answer[1][:, :3] == -100).all(), "no loss on a soft token: its label is -100"
-    print("right: seen, and silent")
+check("04.fill", fill)
 
 # %% [markdown]
-# **3 · What does it say?** Perhaps a soft token is near a word. Write `nearest(P, E)`: for each row of P (p, d)
-# the index of the row of E (v, d) with the largest *cosine*.
+# **Exercise 7.** What do virtual tokens mean? Perhaps each is near a word. Write `nearest(P, E)`: for each row of P (p, d), the index of the row of E (v, d) with the largest *cosine*, the
+# product of two vectors divided by their lengths.
 
 
 # %% tags=["exercise"]
 def nearest(P, E): ...  # return p indices
 
 
-# %% tags=["wrong"]
-def nearest(P, E):
-    return (P @ E.T).argmax(dim=1)
-
-
-# %% tags=["wrong"]
-def nearest(P, E):
-    return torch.cdist(P, E).argmin(dim=1)
-
-
-# %% tags=["wrong"]
-def nearest(P, E):
-    unit = torch.nn.functional.normalize
-    return (unit(P, dim=1) @ unit(E, dim=1).T).max(dim=1)
-
-
 # %% tags=["solution"]
 def nearest(P, E):
-    unit = torch.nn.functional.normalize
-    return (unit(P, dim=1) @ unit(E, dim=1).T).argmax(dim=1)
+    cosine = nn.functional.normalize(P, dim=1) @ nn.functional.normalize(E, dim=1).T  # (p, v)
+    return cosine.argmax(dim=1)
 
 
 # %% tags=["check"]
-answer = nearest(torch.tensor([[3.0, 0.2], [0.1, 0.4]]), torch.tensor([[1.0, 0], [9, 9], [0, 30]]))
-if answer is None:
-    print("not done yet")
-else:
-    assert torch.is_tensor(answer), "return the indices alone: `max` gives the values as well"
-    assert answer.shape == (2,), "one index for each soft token: the largest over the words, dim 1"
-    assert not answer.is_floating_point(), "those are the cosines: return where the largest is"
-    assert answer.tolist() != [1, 2], "long words win: divide each row (dim 1) by its length"
-    assert answer.tolist() != [0, 0], "distances: short words win. A cosine asks for directions"
-    assert answer.tolist() == [0, 2], "for each row of P the row of E with the largest cosine"
-    torch.manual_seed(0)
-    vectors, rows = torch.randn(8, 128), base.model().get_input_embeddings().weight
-    print("right; the words nearest to eight vectors of noise:", end="")
-    print(base.tokenizer.decode(nearest(vectors, rows).tolist()))
-    print("so a nearest word is always found, and need not mean a thing")
+check("04.nearest", nearest)
+
+# %%
+E = base.pretrained.get_input_embeddings().weight.detach()
+learned = models["RANDOM"][2].prompt_encoder.prompt().detach()
+for name, vectors in (("trained", learned), ("noise", torch.randn(20, 128))):
+    cosine = (nn.functional.normalize(vectors, dim=1) @ nn.functional.normalize(E, dim=1).T).amax(1)
+    print(f"{name:8} cosine with the nearest token {cosine.mean():.2f}")
 
 # %% [markdown]
-# **4 · One batch, many tasks.** A LoRA sits in the weights, so all rows of a batch get the same. A prompt is only input: each row may
-# have its own. Write `mixed(model, prompts, which, ids)`: the logits (b, t, v) of a batch whose row i stands behind
-# `prompts[which[i]]`; prompts is (n, p, d), which (b,), ids (b, t).
-
-
-# %% tags=["exercise"]
-def mixed(model, prompts, which, ids): ...  # return the logits of the real tokens
-
-
-# %% tags=["wrong"]
-def mixed(model, prompts, which, ids):
-    x = torch.cat([prompts[which], model.get_input_embeddings()(ids)], dim=1)
-    return model(inputs_embeds=x).logits
-
-
-# %% tags=["wrong"]
-def mixed(model, prompts, which, ids):
-    x = torch.cat([model.get_input_embeddings()(ids), prompts[which]], dim=1)
-    return model(inputs_embeds=x).logits[:, : ids.shape[1]]
-
-
-# %% tags=["wrong"]
-def mixed(model, prompts, which, ids):
-    same = prompts[which[0]].expand(len(ids), -1, -1)
-    x = torch.cat([same, model.get_input_embeddings()(ids)], dim=1)
-    return model(inputs_embeds=x).logits[:, prompts.shape[1] :]
-
-
-# %% tags=["solution"]
-def mixed(model, prompts, which, ids):
-    x = torch.cat([prompts[which], model.get_input_embeddings()(ids)], dim=1)
-    return model(inputs_embeds=x).logits[:, prompts.shape[1] :]
-
-
-# %% tags=["check"]
-torch.manual_seed(0)
-model, prompts, which = base.model(), torch.randn(3, 4, 128), torch.tensor([2, 0, 2, 1])
-batch = torch.randint(5, 900, (4, 6))
-with torch.no_grad():
-    answer = mixed(model, prompts, which, batch)
-    alone = []
-    for row, n in zip(batch, which, strict=True):
-        one = torch.cat([prompts[n], model.get_input_embeddings()(row)])[None]
-        alone.append(model(inputs_embeds=one).logits[0])
-    alone = torch.stack(alone)  # (b, p + t, v)
-if answer is None:
-    print("not done yet")
-else:
-    assert answer.shape[1] != 10, "the logits of the soft tokens are still there: drop the first p"
-    assert answer.shape == (4, 6, alone.shape[2]), "the logits of the six real tokens of each row"
-    assert not torch.allclose(answer, model(batch).logits, atol=1e-3), (
-        "the text does not hear the prompts: they must stand in front"
-    )
-    assert not torch.allclose(answer, alone[:, :6], atol=1e-3), (
-        "you dropped the last p, not the first"
-    )
-    assert torch.allclose(answer[0], alone[0, 4:], atol=1e-3), "row 0 wants prompts[which[0]]"
-    assert torch.allclose(answer, alone[:, 4:], atol=1e-3), (
-        "row 0 is right: now each its own prompt"
-    )
-    print("right: three tasks in one batch")
-
-# %% [markdown]
-# ## Summary, at this size
-#
-# - Prompt tuning trains p · d numbers before the text; the weights stay, there is nothing to merge, and a batch may mix tasks.
-# - Noise is far longer than words, and needs a far larger learning rate: what counts is the step as a share of the length.
-# - Twenty vectors steer the model to answers that it knows, with noise as the start not with every seed; full fine-tuning and LoRA always do.
-# - A new skill they hardly teach in a hundred steps: the template's loss falls, the facts do not come. Three times the vectors help, but stay far behind LoRA.
-# - Frozen is not unforgetting: with the prompt on, the model is worse at its old text than after full fine-tuning on the same task; off, it is the base.
-#
-# **To read:** the paper's section 3, above all its figure on the size of the model; Petrov et al. 2023, *When Do Prompting and
-# Prefix-Tuning Work?*, arXiv 2310.19698, on what a prompt cannot do. Lesson 05 lets a network write the vectors, lesson 06 puts vectors into
-# every layer.
+# A nearest token can always be found, also for noise. So it need not mean anything.

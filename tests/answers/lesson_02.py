@@ -213,6 +213,19 @@ class MyLora(nn.Module):  # linear layers
 
 
 # %% 02.my_lora right
+class MyLora(nn.Module):  # parameters
+    def __init__(self, layer, r, alpha):
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.A = nn.Parameter(torch.randn(r, layer.in_features) / layer.in_features**0.5)
+        self.B = nn.Parameter(torch.zeros(layer.out_features, r))
+        self.scaling = alpha / r
+
+    def forward(self, x):
+        return self.layer(x) + self.scaling * (x @ self.A.T @ self.B.T)
+
+
+# %% 02.my_lora right
 class MyLora(nn.Module):  # one matrix for both
     def __init__(self, layer, r, alpha):
         super().__init__()

@@ -227,6 +227,8 @@ def answered(got, right, mistakes: dict | None = None, otherwise: str = "") -> N
     """
     if is_close(got, right, 1e-3):
         return
+    if isinstance(got, str) and not isinstance(right, str):
+        raise Wrong(f"{got!r} is a text: give a number, without quotation marks.")
     texts = [text for value, text in (mistakes or {}).items() if is_close(got, value, 1e-3)]
     raise Wrong(f"{show(got)}. {(texts or [otherwise])[0]}".strip())
 
@@ -237,8 +239,9 @@ def is_close(got, expected, tolerance: float) -> bool:
     if isinstance(expected, Tensor):
         if not isinstance(got, Tensor) or got.shape != expected.shape:
             return False
+        got, expected = got.detach().double(), expected.detach().double()
         largest = max(expected.abs().max().item() if expected.numel() else 0.0, 1e-6)
-        return torch.allclose(got.double(), expected.double(), rtol=0, atol=tolerance * largest)
+        return torch.allclose(got, expected, rtol=0, atol=tolerance * largest)
     if isinstance(got, Tensor):
         got = got.tolist()
     if isinstance(expected, str):
