@@ -107,6 +107,12 @@ a_name = 24
 # %% 00.nats right
 nothing = 7.6246
 a_name = 3.1781
+# %% 00.nats wrong
+nothing = 8
+a_name = 3
+# %% 00.nats right
+nothing = 7.6
+a_name = 3.2
 # %% 00.nats right
 nothing = F.cross_entropy(torch.zeros(1, 2048), torch.tensor([5]))
 a_name = -math.log(1 / 24)
@@ -155,6 +161,11 @@ def my_loss(logits, ids):  # the first text only
 # %% 00.my_loss wrong
 def my_loss(logits, ids):  # rolled: the last position is asked for the first token
     return F.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten())
+
+
+# %% 00.my_loss wrong
+def my_loss(logits, ids):  # flattened, then shifted
+    return F.cross_entropy(logits.flatten(0, 1)[:-1], ids.flatten()[1:])
 
 
 # %% 00.my_loss wrong
@@ -383,6 +394,15 @@ def follow(tokens):  # the two must not overlap
             if tokens[start : start + length] == tokens[-length:]:
                 return tokens[start + length]
     return None
+
+
+# %% 00.follow wrong
+def follow(tokens):  # -1 instead of None
+    for length in range(len(tokens) - 1, 0, -1):
+        for start in range(len(tokens) - length - 1, -1, -1):
+            if tokens[start : start + length] == tokens[-length:]:
+                return tokens[start + length]
+    return -1
 
 
 # %% 00.follow wrong

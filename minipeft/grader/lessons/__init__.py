@@ -195,7 +195,7 @@ def compare(
         try:
             same("it", got, expected, tolerance)
         except Wrong as symptom:  # a factor, another shape, transposed, …
-            lines = [f"\n  that is   {str(symptom).removeprefix('it is ').removeprefix('it ')}"]
+            lines = [f"\n  symptom   {symptom}"]
     raise Wrong(
         what
         + (f"\n  input     {inputs}" if inputs else "")
