@@ -109,6 +109,10 @@ def lesson_and_twin(source: Path, run: bool = True) -> dict[Path, str]:
     ):
         part = copy.deepcopy(notebook)
         part.cells = [cell for cell in part.cells if not drop(cell)]
+        if path.parent != HERE:  # links are relative to the lesson
+            for cell in part.cells:
+                if cell.cell_type == "markdown":
+                    cell.source = re.sub(r"\]\((?!http|#)", "](../", cell.source)
         count = 0
         for i, cell in enumerate(part.cells):
             cell.id = f"cell-{i:02d}"

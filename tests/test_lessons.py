@@ -7,6 +7,8 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -97,22 +99,36 @@ def cells_of(source) -> list[tuple[str | None, str]]:
     ]
 
 
-def try_answer(name: str, code: str) -> tuple[bool, str]:
-    """Whether an answer is taken, and what the check prints."""
-    source = next(s for s in REWRITTEN if s.stem.startswith(name[:2]))
-    tree = ast.parse(source.read_text())
-    imports = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+@cache
+def imported(number: str) -> tuple[dict, dict[str, str]]:
+    """The names that a lesson imports, and the arguments of its checks by exercise."""
+    text = next(s for s in REWRITTEN if s.stem.startswith(number)).read_text()
+    imports = [n for n in ast.parse(text).body if isinstance(n, ast.Import | ast.ImportFrom)]
     scope: dict = {}
     exec(compile(ast.Module(imports, []), "imports", "exec"), scope)
+    return scope, dict(re.findall(r'check\("([\w.]+)", (.*?)\)', text))
+
+
+def try_answer(name: str, code: str) -> tuple[bool, str]:
+    """Whether an answer is taken, and what the check prints."""
+    scope, arguments = imported(name[:2])
+    scope, printed = dict(scope), io.StringIO()
     exec(code, scope)
-    arguments = re.search(rf'check\("{name}", (.*?)\)', source.read_text())[1]
-    printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        lessons.check(name, *eval(f"({arguments},)", scope))
+        lessons.check(name, *eval(f"({arguments[name]},)", scope))
     return lessons.solved(name), printed.getvalue()
 
 
-@pytest.mark.parametrize(("name", "kind", "code"), answers())
+def some_are_slow(found: list[tuple[str, str, str]]) -> Iterator:
+    """All answers; those after the first of an exercise and kind are for the marked tests."""
+    seen = set()
+    for name, kind, code in found:
+        mark = pytest.mark.slow if (name, kind) in seen else ()
+        seen.add((name, kind))
+        yield pytest.param(name, kind, code, marks=mark, id=f"{name}-{kind}")
+
+
+@pytest.mark.parametrize(("name", "kind", "code"), list(some_are_slow(answers())))
 def test_the_check_of_an_exercise_takes_right_answers_only(name, kind, code):
     taken, printed = try_answer(name, code)
     assert taken == (kind == "right"), printed

@@ -3,7 +3,7 @@
 #
 # A company downloads a language model with 7 billion parameters, and trains it for one night to answer its customers. In the morning a number called the loss
 # is lower, and the answers look good. Did the model learn this now, did it know it before, or did it find a shortcut that will fail next week? This lesson
-# shows how to find out, on models so small that you can look inside. Later lessons are about parameter-efficient fine-tuning (PEFT).
+# looks inside models that are small enough for that, and catches a shortcut. Later lessons are about parameter-efficient fine-tuning (PEFT).
 #
 # After this lesson you can
 # - turn text into tokens and back;
@@ -74,7 +74,7 @@ check("00.softmax", total)
 # ## How does a skill appear?
 #
 # Later you train a tiny GPT from random weights. For 400 steps it sees lists of names that are read back: "The names: Ada Bell, Carl Cook. Again: Ada Bell,
-# Carl Cook." The test has names that it has never seen.
+# Carl Cook." The names in the test are pairs that it has never seen together.
 #
 # **Your guess:** after how many steps does it copy half of the names? And why?
 
@@ -199,8 +199,8 @@ check("00.my_loss", my_loss)
 # %% [markdown]
 # ## A loss curve
 #
-# We repeat the first 250 steps of pretraining, with a smaller GPT. A loss means little alone, so we compare with models that only count. One counts single tokens. A *5-gram model* counts which token follows each group of four.
-# Their losses are on held-out text, so compare roughly.
+# We do the first 250 steps of a pretraining, with a smaller GPT. A loss means little alone, so we compare with models that only count. One counts single tokens. A *5-gram model* counts which token follows each group of four.
+# The losses of these models are on held-out text, so compare roughly.
 
 # %%
 known = json.loads((DATA / "results" / "bases.json").read_text())
@@ -486,7 +486,7 @@ claim(max(share for _, share in twin_points) < 0.15, "the twin never copies")
 # ## Look inside
 #
 # How could a model copy? Say it read A B … A. A head could find the earlier A, and attend to the token *after* it: B. Such a head is an *induction head*
-# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). We measure each head's mean weight on the name that must come next.
+# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). We measure each head's mean weight on the earlier copy of the name that must come next.
 
 
 # %%
@@ -612,7 +612,7 @@ report.show(
 # Our lists have only three lengths, so a rule about positions can work. (Offsets of three and six hurt less, perhaps because a name with its comma takes three tokens.)
 #
 # The base loses almost nothing at an offset of one, and more at larger ones. On the right, only "Again" and what follows get an offset, so distances change. The base's best head still finds the
-# names. But does it look for the *token*? If lists are read back in reverse order, only a name's first word tells where its second word stands.
+# names. But does it look for the *token*? If a list is read back in reverse order, positions do not help: only a name's first word tells where its second word stands.
 
 # %%
 same, reverse = [], []
@@ -632,7 +632,7 @@ claim(after["1M base"][1] > 0.5 * after["1M base"][0], "the base's head looks fo
 claim(after["tiny GPT"][1] < 0.5 * after["tiny GPT"][0], "the tiny GPT's head does not")
 
 # %% [markdown]
-# The base's head keeps most of its weight on the right word, so it mostly works like an induction head. The tiny GPT's does not.
+# The base's head keeps most of its weight on the right word: it attends as an induction head would. The tiny GPT's does not.
 #
 # ## Summary
 #
@@ -656,7 +656,7 @@ claim(after["tiny GPT"][1] < 0.5 * after["tiny GPT"][0], "the tiny GPT's head do
 #
 # ## Is one layer enough?
 #
-# Usually, an induction head needs help from an earlier layer, which tells each position the token *before* it. Then a later head can look for the position that comes after an earlier A.
+# Usually, an induction head needs help from an earlier layer, which tells each position the token *before* it. Then a later head can look for a position whose previous token was A.
 # Olsson et al. find induction heads only in models with two or more layers. **Guess first:** how much will a GPT with one layer copy, without an offset and with an offset of one?
 
 # %%

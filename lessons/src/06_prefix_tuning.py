@@ -541,7 +541,7 @@ claim(without > 5 * with_values, "without its values the loss is far higher")
 #
 # <details><summary>2. Why does a prefix of zeros change the output?</summary>Each zero key has the score 0 and takes exp(0) = 1 of the softmax's sum. Less is left for the text.</details>
 #
-# <details><summary>3. Why may LoRA's B start at zero, and a whole prefix may not?</summary>A is random, so the columns of B get different gradients. All virtual tokens of a zero prefix get the same one.</details>
+# <details><summary>3. LoRA's B starts at zero. Why should a whole prefix not start at zero?</summary>LoRA's A is random, so the columns of B get different gradients. All virtual tokens of a zero prefix get the same one.</details>
 #
 # **To read:** the paper, [Li and Liang 2021](https://arxiv.org/abs/2101.00190), sections 4 and 7.
 #
@@ -551,7 +551,7 @@ claim(without > 5 * with_values, "without its values the loss is far higher")
 #
 # ## The start, the number of tokens, and a network
 #
-# Three more runs, one seed each, the first two at the learning rate of 20 random tokens. The first starts from zeros. The second has one virtual token. In the third, a small network computes
+# Three more runs, one seed each, the first two at the learning rate that suits a random start. The first starts from zeros. The second has one virtual token. In the third, a small network computes
 # P (`prefix_projection=True`), and its weights are trained instead. The paper found this more stable; after training, only its output is kept.
 
 # %%
@@ -586,7 +586,7 @@ claim(abs(more["network"].score - prefix.score) < 0.4, "the network makes no lar
 # ## What breaks it: the learning rate, and the mask
 #
 # AdamW changes a number by about the learning rate per step, however large the number is. The prefix's numbers start near 1, and weights are much smaller. So
-# a prefix needs a far larger learning rate than LoRA. The figure shows how much larger, from a sweep that comes with minipeft.
+# we expect that a prefix needs a far larger learning rate than LoRA. The figure shows how much larger, from a sweep that comes with minipeft.
 
 # %%
 figure, axis = plt.subplots(figsize=(6.5, 3.2))
@@ -667,12 +667,12 @@ claim(min(r.score for r in steering["lora"]) == 1, "LoRA scores 1 with every see
 claim(min(r.score for r in steering["prefix_tuning"]) < 0.95, "prefix tuning does not")
 
 # %% [markdown]
-# Always answering "good" is right in about half of the cases. So with one of four seeds a prefix learned nothing of an easy task: do not judge it by one seed.
+# Always answering "good" is right in about half of the cases. So with one of four seeds the prefix does no better than that, and prompt tuning neither: do not judge them by one seed.
 #
 # ## A prefix is a gate
 #
-# **Exercise 9, harder.** For one query, attention over prefix and text is a mixture of two attentions: (1 - a) times attention over the text only, plus a times attention over the prefix
-# only ([He et al. 2021](https://arxiv.org/abs/2110.04366)). Write `gated(q, K_P, V_P, K, V)` in this form. q has the shape (w,), K_P and V_P (p, w), K and V (t, w). Divide scores by √w.
+# **Exercise 9, harder.** For one query, attention over prefix and text is a mixture of two attentions: (1 - a) times attention over the text only, and a times attention over the prefix
+# only, where a is the share of attention that the prefix gets ([He et al. 2021](https://arxiv.org/abs/2110.04366)). Write `gated(q, K_P, V_P, K, V)` in this form. q has the shape (w,), K_P and V_P (p, w), K and V (t, w). Divide scores by √w.
 
 
 # %% tags=["exercise"]

@@ -311,7 +311,7 @@ report.show(figure, alt)
 # The layer dequantizes W, multiplies by it, and drops it. But the backward pass needs W as well: that was the second question above. If PyTorch
 # keeps W from the forward pass until then, in every layer, no memory is saved. So the backward pass must dequantize *again*.
 #
-# **Exercise 5.** Write the function for y = x Wᵀ. (Inputs and gradients are rows.) `q` holds the codes and scales of W, and `dequantize_nf4(q)` returns W, of the shape (out, in).
+# **Exercise 5.** Write the function for y = x Wᵀ. (Inputs and gradients are rows.) `q` holds the codes and absmax values of W, and `dequantize_nf4(q)` returns W, of the shape (out, in).
 # You may keep `q`, but nothing as large as W. `backward` returns two values: the gradient of x, and `None` for `q`.
 
 
@@ -371,7 +371,7 @@ print(inspect.getsource(qlora._Linear4bitFunction))
 #
 # ## QLoRA on the GPT
 #
-# Quantize the base, and then add a LoRA, which stays in full precision. Embeddings, norms and the output head are not quantized. One attention layer, afterwards:
+# Quantize the base, and then add a LoRA, which stays in full precision. Embeddings, norms and the output head are not quantized. This is an attention layer after both steps:
 
 # %%
 ids = torch.tensor([task.test[0].prompt_ids])
@@ -752,13 +752,13 @@ for divide_by in (1, 10, 100):  # the update that was learned, and smaller ones
 claim(lost[0] < 0.6 < 1 < min(lost[1:]), "rounding is small only next to a large update")
 
 # %% [markdown]
-# At two bits the order decides: trained last, it works; rounded last, all is lost. At four bits, rounding last costs little *here*. One reason is in the last
+# At two bits the order decides: trained last, it works; rounded last, all is lost. At four bits, rounding last costs little *here*. A possible reason is in the last
 # three lines. The error of rounding depends on the size of the weights, and hardly on the update. Our update is larger than this error. An update ten times smaller
 # would be smaller than the error, and might be lost in it. So measure before you round a merged model.
 #
 # ## Start closer to the base
 #
-# LoRA starts with B A = 0, so a QLoRA starts with all of the rounding error. It could start with the B A that corrects the error W − Q as well as
+# LoRA starts with B A = 0, so a QLoRA starts with all of the rounding error. It could start with the B A that is nearest to the error W − Q, as far as
 # rank r allows. This is the idea of [LoftQ](https://arxiv.org/abs/2310.08659).
 #
 # **Exercise 10, harder.** Write `correct(W, Q, r, alpha)`: it returns `(A, B)` such that Q + (α/r) B A is as close to W as

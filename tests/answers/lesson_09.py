@@ -311,6 +311,13 @@ def intruders(before, after, k, below):  # the largest over the wrong axis
     return int(((old.T @ new).abs().amax(1) < below).sum())
 
 
+# %% 09.intruders wrong
+def intruders(before, after, k, below):  # a fixed number instead of `below`
+    old = torch.linalg.svd(before, full_matrices=False)[0]
+    new = torch.linalg.svd(after, full_matrices=False)[0][:, :k]
+    return int(((old.T @ new).abs().amax(0) < 0.6).sum())
+
+
 # %% 09.intruders right
 def intruders(before, after, k, below):  # a loop
     old = torch.linalg.svd(before, full_matrices=False).U
@@ -349,6 +356,9 @@ at_the_top = 20
 # %% 09.floor right
 everywhere = 2 / 3
 at_the_top = 5 / 12
+# %% 09.floor right
+everywhere = 0.67
+at_the_top = 0.42
 # %% 09.floor right
 everywhere = 1 - 16 / 48
 at_the_top = torch.tensor(20 / 48)
@@ -475,6 +485,21 @@ class MyDora(nn.Module):  # A and B are both zero
         super().__init__()
         self.layer, self.scaling = layer.requires_grad_(False), alpha / r
         self.A = nn.Parameter(torch.zeros(r, layer.in_features))
+        self.B = nn.Parameter(torch.zeros(layer.out_features, r))
+        self.m = nn.Parameter(layer.weight.norm(dim=1))
+
+    def forward(self, x):
+        v = self.layer.weight + self.scaling * self.B @ self.A
+        w = self.m[:, None] * v / v.norm(dim=1, keepdim=True)
+        return nn.functional.linear(x, w, self.layer.bias)
+
+
+# %% 09.dora wrong
+class MyDora(nn.Module):  # all rows of A are equal, so the update stays at rank 1
+    def __init__(self, layer, r, alpha):
+        super().__init__()
+        self.layer, self.scaling = layer.requires_grad_(False), alpha / r
+        self.A = nn.Parameter(torch.full((r, layer.in_features), 0.1))
         self.B = nn.Parameter(torch.zeros(layer.out_features, r))
         self.m = nn.Parameter(layer.weight.norm(dim=1))
 

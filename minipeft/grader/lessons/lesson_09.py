@@ -9,7 +9,7 @@ from torch import nn
 
 from minipeft.lab.report import interval
 
-from . import answered, call, compare, done, ensure, exercise, show
+from . import answered, call, compare, done, ensure, exercise, is_close, show
 
 
 @exercise(
@@ -173,31 +173,51 @@ def differs(differs, draw):
         b = draw.normal(n).tolist()
         a = [x + shift + e for x, e in zip(b, noise.tolist(), strict=True)]
         cases.append((a, b, bool(shift) and n == 10))  # 3 seeds need more than 2.5 deviations
-    for a, b, right in cases:
+    said = []
+    for a, b, _ in cases:
         got = call(differs, a, b)
-        inputs = "; ".join(str([round(x, 3) for x in values]) for values in (a, b))
         truth = got in (True, False) if not isinstance(got, list | tuple | str) else False
         ensure(truth, f"differs(…) must return True or False, got {show(got)}")
-        text = (
-            "the interval of the paired differences leaves out zero"
-            if right
-            else "the interval of the paired differences contains zero"
-        )
-        d = [x - y for x, y in zip(a, b, strict=True)]
-        mean, half = statistics.mean(d), interval(d)
-        apart = abs(statistics.mean(a) - statistics.mean(b)) > interval(a) + interval(b)
-        mistakes = {
-            "use one difference per seed, not two separate intervals": apart,
-            "a negative difference is a difference too": mean > half,
-            "the standard deviation is not the interval of a mean": abs(mean) > statistics.stdev(d),
-            "two means are never exactly equal: use the interval": mean != 0,
-        }
-        likely = [f"\n  likely    {text}" for text, value in mistakes.items() if value == bool(got)]
+        said.append(bool(got))
+    mistakes = {
+        "use one difference per seed, not two separate intervals": _apart,
+        "a negative difference is a difference too": lambda a, b: _mean(a, b) > _half(a, b),
+        "the standard deviation is not the interval of a mean": lambda a, b: (
+            abs(_mean(a, b)) > statistics.stdev(_differences(a, b))
+        ),
+        "two means are never exactly equal: use the interval": lambda a, b: _mean(a, b) != 0,
+        "that is the wrong way round": lambda a, b: abs(_mean(a, b)) <= _half(a, b),
+    }
+    likely = [  # mistakes that explain every answer, not only the first wrong one
+        f"\n  likely    {text}"
+        for text, rule in mistakes.items()
+        if said == [rule(a, b) for a, b, _ in cases]
+    ]
+    for (a, b, right), got in zip(cases, said, strict=True):
+        inputs = "; ".join(str([round(x, 3) for x in values]) for values in (a, b))
+        verb = "leaves out" if right else "contains"
         ensure(
-            bool(got) == right,
-            f"differs(…)\n  input     {inputs}\n  got       {bool(got)}\n"
-            f"  expected  {right}: {text}{''.join(likely[:1])}",
+            got == right,
+            f"differs(…)\n  input     {inputs}\n  got       {got}\n  expected  {right}: "
+            f"the interval of the paired differences {verb} zero{''.join(likely[:1])}",
         )
+
+
+def _differences(a: list, b: list) -> list:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def _mean(a: list, b: list) -> float:
+    return statistics.mean(_differences(a, b))
+
+
+def _half(a: list, b: list) -> float:
+    return interval(_differences(a, b))
+
+
+def _apart(a: list, b: list) -> bool:
+    """Whether two separate intervals do not overlap."""
+    return abs(statistics.mean(a) - statistics.mean(b)) > interval(a) + interval(b)
 
 
 @exercise(
@@ -229,33 +249,52 @@ def alpha(alpha_lora, alpha_rslora, draw):
     "Take absolute values, then the largest cosine of each new vector: .abs().amax(0). Count.",
 )
 def intruders(intruders, draw):
+    cases = []
     for n_out, n_in, k, planted in (
         (12, 9, 4, (0,)), (9, 12, 3, (1, 2)), (10, 10, 5, ()), (8, 6, 10, (0, 3)),
         (6, 20, 2, (0, 1)), (12, 9, 1, (0,)),
     ):  # fmt: skip
         before, after = _weights(draw, n_out, n_in, planted)
-        for below in (0.3, 0.6):
-            right = _count(before, after, k, below)
-            got = call(intruders, before, after, k, below)
-            old = torch.linalg.svd(before, full_matrices=False)[0]
-            new = torch.linalg.svd(after, full_matrices=False)[0][:, :k]
-            cosines, n = old.T @ new, new.shape[1]
-            other = _count(before.T, after.T, k, below)
-            mistakes = {
-                "those are not intruders: count the others": n - right,
-                "the sign of a singular vector is arbitrary: take absolute values":
-                    int((cosines.amax(0) < below).sum()),
-                "compare each vector with all vectors of W, not only with that of equal number":
-                    int((cosines.diagonal().abs() < below).sum()),
-                "compare with all singular vectors of W, not only with the first k":
-                    int((cosines[:k].abs().amax(0) < below).sum()),
-                "those are the right singular vectors": other,
-                "only the first k directions of the new weight count":
-                    _count(before, after, min(n_out, n_in), below),
-            }  # fmt: skip
-            mistakes = {text: value for text, value in mistakes.items() if value != right}
-            inputs = f"two weights {n_out} × {n_in}, k = {k}, below = {below}"
-            compare("intruders(…)", got, right, inputs, mistakes)
+        cases += [(before, after, k, below) for below in (0.3, 0.6)]
+    said = [call(intruders, *case) for case in cases]
+    likely = {  # mistakes that explain every answer, not only the first wrong one
+        text: rule
+        for text, rule in MISTAKES.items()
+        if all(is_close(got, rule(*case), 0) for got, case in zip(said, cases, strict=True))
+    }
+    for got, case in zip(said, cases, strict=True):
+        before, _, k, below = case
+        inputs = f"two weights {before.shape[0]} × {before.shape[1]}, k = {k}, below = {below}"
+        mistakes = {text: rule(*case) for text, rule in likely.items()}
+        compare("intruders(…)", got, _count(*case), inputs, mistakes)
+
+
+def _cosines(before, after, k: int):
+    """Of every left singular vector of a weight (rows) with the first k of another (columns)."""
+    old = torch.linalg.svd(before, full_matrices=False)[0]
+    return old.T @ torch.linalg.svd(after, full_matrices=False)[0][:, :k]
+
+
+def _count(before, after, k: int, below: float) -> int:
+    return int((_cosines(before, after, k).abs().amax(0) < below).sum())
+
+
+MISTAKES = {
+    "those are not intruders: count the others":
+        lambda b, a, k, c: int((_cosines(b, a, k).abs().amax(0) >= c).sum()),
+    "only the first k directions of the new weight count":
+        lambda b, a, k, c: _count(b, a, min(b.shape), c),
+    "use `below`, not a fixed number": lambda b, a, k, c: _count(b, a, k, 0.6),
+    "the sign of a singular vector is arbitrary: take absolute values":
+        lambda b, a, k, c: int((_cosines(b, a, k).amax(0) < c).sum()),
+    "compare each vector with all vectors of W, not only with that of equal number":
+        lambda b, a, k, c: int((_cosines(b, a, k).diagonal().abs() < c).sum()),
+    "compare with all singular vectors of W, not only with the first k":
+        lambda b, a, k, c: int((_cosines(b, a, k)[:k].abs().amax(0) < c).sum()),
+    "take the largest cosine of each new vector, not of each old one":
+        lambda b, a, k, c: int((_cosines(b, a, k).abs().amax(1) < c).sum()),
+    "those are the right singular vectors": lambda b, a, k, c: _count(b.T, a.T, k, c),
+}  # fmt: skip
 
 
 def _weights(draw, n_out: int, n_in: int, planted: tuple[int, ...]):
@@ -277,12 +316,6 @@ def _weights(draw, n_out: int, n_in: int, planted: tuple[int, ...]):
     return before, after
 
 
-def _count(before, after, k: int, below: float) -> int:
-    old = torch.linalg.svd(before, full_matrices=False)[0]
-    new = torch.linalg.svd(after, full_matrices=False)[0][:, :k]
-    return int(((old.T @ new).abs().amax(0) < below).sum())
-
-
 @exercise(
     "09.floor",
     "Full fine-tuning: 16 layers, three units each. Which unit does a frozen layer not need?",
@@ -295,7 +328,12 @@ def floor(everywhere, at_the_top, draw):
         0.0: "(a) The forward pass is still there.",
         32: "(a) Answer with a share of 48.",
     }
-    answered(everywhere, 32 / 48, mistakes, "(a) Which of the three units does freezing save?")
+    answered(
+        _exact(everywhere, 32 / 48),
+        32 / 48,
+        mistakes,
+        "(a) Which of the three units does freezing save?",
+    )
     mistakes = {
         4 / 48: "(b) The forward pass goes through all sixteen layers.",
         8 / 48: "(b) The forward pass goes through all sixteen layers.",
@@ -303,7 +341,18 @@ def floor(everywhere, at_the_top, draw):
         24 / 48: "(b) The weights of the last four layers are frozen too.",
         20: "(b) Answer with a share of 48.",
     }
-    answered(at_the_top, 20 / 48, mistakes, "(b) Forward through all, back through four.")
+    answered(
+        _exact(at_the_top, 20 / 48),
+        20 / 48,
+        mistakes,
+        "(b) Forward through all, back through four.",
+    )
+
+
+def _exact(got, share: float):
+    """The share itself, if an answer is the share rounded to two decimals."""
+    is_number = isinstance(got, float) or (isinstance(got, torch.Tensor) and got.numel() == 1)
+    return share if is_number and abs(float(got) - share) <= 0.005 else got
 
 
 class _Toy(nn.Module):
@@ -377,6 +426,10 @@ def dora(MyDora, draw):
         A, B, m = (trained[name] for name in "ABm")
         ensure(bool(A.any()) or bool(B.any()), "A and B are both zero, so neither gets a gradient "
                "and nothing would ever train. Start A with random numbers.")  # fmt: skip
+        start = A if bool(A.any()) else B
+        ensure(int(torch.linalg.matrix_rank(start)) == r, "the rows of A are multiples of each "
+               "other at the start, so the update would stay at a lower rank than r. Start A "
+               "with random numbers.")  # fmt: skip
         W, b = before["weight"], before.get("bias", torch.zeros(n_out))
         compare("m at the start", m.detach(), W.norm(dim=1), inputs,
                 {"m must start at the norms of W's rows": torch.ones(n_out)})  # fmt: skip
