@@ -3,7 +3,7 @@
 #
 # A company downloads a language model with 7 billion parameters, and trains it for one night to answer its customers. In the morning a number called the loss
 # is lower, and the answers look good. Did the model learn this now, did it know it before, or did it find a shortcut that will fail next week? This lesson
-# looks inside models that are small enough for that, and catches a shortcut. Later lessons are about parameter-efficient fine-tuning (PEFT).
+# looks inside small models, and catches a shortcut. Later lessons are about parameter-efficient fine-tuning (PEFT).
 #
 # After this lesson you can
 # - turn text into tokens and back;
@@ -12,7 +12,7 @@
 # - test whether a model learned what its score suggests.
 #
 # **Time.** 40 minutes to read, 1 to run, 35 for the exercises. All results are for GPTs with at most 3 million parameters.
-# Unknown words are in the [glossary](README.md#glossary).
+# [Glossary](README.md#glossary).
 
 # %%
 import inspect
@@ -612,7 +612,7 @@ report.show(
 # Our lists have only three lengths, so a rule about positions can work. (Offsets of three and six hurt less, perhaps because a name with its comma takes three tokens.)
 #
 # The base loses almost nothing at an offset of one, and more at larger ones. On the right, only "Again" and what follows get an offset, so distances change. The base's best head still finds the
-# names. But does it look for the *token*? If a list is read back in reverse order, positions do not help: only a name's first word tells where its second word stands.
+# names. But does it look for the *token*? If a list is read back in reverse order, only a name's first word tells where its second word stands.
 
 # %%
 same, reverse = [], []
@@ -632,7 +632,7 @@ claim(after["1M base"][1] > 0.5 * after["1M base"][0], "the base's head looks fo
 claim(after["tiny GPT"][1] < 0.5 * after["tiny GPT"][0], "the tiny GPT's head does not")
 
 # %% [markdown]
-# The base's head keeps most of its weight on the right word: it attends as an induction head would. The tiny GPT's does not.
+# The base's head keeps most of its weight on the right word, like an induction head. The tiny GPT's does not.
 #
 # ## Summary
 #

@@ -541,7 +541,7 @@ claim(without > 5 * with_values, "without its values the loss is far higher")
 #
 # <details><summary>2. Why does a prefix of zeros change the output?</summary>Each zero key has the score 0 and takes exp(0) = 1 of the softmax's sum. Less is left for the text.</details>
 #
-# <details><summary>3. LoRA's B starts at zero. Why should a whole prefix not start at zero?</summary>LoRA's A is random, so the columns of B get different gradients. All virtual tokens of a zero prefix get the same one.</details>
+# <details><summary>3. LoRA's B starts at zero. Why not a whole prefix?</summary>LoRA's A is random, so the columns of B get different gradients. All virtual tokens of a zero prefix get the same one.</details>
 #
 # **To read:** the paper, [Li and Liang 2021](https://arxiv.org/abs/2101.00190), sections 4 and 7.
 #

@@ -13,7 +13,7 @@
 # - measure what fewer bits cost.
 #
 # **Time.** About an hour, and 40 minutes more for "Going further". Results are for a GPT with 1 million parameters.
-# Unknown words are in the [glossary](README.md#glossary).
+# [Glossary](README.md#glossary).
 
 # %%
 import inspect
@@ -371,7 +371,7 @@ print(inspect.getsource(qlora._Linear4bitFunction))
 #
 # ## QLoRA on the GPT
 #
-# Quantize the base, and then add a LoRA, which stays in full precision. Embeddings, norms and the output head are not quantized. This is an attention layer after both steps:
+# Quantize the base, and then add a LoRA, which stays in full precision. Embeddings, norms and the output head are not quantized. An attention layer after both steps:
 
 # %%
 ids = torch.tensor([task.test[0].prompt_ids])

@@ -89,8 +89,8 @@ def stays(only_e_zero, all_zero, draw):
 
 @exercise(
     "03.importance",
-    "Loop over the values. First update the average, and then the deviation.",
-    "mean = beta * mean + (1 - beta) * value. The other line has abs(value - mean).",
+    "Loop over the values. First update the average, and then the uncertainty.",
+    "mean = beta * mean + (1 - beta) * value. The other line has abs(value - mean), mean updated.",
 )
 def importance(importance, draw):
     for values, beta in (
@@ -290,6 +290,9 @@ def gpt2(gpt2, draw):
     }
     if is_close(gpt2, 590_016, 1e-7):  # without Λ it is less than 0.1 % smaller
         return
+    ensure(
+        not isinstance(gpt2, str), f"{gpt2!r} is a text: give a number, without quotation marks."
+    )
     text = next((text for value, text in mistakes.items() if is_close(gpt2, value, 1e-7)), None)
     ensure(False, f"{gpt2}. {text or 'init_r · (in + out + 1), for each of the 12 layers.'}")
 
@@ -297,7 +300,7 @@ def gpt2(gpt2, draw):
 @exercise(
     "03.angles",
     "m @ m.T has the squared lengths of the rows of m on its diagonal. The rest is about angles.",
-    "Set the diagonal to zero, and take .norm(). Use lora_B.T, so that its columns become rows.",
+    "square - torch.diag(square.diagonal()) has a zero diagonal. lora_B.T turns columns into rows.",
 )
 def angles(angles, draw):
     for count, n_out, r, n_in in ((1, 3, 3, 3), (2, 6, 2, 4), (3, 5, 3, 7)):
