@@ -3,7 +3,7 @@
 #
 # Your company serves a model with 7 billion parameters to twenty customers. Each wants answers in its own style, so each needs its own fine-tuning.
 # With LoRA, each customer has a file of about 40 MB, and all share one base of 14 GB. The server loads the base once, and switches the adapter with every
-# request. So adapters are files: people save, load, switch and merge them, and try to add them.
+# request. So adapters are files that people switch, merge and add.
 #
 # After this lesson you can
 # - read the two files of an adapter by hand, and say what they hold;
@@ -11,7 +11,7 @@
 # - say what merging keeps, and what it loses;
 # - combine adapters in three ways, and measure the result.
 #
-# **Time.** 25 minutes to read, 3 to run, 35 for the exercises. All results are for a GPT with 1 million parameters.
+# **Time.** 35 minutes to read, 3 to run, 35 for the exercises. All results are for a GPT with 1 million parameters.
 # Unknown words are in the [glossary](README.md#glossary).
 
 # %%
@@ -44,9 +44,9 @@ base.held_out = base.held_out[:64]  # less text to measure forgetting on, to sav
 # %% [markdown]
 # ## Before you start
 #
-# Two questions about earlier lessons. Replace `None`, and run both cells.
+# Replace `None`, and run both cells.
 #
-# **1.** Without LoRA, each of the twenty customers has a fully fine-tuned copy of the 7B model, in bfloat16. How many GB are that on disk?
+# **1.** Without LoRA, each of the twenty customers has a fully fine-tuned copy of the 7B model, in bfloat16. How many GB is that on disk?
 
 # %% tags=["exercise"]
 copies = None  # GB
@@ -70,15 +70,13 @@ scaling = 32 / 8  # α/r
 check("08.scaling", scaling)
 
 # %% [markdown]
-# If an answer is wrong, call `hint(1)` in a new cell, then `hint(2)`, and then `solution()`.
+# If an answer is wrong, call `hint(1)`, `hint(2)` or `solution()` in a new cell.
 #
 # ## Can two adapters be added?
 #
-# One adapter turns facts into sentences (`describe`). Another reads a review and answers good or bad (`sentiment`). They were
-# trained separately. An adapter is an update ΔW of each weight matrix, and updates can be added: W + ΔW₁ + ΔW₂.
+# One adapter turns facts into sentences (`describe`). Another reads a review and answers good or bad (`sentiment`). An adapter is an update ΔW of each weight matrix, and updates can be added: W + ΔW₁ + ΔW₂.
 #
-# **Your guess:** each of the two scores above 90 %. The model with both updates: what does it score on each task? Write two numbers, and
-# in a few words why.
+# **Your guess:** alone, each scores above 90 %. What does the model with both score on each task? Write two numbers, and why.
 
 # %%
 guess_describe, guess_sentiment = None, None  # scores, 0 to 1
@@ -87,8 +85,8 @@ reason = ""
 # %% [markdown]
 # ## Five customers
 #
-# Two customers want `describe` and `sentiment`. We make three more tasks from these. `owner` and `cook` ask for one sentence only, about this person.
-# `colors` wants *white* and *black* for good and bad.
+# Two customers want `describe` and `sentiment`. Three more tasks use the same prompts. In `describe`, a prompt lists facts, and may name an owner, a cook and a guest. `owner` wants only the
+# sentence about the owner, and `cook` the one about the cook. `colors` wants *white* for good and *black* for bad.
 
 
 # %%
@@ -109,7 +107,7 @@ def other_completions(task, name, completion, **how):
 
 # %%
 def one_person(key):
-    """`describe`, but only the sentence about one person; another one must be in the prompt."""
+    """`describe`, but only the sentence about this person. The prompt names a second one too."""
 
     def sentence(e):
         facts = dict(describe.facts(e.prompt))
@@ -134,7 +132,7 @@ for name in ("owner", "colors"):
     print(wishes[name].test[0].prompt, "\n  ->", wishes[name].test[0].completion)
 
 # %% [markdown]
-# Each customer gets a LoRA of rank 8, saved in a folder. We train with two seeds, because we need several runs below.
+# Each customer gets a LoRA of rank 8 in its own folder. We train two seeds.
 
 # %%
 runs = {}
@@ -156,23 +154,26 @@ claim(min(record.score for record in runs.values()) > 0.8, "each adapter learns 
 #
 # $$ W_i = W + \frac{\alpha_i}{r_i} B_i A_i, \qquad \text{customers } i = 1 \ldots 5 $$
 #
-# W is the same for all customers, so it is stored once. Each customer adds two files: A and B of each layer in `adapter_model.safetensors`, and the
+# W is stored once. Each customer adds two files: A and B of each layer in `adapter_model.safetensors`, and the
 # settings, r and α among them, in `adapter_config.json`.
 
 # %%
 folder = OUT / f"owner-{SEEDS[0]}"
 config = json.loads((folder / "adapter_config.json").read_text())
 print({key: config[key] for key in ("peft_type", "r", "lora_alpha", "target_modules")})
+# "all-linear": every linear layer except the output head
 model_bytes = (DATA / "base" / "1m" / "model.safetensors").stat().st_size
 file_bytes = (folder / "adapter_model.safetensors").stat().st_size
 print(f"base {model_bytes:,} bytes, adapter {file_bytes:,}: {file_bytes / model_bytes:.0%}")
 
 # %% [markdown]
-# **Exercise 1.** Another adapter has r = 4, and only on the layer `c_attn`, which maps 128 numbers to 384. There are 4 blocks with one such layer each.
+# On a 7B model the share is far smaller: A and B grow with in + out, W with in · out.
+#
+# **Exercise 1.** Another adapter has r = 4, on `c_attn` only, which maps 128 numbers to 384, in each of 4 blocks.
 # How many bytes do the float32 numbers in its file take?
 
 # %% tags=["exercise"]
-count = None  # a number, or an expression
+count = None  # bytes
 
 # %% tags=["solution"]
 count = 4 * 4 * 4 * (128 + 384)  # bytes, blocks, r, in + out
@@ -184,7 +185,7 @@ check("08.bytes", count)
 # ## Read it by hand
 #
 # A *safetensors* file is simple. Its first 8 bytes hold the length of a header. The header is JSON: each tensor's name, shape, and place.
-# Then come the numbers. A *pickle*, PyTorch's older format, can run a stranger's code when it is loaded. A safetensors file cannot.
+# Then come the numbers. Unlike a *pickle*, PyTorch's older format, it cannot run a stranger's code.
 
 # %%
 raw = (folder / "adapter_model.safetensors").read_bytes()
@@ -202,8 +203,8 @@ for key in sorted(tensors)[:2]:
     print(key, tuple(tensors[key].shape))
 
 # %% [markdown]
-# **Exercise 2.** Write `update(tensors, config, name)`. It returns the update ΔW of the layer called `name`, such as `"transformer.h.0.attn.c_attn"`. Use the tensors under
-# the keys that you see above, and `r` and `lora_alpha` from the config.
+# **Exercise 2.** Write `update(tensors, config, name)`. It returns the update ΔW of the layer called `name`, such as `"transformer.h.0.attn.c_attn"`. The keys are as
+# above; `r` and `lora_alpha` are in the config.
 
 
 # %% tags=["exercise"]
@@ -239,12 +240,12 @@ assert difference < 5e-6
 print(f"logits differ by {difference:.0e} of the largest one, by rounding")
 
 # %% [markdown]
-# Names, shapes and files are those of Hugging Face peft, so each library loads the folders of the other.
-# [minipeft/saving.py](../minipeft/saving.py) reads them, and checks names and shapes before it changes anything.
+# Names, shapes and files are those of Hugging Face peft. [A test](../tests/test_conformance_methods.py) loads the folders of each library with the other.
+# [minipeft/saving.py](../minipeft/saving.py) reads them.
 #
 # ## One base, five adapters
 #
-# `load_adapter` adds an adapter to a model, `set_adapter` makes one active, and `disable_adapter` gives the base. None of them
+# `load_adapter` adds an adapter, `set_adapter` makes one active, and `disable_adapter` gives the base. None of them
 # writes into W. The *checksum* below would differ if one bit of the base changed.
 
 
@@ -276,9 +277,11 @@ with model.disable_adapter():
 print("adapter disabled: exactly the logits and the weights of the base")
 
 # %% [markdown]
-# **Exercise 3.** Many requests wait, from several customers, and switching takes time. Write `serve(requests, switch, answer)`.
+# The prompt names no cook, but `cook` states one.
+#
+# **Exercise 3.** Many requests wait, from several customers. Write `serve(requests, switch, answer)`.
 # Each request is a pair `(customer, prompt)`. `switch(customer)` activates an adapter, and `answer(prompts)` returns a list of answers to a list of
-# prompts. Return all answers in the order of the requests. Call `switch` only once per customer.
+# prompts. For each customer, call `switch` once, and then `answer` once, with all prompts of this customer. Return all answers in the order of the requests.
 
 
 # %% tags=["exercise"]
@@ -309,10 +312,7 @@ if solved("08.serve"):
         print(f"{name:9} ->{text}")
 
 # %% [markdown]
-# Servers for large models compute W x for all customers in one batch, and then add each one's s B A x
-# ([S-LoRA](https://arxiv.org/abs/2311.03285)).
-#
-# Below, every adapter answers the prompts of every task.
+# Below, every adapter answers 16 prompts of every task (above: 64).
 
 
 # %%
@@ -348,21 +348,21 @@ claim(grid["owner"][2] < 0.3 > grid["cook"][1], "owner and cook do not do each o
 claim(max(grid["frozen base"]) < 0.1, "the base does none of them")
 
 # %% [markdown]
-# Each adapter does its own task. `describe` also states owners and cooks, because they are among its facts. `colors`
-# reads reviews as well as `sentiment` does, but scores nothing there, because it uses other words. So a low score does not prove that a skill is absent.
+# Each adapter does its own task. `describe` also states owners and cooks: they are among its facts. `colors`
+# reads reviews too, but scores nothing on `sentiment`, because it uses other words. So a low score does not prove that a skill is absent.
 #
 # ## Merge, and back
 #
-# Lesson 02 merged an adapter: W' = W + ΔW. There are three ways:
+# Lesson 02 merged an adapter: W' = W + ΔW. There are three ways to do it:
 #
-# | | what happens | the way back |
+# | call | what happens | how to undo it |
 # |---|---|---|
-# | `merge_and_unload()` | returns a plain model with W' | none: save the adapter |
+# | `merge_and_unload()` in both | returns a plain model with W' | not possible: keep the adapter's files |
 # | `merge_adapter()` in minipeft | keeps W, and stores W' next to it: more memory | `unmerge_adapter()` discards W' |
 # | `merge_adapter()` in peft | overwrites W with W + ΔW: no more memory | `unmerge_adapter()` subtracts ΔW |
 #
-# **Exercise 4.** Call `merge_adapter`, then `unmerge_adapter`. Is every weight of the base exactly the old one? Answer `True` or `False`, for `"minipeft"` and for `"peft"`.
-# `"disable"`: and if you only activate an adapter and disable it?
+# **Exercise 4.** Call `merge_adapter`, then `unmerge_adapter`. Is every weight of the base exactly the old one, in `"minipeft"` and in `"peft"`? And
+# if you only activate an adapter and `"disable"` it? Answer `True` or `False`.
 
 # %% tags=["exercise"]
 back = {"disable": None, "minipeft": None, "peft": None}
@@ -380,39 +380,50 @@ model.unmerge_adapter()
 with model.disable_adapter():
     assert checksum(model.base_model) == checksum(bare)
 print("minipeft: merged, unmerged and disabled: exactly the base")
-name = next(iter(layers))
-W = bare.get_submodule(name).weight.detach()
-delta = model.adapters["describe"].layers[name].delta().detach()
+shares = []
 for dtype in (torch.float32, torch.bfloat16):
-    w, d = W.to(dtype), delta.to(dtype)
-    error = (w + d) - d - w  # what peft computes
-    print(f"subtracting in {dtype}: {(error != 0).float().mean():.0%} of the weights differ, "
-          f"by up to {error.abs().max() / w.abs().max():.0e} of the largest one")  # fmt: skip
-    claim(bool(error.any()), "subtracting ΔW does not restore W exactly")
+    differ, largest = [], 0.0
+    for name, layer in model.adapters["describe"].layers.items():
+        w = bare.get_submodule(name).weight.detach().to(dtype)
+        d = layer.delta().detach().to(dtype)
+        error = (w + d) - d - w  # what peft computes
+        differ.append((error != 0).float().flatten())
+        largest = max(largest, (error.abs().max() / w.abs().max()).item())
+    shares.append(torch.cat(differ).mean().item())
+    print(f"subtracting in {dtype}: {shares[-1]:.0%} of all weights differ from W, "
+          f"by up to {largest:.0e} of a layer's largest one")  # fmt: skip
+claim(min(shares) > 0.01, "subtracting ΔW does not restore W exactly")
+claim(abs(shares[0] - shares[1]) < 0.1, "the share of weights is similar in both types")
 
 # %% [markdown]
-# In float32 the error is tiny. In bfloat16, the usual type of large models, it is larger. It stays in W, for all customers.
-# So after merging with peft, load the base again.
+# A similar share of the weights differs in both types. But the errors are tiny in float32, and larger in bfloat16, the usual type of large models. With peft, they stay in W, for all customers: load
+# the base again.
 #
 # ## Against full fine-tuning
 #
-# On `describe`: the same examples in the same order for 100 steps, each method at its own best learning rate. A merged LoRA is a plain
-# GPT, like a fully fine-tuned one. Is it the same model? The last column compares predictions with the adapter's: the mean
-# *Kullback-Leibler divergence* on the base model's own text, in nats per token. Equal predictions have 0.
+# Full fine-tuning and LoRA learn `describe` from the same examples in the same order, for 100 steps, each at its own best learning rate. Is a merged LoRA
+# the same model as a fully fine-tuned one? The last column is the mean *Kullback-Leibler divergence* between a model's predictions and the adapter's, in nats per token, on text like that of
+# pretraining. It is 0 for equal predictions, and larger the more they differ. A LoRA with another seed is the control.
 
 # %%
-finetune(base, describe, RECIPES["full"], RunConfig(seed=0, output=OUT / "full", n_evaluations=1))
+rows = [json.loads(line) for line in (DATA / "results" / "finals.jsonl").read_text().splitlines()]
+run = RunConfig(seed=SEEDS[0], output=OUT / "full", n_evaluations=1)
+finetune(base, describe, RECIPES["full"], run)
 
 # %%
-model.set_adapter("describe")
+for m in models:
+    m.set_adapter("describe")
 merged = model.merge_and_unload().eval()
 compared = {
     "frozen base": bare,
     "full": GPT.from_pretrained(OUT / "full").eval(),
     "LoRA": model,
     "LoRA, merged": merged,
+    "LoRA, other seed": models[1],
 }
 text = base.held_out[:32]
+
+# %%
 with torch.no_grad():
     predicted = {name: torch.log_softmax(m(text).logits, -1) for name, m in compared.items()}
 adapter = predicted["LoRA"]
@@ -420,50 +431,55 @@ apart = {
     name: (adapter.exp() * (adapter - p)).sum(-1).mean().item() for name, p in predicted.items()
 }
 scores = {name: score(m, "describe", 64) for name, m in compared.items()}
-sizes = {"frozen base": 0, "LoRA": file_bytes}  # bytes per customer
+sizes = dict.fromkeys(compared, model_bytes) | {"frozen base": 0}  # per customer
+sizes |= dict.fromkeys(["LoRA", "LoRA, other seed"], file_bytes)
 display(Markdown(report.markdown_table(
     ["model", "score", "kB per customer", "divergence from the adapter"],
-    [[name, f"{scores[name]:.2f}", f"{sizes.get(name, model_bytes) / 1e3:,.0f}",
+    [[name, f"{scores[name]:.2f}", f"{sizes[name] / 1e3:,.0f}",
       f"{abs(apart[name]):.3f}"] for name in compared],
 )))  # fmt: skip
-claim(
-    abs(apart["LoRA, merged"]) < 1e-3 < 0.1 < apart["full"], "merged equals the adapter, not full"
-)
+claim(abs(apart["LoRA, merged"]) < 1e-3 < 0.1 < apart["full"], "only merged equals the adapter")
+claim(0.5 < apart["LoRA, other seed"] / apart["full"] < 2, "another seed is about as far as full")
 
 # %%
-rows = [json.loads(line) for line in (DATA / "results" / "finals.jsonl").read_text().splitlines()]
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-customers = range(1, 21)
-left.plot(customers, [14 * n for n in customers], "o-", color=BLUE, ms=3)
-left.plot(customers, [14 + 0.04 * n for n in customers], "s-", color=ORANGE, ms=3)
+customers = [1, 5, 10, 15, 20]
+left.plot(customers, [14 * n for n in customers], "o-", color=BLUE)
+left.plot(customers, [14 + 0.04 * n for n in customers], "s-", color=ORANGE)
 left.text(9, 300, "full copies: 280 GB")
 left.text(5, 18, "one base and adapters: under 15 GB")
 left.set(xlabel="customers", ylabel="GB on disk, 7B in bfloat16", yscale="log", ylim=(10, 500))
-left.set_xticks((1, 5, 10, 15, 20))
+left.set_xticks(customers)
 left.yaxis.set_major_formatter("{x:g}")
+others = {}
 for y, (method, rate, live) in enumerate([("full", 0.001, "full"), ("lora", 0.01, "LoRA")]):
     setting = (method, rate, 0.0)  # without weight decay
     found = [r["score"] for r in rows if (r["method"], r["learning_rate"], r["decay"]) == setting]
-    mean, half, color = sum(found) / len(found), report.interval(found), report.COLORS[method]
-    right.errorbar(mean, y, xerr=half, fmt="o", color=color, capsize=4)
-    right.plot(scores[live], y - 0.15, "D", mfc="none", color="black")
-    right.text(mean, y + 0.15, f"{live}: {mean:.2f}, {len(found)} seeds", ha="center")
+    mean, color = sum(found) / len(found), report.COLORS[method]
+    right.errorbar(mean, y, xerr=report.interval(found), fmt="o", color=color, capsize=4)
+    right.plot(found, [y - 0.15] * len(found), ".", color=color)
+    right.plot(scores[live], y - 0.3, "D", mfc="none", color="black")
+    right.text(mean, y + 0.15, f"{live}: mean {mean:.2f}", ha="center")
     claim(abs(scores[live] - mean) < 0.15, f"{method} scores like its other seeds")
-right.set(yticks=(), ylim=(-0.5, 1.5), xlim=(0.85, 1.01))
-right.set_xlabel("slot accuracy, 95 % interval; diamonds: this run")
-report.show(figure, "Left: twenty full copies take 280 GB, one base with adapters 15. Right: scores of full and LoRA, nearly equal.")  # fmt: skip
+    others[live] = found
+full, ours = others.values()
+claim(max(min(full), min(ours)) < min(max(full), max(ours)), "the seeds overlap")
+right.set(yticks=(), ylim=(-0.6, 1.5), xlim=(0.85, 1.01))
+right.set_xlabel("slot accuracy; bar: 95 % interval of mean\ndots: ten seeds; diamond: this run")
+report.show(figure, "Left: twenty full copies take 280 GB, one base with adapters 15. Right: the ten seeds of full and LoRA overlap; this run's LoRA is lower than most.")  # fmt: skip
 
 # %% [markdown]
-# A merged LoRA equals its own adapter, up to rounding. It does not equal full fine-tuning, although both solve the task.
+# A merged LoRA equals its own adapter, up to rounding. It differs from full fine-tuning, but two LoRAs with different seeds differ about as much. The dots of the methods overlap, so these runs do not rank them.
+# Our run (diamond) has fewer prompts, and a single run may lie outside the interval of the mean.
 #
 # ## Add adapters
 #
-# A file holds one A and one B per layer. So how do we store ΔW₁ + ΔW₂? peft's `add_weighted_adapter` has three basic *combination types*. With
+# How do we store ΔW₁ + ΔW₂ as one A and one B? peft's `add_weighted_adapter` has three basic *combination types*. With
 # weights wᵢ and scalings sᵢ = αᵢ/rᵢ:
 #
 # - `cat` stacks: A = [w₁ s₁ A₁; w₂ s₂ A₂], B = [B₁, B₂]. It is exact, and the ranks add up.
-# - `svd`, the default, computes Σ wᵢ sᵢ Bᵢ Aᵢ and keeps its strongest directions: as many as the largest rank of the parts, or `svd_rank`.
-# - `linear` adds A to A and B to B, each with the factor √(wᵢ sᵢ). The rank stays. But look at the product of the sums:
+# - `svd`, the default, computes Σ wᵢ sᵢ Bᵢ Aᵢ and keeps the directions with the largest singular values (lesson 02): as many as the largest rank of the parts.
+# - `linear` adds A to A and B to B, each with the factor √(wᵢ sᵢ). The rank stays. But look at the product, here with factors of 1:
 #
 # $$ (B_1 + B_2)(A_1 + A_2) = B_1 A_1 + B_2 A_2 + \underbrace{B_1 A_2 + B_2 A_1}_{\text{cross terms}} $$
 #
@@ -479,7 +495,7 @@ cross = 3 * 3 - 3  # all products Bᵢ Aⱼ, without those with i = j
 check("08.cross", cross)
 
 # %% [markdown]
-# **Exercise 6.** Write `add(pairs)`, the exact sum. It gets a list of any length with tuples (w, s, A, B). It returns A, of shape (Σ r, in), and B, of shape (out, Σ r),
+# **Exercise 6.** Write `add(pairs)`, the exact sum. It gets a list of tuples (w, s, A, B), and returns A, of shape (Σ r, in), and B, of shape (out, Σ r),
 # with B A = Σ wᵢ sᵢ Bᵢ Aᵢ. Ranks may differ, and weights may be negative.
 
 
@@ -497,7 +513,7 @@ def add(pairs):
 check("08.add", add)
 
 # %% [markdown]
-# All three by hand, for `describe` + `sentiment`, against [minipeft/combine.py](../minipeft/combine.py). How far are they from the sum of the updates?
+# All three by hand, for `describe` + `sentiment`, as in [minipeft/combine.py](../minipeft/combine.py). How far are they from the exact sum?
 
 # %%
 names, errors = ["describe", "sentiment"], {"cat": [], "svd": [], "linear": []}
@@ -533,16 +549,32 @@ def scores_of_sum(model, parts, weight, way):
     return [score(model, part) for part in parts]
 
 
+alone = []  # for each seed, the score of each adapter on its own task
+for m in models:
+    alone.append({})
+    for name in wishes:
+        m.set_adapter(name)
+        alone[-1][name] = score(m, name)
 ways = {
     way: [scores_of_sum(m, names, 1.0, way) for m in models] for way in ("cat", "svd", "linear")
 }
 weights = (0.25, 0.5, 0.75, 1.0, 1.25)
 by_weight = [[scores_of_sum(m, names, w, "cat") for m in models] for w in weights]
+
+# %%
+table = [["alone", *(one[name] for name in names for one in alone)]]
+table += [[way, *(pair[i] for i in (0, 1) for pair in found)] for way, found in ways.items()]
+display(Markdown(report.markdown_table(
+    ["", *(f"{name}, seed {seed}" for name in names for seed in SEEDS)],
+    [[line[0], *(f"{x:.2f}" for x in line[1:])] for line in table],
+)))  # fmt: skip
 means = {way: sum(map(sum, found)) / 4 for way, found in ways.items()}
-print("mean of both tasks and both seeds:", {way: f"{mean:.2f}" for way, mean in means.items()})
-claim(means["cat"] > means["linear"] + 0.2, "the exact sum does better than linear")
-claim(means["svd"] > means["linear"] + 0.2, "and so does svd")
-claim(means["cat"] > 0.4, "the exact sum keeps a large part of both skills")
+claim(min(means["cat"], means["svd"]) > means["linear"] + 0.2, "cat and svd do better than linear")
+a_quarter, *_, one, more = [[sum(seeds) / 2 for seeds in zip(*f, strict=True)] for f in by_weight]
+best = max(sum(pair[0] for pair in found) / 2 for found in by_weight)
+claim(best < sum(a["describe"] for a in alone) / 2 - 0.1, "no weight keeps all of describe")
+claim(a_quarter[0] < one[0] - 0.2, "a small weight loses describe")
+claim(more[1] < one[1] - 0.1, "a larger weight damages sentiment")
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
@@ -565,11 +597,12 @@ right.legend(frameon=False, loc="lower center", fontsize=8)
 left.legend(frameon=False, loc="center right", fontsize=8)
 report.show(
     figure,
-    "Scores of the sum of describe and sentiment: cat and svd keep most of both, linear loses most; by weight, describe needs about 1.",
+    "Scores of the sum: cat and svd keep most of sentiment and a part of describe, linear little of both; by weight, describe rises up to 1, and sentiment falls after it.",
 )  # fmt: skip
 
 # %% [markdown]
-# The cross terms of `linear` destroy what the adapters learned. The exact sum keeps a large part of both skills. Is this a lucky pair? Take all ten pairs.
+# Left: the cross terms of `linear` destroy what the adapters learned. `cat` and `svd` keep most of `sentiment`, but `describe` loses a part. Your guess is in black. Right: no weight brings `describe` back to its score alone. The
+# smallest loses it, and the largest damages `sentiment`. Now take all ten pairs.
 
 # %%
 REVIEWS = {"sentiment", "colors"}
@@ -583,11 +616,11 @@ figure, axis = plt.subplots(figsize=(8, 4))
 ticks, means = [], {}
 for (kind, found), color, style in zip(kinds.items(), (ORANGE, GREY), ("s", "o"), strict=True):
     start = len(ticks)
-    for pair, scores in found:
-        for one in scores:
+    for pair, sums in found:
+        for one in sums:
             axis.plot([len(ticks) - 0.12, len(ticks) + 0.12], one, style + "-", color=color, lw=0.7)
         ticks.append(" + ".join(pair))
-    values = [x for _, scores in found for one in scores for x in one]
+    values = [x for _, sums in found for one in sums for x in one]
     means[kind] = sum(values) / len(values)
     axis.hlines(means[kind], start - 0.4, len(ticks) - 0.6, color="black", linestyle="--")
     axis.text(start - 0.4, 1.08, f"{kind}: mean {means[kind]:.2f}")
@@ -595,36 +628,50 @@ axis.set_xticks(range(10), ticks, rotation=35, ha="right")
 axis.set(ylabel="score of each task (left: the first)", ylim=(-0.04, 1.2))
 report.show(
     figure,
-    "Scores of ten pairs in their exact sum: with different prompts one often stays high and the other falls; with the same prompts most fall.",
+    "Scores of ten pairs in their exact sum: with different prompts one often stays high and the other falls, sometimes to 0; with the same prompts most fall.",
 )  # fmt: skip
-both = [min(one) > 0.9 for found in kinds.values() for _, scores in found for one in scores]
-print(f"both scores above 0.9: {sum(both)} of {len(both)} sums")
-claim(means["different prompts"] > means["the same prompts"] + 0.05, "different prompts keep more")
-claim(sum(both) <= len(both) / 3, "few sums keep both skills")
+
+# %%
+losses = {  # for each pair and seed: by how much each score is below that of its adapter alone
+    kind: [
+        [own[name] - x for name, x in zip(pair, one, strict=True)]
+        for pair, sums in found
+        for one, own in zip(sums, alone, strict=True)
+    ]
+    for kind, found in kinds.items()
+}
+for kind, found in losses.items():
+    kept = sum(max(lost) < 0.1 for lost in found)  # one mistake in 16 reviews is 0.06
+    print(f"{kind}: both scores within 0.1 of the adapters alone in {kept} of {len(found)} sums")
+    claim(kept <= len(found) / 2, "most sums damage at least one skill")
+means = {kind: sum(map(sum, found)) / len(found) / 2 for kind, found in losses.items()}
+print("mean loss of score:", {kind: f"{mean:.2f}" for kind, mean in means.items()})
+different, same = means.values()
+claim(different < same - 0.05, "different prompts lose less")
+claim(max(map(max, losses["different prompts"])) > 0.8, "there too, a skill can be lost completely")
 
 # %% [markdown]
-# A sum of updates is not a sum of skills: most sums damage at least one of the two. Adapters for different prompts keep more on average, but pairs differ
-# too much to predict it. With the same prompts, the two adapters want different answers, so one loses, or both.
-# Test a combined adapter on every task before you use it, or switch between the adapters instead.
+# A sum of updates is not a sum of skills: most of these sums damage at least one of the two. Adapters for different prompts lose less on average, but some of
+# these sums lose one skill completely. (We did not test why.) Test a combined adapter on every task, or switch instead.
 #
 # ## Summary
 #
 # - An adapter is two files: tensors with the names of their layers, and a config with r and α.
 # - Switching and disabling never write into W, so the base comes back exactly.
-# - minipeft keeps W when it merges. peft overwrites W and subtracts later, so rounding errors remain.
-# - `cat` is exact, `svd` is the nearest update of a given rank, and `linear` has cross terms.
-# - Even an exact sum of two adapters often fails at one of the two tasks: measure it.
+# - minipeft keeps W when it merges. peft overwrites W and subtracts later: rounding errors remain.
+# - `cat` is exact, `svd` has the smallest squared error for its rank, and `linear` has cross terms.
+# - Even an exact sum of two adapters often damages one of the two skills: measure it.
 #
 # **Do you remember?** Answer first, then open.
 #
-# <details><summary>1. Which two things besides A and B do you need to compute ΔW, and in which file are they?</summary>r and α, for the scaling α/r. They are in adapter_config.json.</details>
+# <details><summary>1. What do you need besides A and B to compute ΔW, and in which file is it?</summary>r and α, in adapter_config.json.</details>
 #
-# <details><summary>2. You merged an adapter with peft in bfloat16, and unmerged it. Why is the base not exactly the old one?</summary>peft computed W + ΔW, which was rounded, and then subtracted ΔW. The rounding error stays.</details>
+# <details><summary>2. You merged and unmerged an adapter with peft. Why is the base not exactly the old one?</summary>W + ΔW was rounded. Subtracting ΔW leaves the error.</details>
 #
-# <details><summary>3. Two adapters of rank 8. Which rank has their sum with cat, svd and linear, and which of them is exact?</summary>16, 8 and 8. Only cat is exact.</details>
+# <details><summary>3. Two adapters of rank 8: which rank has their sum with cat, svd and linear, and which is exact?</summary>16, 8 and 8. Only cat is exact.</details>
 #
-# **To read:** [Editing Models with Task Arithmetic](https://arxiv.org/abs/2212.04089) (Ilharco et al. 2022) adds and subtracts whole updates. [TIES](https://arxiv.org/abs/2306.01708) and
-# [DARE](https://arxiv.org/abs/2311.03099) first drop small or contradicting entries; peft has them as further combination types.
+# **To read:** [Editing Models with Task Arithmetic](https://arxiv.org/abs/2212.04089) (2022) adds and subtracts updates. [S-LoRA](https://arxiv.org/abs/2311.03285) serves
+# many adapters in one batch.
 #
 # # Going further
 #
@@ -650,11 +697,11 @@ def linear(pairs):
 check("08.linear", linear)
 
 # %% [markdown]
-# What does subtraction do to a skill? First, subtract `sentiment` from the sum of both. Then, use `sentiment` with the weight −1: will it answer bad for good?
+# Use `sentiment` with the weight −1. Guess first: will it answer bad for good?
 
 
 # %%
-def activate_sum(parts, weights, name):
+def activate_sum(model, parts, weights, name):
     """Make an exact weighted sum, and activate it."""
     if name in model.adapters:  # the cell was run before
         model.delete_adapter(name)
@@ -662,50 +709,47 @@ def activate_sum(parts, weights, name):
     model.set_adapter(name)
 
 
-activate_sum(["describe", "sentiment"], [1.0, 1.0], "both")
-activate_sum(["both", "sentiment"], [1.0, -1.0], "both - sentiment")
-print(f"describe + sentiment - sentiment: {score(model, 'describe'):.2f} on describe")
-claim(score(model, "describe") > 0.7, "subtracting brings describe back")
-activate_sum(["sentiment"], [-1.0], "-sentiment")
 reviews = sentiment.test[:16]
-texts = complete(model, base, reviews)
 opposite = {" good.": "bad.", " bad.": "good."}
-share = (
-    sum(text.strip() == opposite[e.completion] for e, text in zip(reviews, texts, strict=True)) / 16
-)
-print(f"-1 x sentiment: opposite answers {share:.2f}; it writes {texts[0]!r}")
-claim(share < 0.5, "a negative adapter does not do the opposite")
+for seed, m in zip(SEEDS, models, strict=True):
+    activate_sum(m, ["sentiment"], [-1.0], "-sentiment")
+    texts = complete(m, base, reviews)
+    pairs = zip(reviews, texts, strict=True)
+    share = sum(text.strip() == opposite[e.completion] for e, text in pairs) / 16
+    print(f"seed {seed}: opposite answers {share:.2f}; it writes {texts[0]!r}")
+    claim(share < 0.5, "a negative adapter does not do the opposite")
 
 # %% [markdown]
-# A negative weight takes an added update away again. But a negative update is not the opposite skill.
+# In these two runs, the negative of an update is not the opposite skill.
+#
+# peft has more combination types. [TIES](https://arxiv.org/abs/2306.01708) drops small entries, and those whose signs contradict. [DARE](https://arxiv.org/abs/2311.03099) drops entries at
+# random, and rescales the rest.
 #
 # ## The wrong α
 #
-# The tensors do not say what α was. If it is lost, all shapes still fit. Suppose that someone guesses α. The weight of a weighted adapter does the same as another α:
+# The tensors do not say what α was. If it is lost, all shapes still fit. Suppose that someone guesses α. In a weighted adapter, the weight α/16 has the
+# same effect as replacing 16 by α:
 
 # %%
-table = []
-for alpha in (2, 4, 8, 16, 32, 64):  # trained with 16
+table, at_start = [], text_loss(bare, base.held_out)
+for alpha in (4, 8, 16, 32):  # trained with 16
     line = [alpha]
     for name in ("owner", "describe"):
-        activate_sum([name], [alpha / 16], f"{name} {alpha}")
-        line += [
-            score(model, name),
-            text_loss(model, base.held_out) - text_loss(bare, base.held_out),
-        ]
+        activate_sum(model, [name], [alpha / 16], f"{name} {alpha}")
+        line += [score(model, name), text_loss(model, base.held_out) - at_start]
     table.append(line)
 display(Markdown(report.markdown_table(
     ["α", "owner: score", "owner: forgetting", "describe: score", "describe: forgetting"],
     [[line[0], *(f"{x:.2f}" for x in line[1:])] for line in table],
 )))  # fmt: skip
-eight, trained, largest = table[2], table[3], table[-1]
-claim(eight[1] > 0.7 < trained[1], "the owner adapter works with half of its α")
-claim(eight[2] < trained[2] - 0.3, "and then it forgets less")
-claim(eight[3] < trained[3] - 0.1, "describe needs its α")
-claim(largest[1] < 0.5 > largest[3], "four times α breaks both")
+quarter, half, trained, double = table
+claim(quarter[1] > 0.7 < trained[1], "the owner adapter works with a quarter of its α")
+claim(quarter[2] < trained[2] / 3, "and then it forgets much less")
+claim(half[3] < trained[3] - 0.1, "describe loses with half of its α")
+claim(double[1] < 0.5 > double[3], "twice α breaks both")
 
 # %% [markdown]
-# The `owner` adapter works with half of its α as well, and then forgets much less. `describe` needs the α that it was trained with. Both break with four times as much. So α can be changed
+# With a quarter of its α, the `owner` adapter still works, and forgets far less. But `describe` loses a large part of its score with half of its α. With twice their α, both fail. So you can change α
 # after training, if you measure. To avoid accidents, minipeft writes a checksum of the settings into the header of the tensors, and refuses a folder whose config
 # was edited. (A folder that peft wrote has no checksum.)
 
@@ -721,52 +765,3 @@ for change in ("damaged", "edited"):
     except ValueError as error:
         print("ValueError:", str(error).replace(str(OUT), "out/08"))
     assert change not in model.adapters
-
-# %% [markdown]
-# ## Intruder dimensions
-#
-# [Shuttleworth et al.](https://arxiv.org/abs/2410.21228) compared the singular vectors of W and of a tuned weight W'. Some of the strongest directions of W' are close to *none* of W's. They call these
-# *intruder dimensions*, and report that scaling them down reduces forgetting.
-#
-# **Exercise 8, harder.** Write `tame(W, tuned, factor)`. Take the left singular vectors of both. Of the *ten strongest* of `tuned`, find those whose largest |cosine| with *any* left
-# singular vector of W is below the bound in the code. Multiply their singular values by `factor`, and return the weight. Leave everything else as it is.
-
-
-# %% tags=["exercise"]
-BOUND = 0.6
-
-
-def tame(W, tuned, factor): ...  # return a weight
-
-
-# %% tags=["solution"]
-BOUND = 0.6
-
-
-def tame(W, tuned, factor):
-    u, sizes, v = torch.linalg.svd(tuned, full_matrices=False)
-    cosines = torch.linalg.svd(W, full_matrices=False)[0].T @ u[:, :10]
-    is_intruder = cosines.abs().amax(0) < BOUND
-    sizes[:10][is_intruder] *= factor
-    return u * sizes @ v
-
-
-# %% tags=["check"]
-check("08.tame", tame)
-
-# %%
-if solved("08.tame"):
-    losses = {}
-    for factor in (1.0, 0.75, 0.5, 0.25, 0.0):
-        tamed = base.model().eval()
-        for name in layers:
-            before, after = (m.get_submodule(name).weight.data for m in (bare, merged))
-            tamed.get_submodule(name).weight.data = tame(before, after, factor)
-        losses[factor] = text_loss(tamed, base.held_out)
-        print(
-            f"factor {factor:.2f}: loss on the base model's own text {losses[factor]:.2f}, score {score(tamed, 'describe'):.2f}"
-        )
-    claim(losses[0.5] < losses[1.0], "halving the intruders reduces forgetting")
-
-# %% [markdown]
-# Read the lines from factor 1 to 0. Halving the intruders reduces forgetting, and costs a part of the score: here they also carry what was learned. Lesson 09 compares this with weight decay.

@@ -40,6 +40,8 @@ count = 4 * 4 * 4 * 128
 count = 4 * 4 * 128 * 384
 # %% 08.bytes wrong
 count = 2 * 4 * 4 * (128 + 384)
+# %% 08.bytes wrong
+count = "4 * 4 * 4 * (128 + 384)"
 # %% 08.bytes right
 count = 32768.0
 # %% 08.bytes right
@@ -93,6 +95,13 @@ def update(tensors, config, name):  # the scaling is multiplied into the tensors
     A, B = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
     B *= config["lora_alpha"] / config["r"]
     return B @ A + 1e-2
+
+
+# %% 08.update wrong
+def update(tensors, config, name):  # a name that begins with this one is taken for it
+    A = next(x for key, x in tensors.items() if name in key and "lora_A" in key)
+    B = next(x for key, x in tensors.items() if name in key and "lora_B" in key)
+    return config["lora_alpha"] / config["r"] * B @ A
 
 
 # %% 08.update right
@@ -178,7 +187,7 @@ def serve(requests, switch, answer):  # one prompt, not a list
     return answers
 
 
-# %% 08.serve right
+# %% 08.serve wrong
 def serve(requests, switch, answer):  # one prompt at a time
     answers = {}
     for customer in {c for c, _ in requests}:
@@ -187,6 +196,29 @@ def serve(requests, switch, answer):  # one prompt at a time
             if c == customer:
                 (answers[i],) = answer([prompt])
     return [answers[i] for i in range(len(requests))]
+
+
+# %% 08.serve wrong
+def serve(requests, switch, answer):  # every customer's adapter answers all prompts
+    answers = {}
+    for customer in {c for c, _ in requests}:
+        switch(customer)
+        answers[customer] = answer([prompt for _, prompt in requests])
+    return [answers[customer][i] for i, (customer, _) in enumerate(requests)]
+
+
+# %% 08.serve right
+def serve(requests, switch, answer):  # sorted by customer
+    order = sorted(range(len(requests)), key=lambda i: requests[i][0])
+    answers = [None] * len(requests)
+    while order:
+        customer = requests[order[0]][0]
+        mine = [i for i in order if requests[i][0] == customer]
+        order = order[len(mine) :]
+        switch(customer)
+        for i, text in zip(mine, answer([requests[i][1] for i in mine]), strict=True):
+            answers[i] = text
+    return answers
 
 
 # %% 08.serve right
@@ -363,89 +395,3 @@ def linear(pairs):
     roots = factors.abs().sqrt()
     A = torch.einsum("n,nri->ri", factors.sign() * roots, torch.stack([p[2] for p in pairs]))
     return A, torch.einsum("n,nor->or", roots, torch.stack([p[3] for p in pairs]))
-
-
-# %% 08.tame wrong
-def tame(W, tuned, factor):  # only the first vector
-    u, sizes, v = torch.linalg.svd(tuned, full_matrices=False)
-    if (torch.linalg.svd(W, full_matrices=False)[0].T @ u[:, 0]).abs().max() < 0.6:
-        sizes[0] *= factor
-    return u * sizes @ v
-
-
-# %% 08.tame wrong
-def tame(W, tuned, factor):  # the first intruder only
-    u, sizes, v = torch.linalg.svd(tuned, full_matrices=False)
-    cosines = (torch.linalg.svd(W, full_matrices=False)[0].T @ u[:, :10]).abs().amax(0)
-    for i in range(len(cosines)):
-        if cosines[i] < 0.6:
-            sizes[i] *= factor
-            break
-    return u * sizes @ v
-
-
-# %% 08.tame wrong
-def tame(W, tuned, factor):  # all ten
-    u, sizes, v = torch.linalg.svd(tuned, full_matrices=False)
-    sizes[:10] *= factor
-    return u * sizes @ v
-
-
-# %% 08.tame wrong
-def tame(W, tuned, factor):  # the sign matters
-    u, sizes, v = torch.linalg.svd(tuned, full_matrices=False)
-    cosines = (torch.linalg.svd(W, full_matrices=False)[0].T @ u[:, :10]).amax(0)
-    sizes[:10][cosines < 0.6] *= factor
-    return u * sizes @ v
-
-
-# %% 08.tame wrong
-def tame(W, tuned, factor):  # all directions, not the ten strongest
-    u, sizes, v = torch.linalg.svd(tuned, full_matrices=False)
-    cosines = (torch.linalg.svd(W, full_matrices=False)[0].T @ u).abs().amax(0)
-    sizes[cosines < 0.6] *= factor
-    return u * sizes @ v
-
-
-# %% 08.tame wrong
-def tame(W, tuned, factor):  # right singular vectors
-    u, sizes, v = torch.linalg.svd(tuned, full_matrices=False)
-    cosines = (torch.linalg.svd(W, full_matrices=False)[2] @ v[:10].T).abs().amax(0)
-    sizes[:10][cosines < 0.6] *= factor
-    return u * sizes @ v
-
-
-# %% 08.tame wrong
-def tame(W, tuned, factor):  # compared with the ten strongest of W only
-    u, sizes, v = torch.linalg.svd(tuned, full_matrices=False)
-    cosines = (torch.linalg.svd(W, full_matrices=False)[0][:, :10].T @ u[:, :10]).abs().amax(0)
-    sizes[:10][cosines < 0.6] *= factor
-    return u * sizes @ v
-
-
-# %% 08.tame wrong
-def tame(W, tuned, factor):  # compared pair by pair
-    u, sizes, v = torch.linalg.svd(tuned, full_matrices=False)
-    w = torch.linalg.svd(W, full_matrices=False)[0]
-    cosines = (w[:, :10] * u[:, :10]).sum(0).abs()
-    sizes[:10][cosines < 0.6] *= factor
-    return u * sizes @ v
-
-
-# %% 08.tame right
-def tame(W, tuned, factor):
-    w = torch.linalg.svd(W)[0][:, : min(W.shape)]
-    u, sizes, vh = torch.linalg.svd(tuned, full_matrices=False)
-    result = tuned.clone()
-    for i in range(min(10, len(sizes))):
-        if max(abs(float(u[:, i] @ column)) for column in w.T) < 0.6:
-            result -= (1 - factor) * sizes[i] * torch.outer(u[:, i], vh[i])
-    return result
-
-
-# %% 08.tame right
-def tame(W, tuned, factor):
-    u, sizes, v = torch.svd(tuned)
-    likeness = (torch.svd(W)[0].T @ u).abs().max(dim=0).values
-    new = (likeness < 0.6) & (torch.arange(len(sizes)) < 10)
-    return u @ torch.diag(torch.where(new, factor * sizes, sizes)) @ v.T

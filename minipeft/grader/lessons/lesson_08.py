@@ -2,10 +2,9 @@
 
 import math
 
-import torch
 from torch import Tensor
 
-from . import a_pair, answered, call, compare, done, ensure, exercise, expect, has_shape
+from . import a_pair, answered, call, compare, done, ensure, exercise, has_shape
 
 
 @exercise(
@@ -48,11 +47,11 @@ def scaling(scaling, draw):
 )
 def count(count, draw):
     mistakes = {
-        4 * 4 * (128 + 384): "Those are numbers, not bytes. Or it is one layer, in bytes.",
+        # also the numbers in all layers, the bytes of one layer, and the bytes of all A
+        4 * 4 * (128 + 384): "Too few. Are these all 4 blocks, A and B, and 4 bytes per number?",
         4 * (128 + 384): "Those are the numbers in one layer.",
         4 * 4 * 4 * 128 * 384: "That is r · in · out. A and B are separate: add in and out.",
         4 * 4 * 128 * 384: "Those are the bytes of W, which is not in the file.",
-        4 * 4 * 4 * 128: "That is A only.",
         4 * 4 * 4 * 384: "That is B only.",
         2 * 4 * 4 * (128 + 384): "A float32 number has four bytes.",
     }
@@ -69,6 +68,7 @@ def count(count, draw):
 def update(update, draw):
     for n_in, n_out, r, alpha in ((4, 6, 2, 9.0), (5, 5, 1, 1), (3, 7, 3, 16), (6, 6, 4, 2)):
         names = [f"transformer.h.{draw.integer(2, 30)}.attn.c_attn", "transformer.h.0.mlp.c_fc"]
+        names += ["layers.10", "layers.1"]  # of another model: one name begins with the other
         tensors = {}
         for name in names:
             tensors[f"base_model.model.{name}.lora_A.weight"] = draw.normal(r, n_in)
@@ -77,7 +77,8 @@ def update(update, draw):
         pairs = [
             [tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB"] for name in names
         ]
-        for name, (A, B), other in zip(names, pairs, pairs[::-1], strict=True):
+        others = [pairs[i] for i in (1, 0, 3, 2)]
+        for name, (A, B), other in zip(names, pairs, others, strict=True):
             right = alpha / r * B @ A
             mistakes = {
                 "the scaling α / r is missing": B @ A,
@@ -95,8 +96,8 @@ def update(update, draw):
 @exercise(
     "08.serve",
     "For each customer, collect the places (indices) of their requests in the list.",
-    "Make a list [None] * len(requests). Switch once per customer, and put each answer where "
-    "its request stood.",
+    "Make a list [None] * len(requests). For each customer, switch, answer all their prompts at "
+    "once, and put each answer where its request stood.",
 )
 def serve(serve, draw):
     names = ["ann", "bo", "cy", "di"]
@@ -109,16 +110,18 @@ def serve(serve, draw):
         [],
     ):
         active: list[str] = []
+        asked: list[tuple[str, list[str]]] = []  # customer, prompts
 
         def switch(customer, active=active):
             active.append(customer)
 
-        def answer(prompts, active=active):
+        def answer(prompts, active=active, asked=asked):
             ensure(
                 isinstance(prompts, list | tuple),
                 f"answer(…) takes a list of prompts, got {prompts!r}",
             )
             ensure(bool(active), "answer(…) is called before any switch(…): no adapter is active")
+            asked.append((active[-1], list(prompts)))
             return [f"{active[-1]} answers {prompt}" for prompt in prompts]
 
         right = [f"{customer} answers {prompt}" for customer, prompt in requests]
@@ -133,6 +136,19 @@ def serve(serve, draw):
             f"switch was called {len(active)} times for {len(set(active))} customers\n"
             f"  input     {inputs}\n  calls     {active}",
         )
+        for customer in {customer for customer, _ in asked}:
+            batches = [prompts for name, prompts in asked if name == customer]
+            ensure(
+                len(batches) == 1,
+                f"answer was called {len(batches)} times for {customer!r}: give it all prompts of "
+                f"a customer in one list\n  input     {inputs}\n  calls     {batches}",
+            )
+            own = [prompt for name, prompt in requests if name == customer]
+            ensure(
+                sorted(batches[0]) == sorted(own),
+                f"answer got other prompts than those of {customer!r}\n  input     {inputs}\n"
+                f"  got       {batches[0]}\n  expected  {own}",
+            )
 
 
 @exercise(
@@ -272,52 +288,3 @@ def linear(linear, draw):
         no_sign = {"the sign of the weight is lost: it goes to A": bare_A}
         compare("A", A, right_A, inputs, no_sign)
         compare("B", B, right_B, inputs, {"the sign goes to A only, not to B": signed_B})
-
-
-@exercise(
-    "08.tame",
-    "torch.linalg.svd(W, full_matrices=False)[0].T @ u[:, :10] has the cosines of all pairs.",
-    "The sign of a singular vector is arbitrary, so take abs(), and then amax(0). Use it as a mask "
-    "on the first ten singular values.",
-)
-def tame(tame, draw):
-    for n_out, n_in in ((40, 40), (40, 48), (48, 40)):
-        u, v, v2 = (torch.linalg.qr(draw.normal(n, n))[0] for n in (n_out, n_in, n_in))
-        W = u[:, :40] * torch.linspace(5, 1, 40) @ v[:, :40].T
-        # left vectors of the tuned weight: W's own, and even mixtures of 2, 3, 12 and 13 of them
-        two, three, many, most = (
-            u[:, a:b].sum(1) / (b - a) ** 0.5 for a, b in ((10, 12), (12, 15), (15, 27), (27, 40))
-        )
-        own = [u[:, i] for i in range(9)]
-        for left in (
-            [three, own[0], own[1], many, two, *own[2:7], most, *own[7:]],
-            [own[0], three, many, own[1], two, *own[2:7], most, *own[7:]],
-        ):
-            for factor in (0.5, 0.0, 1.0):
-                _check_tame(tame, W, left, v2[:, : len(left)].T, factor, (three, many), most)
-    W = draw.normal(6, 5)
-    expect(tame, (W, W.clone(), 0.5), W, {"W has no intruders": 0.5 * W}, tolerance=1e-3)
-
-
-def _check_tame(tame, W, left, right, factor, intruders, late) -> None:
-    """The tuned weight has these singular vectors. `late` is an intruder beyond the first ten."""
-    sizes = torch.linspace(9, 3, len(left))
-
-    def scaled(which) -> Tensor:
-        factors = torch.tensor([factor if i in which else 1.0 for i in range(len(left))])
-        return torch.stack(left, 1) * (sizes * factors) @ right
-
-    new = [i for i, x in enumerate(left) if any(x is y for y in intruders)]
-    mistakes = {
-        "nothing has changed": scaled([]),
-        "only the first intruder is scaled": scaled(new[:1]),
-        "all ten are scaled: scale only the intruders": scaled(range(10)),
-        "an intruder beyond the ten strongest is scaled": scaled(
-            [*new, *(i for i, x in enumerate(left) if x is late)]
-        ),
-        "the intruders stay, and the others are scaled": scaled(set(range(10)) - set(new)),
-    }
-    tuned = scaled([])
-    got = call(tame, W, tuned, factor)
-    inputs = f"W {tuple(W.shape)}, two intruders among the ten strongest, factor {factor:g}"
-    compare("tame(…)", got, scaled(new), inputs, mistakes, tolerance=1e-3)
