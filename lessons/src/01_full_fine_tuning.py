@@ -573,7 +573,7 @@ check("01.chance", chance)
 #
 # ## What breaks it: too few examples
 #
-# Train on the first 16 examples only, which is the same batch 100 times.
+# Train on the first 16 examples only: every step sees the same batch.
 
 # %%
 _, _, few = watch(task.train[:16])

@@ -17,14 +17,16 @@
 
 # %%
 import inspect
+import json
 import math
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import Markdown, display
 from torch import nn
 
-from minipeft import PromptTuningConfig, get_peft_model, prompt_tuning
+from minipeft import LoraConfig, PromptTuningConfig, get_peft_model, prompt_tuning
 from minipeft.grader.lessons import check, claim, hint, solution, solved
 from minipeft.lab import DATA, compare, report, tasks
 from minipeft.lab.base import load_base
@@ -53,7 +55,7 @@ label = -100
 check("04.label", label)
 
 # %% [markdown]
-# **2.** Lesson 02: you have trained a LoRA without weight decay; all weights of the base model are frozen. In which states is the model worse than the base on text
+# **2.** Lesson 02: you have trained a LoRA without weight decay. The adapter is then enabled or disabled. In which of the two is the model worse than the base model on text
 # like that of pretraining? Answer with a list: `[]`, `["enabled"]`, `["disabled"]` or `["enabled", "disabled"]`.
 
 # %% tags=["exercise"]
@@ -152,12 +154,13 @@ claim(
 )
 
 # %% [markdown]
-# The text cannot see virtual tokens that come after it: its logits stay the same, up to rounding. So put them in front.
+# The text cannot attend to virtual tokens that come after it: its logits stay the same, up to rounding. Virtual tokens must come before the answer. In front,
+# the whole text can attend to them.
 #
 # ## Write it
 #
 # **Exercise 3.** Texts in a batch are padded. The attention mask is 1 for tokens and 0 for padding; labels are as in lesson 01. Write `prepend(P, x, mask, labels)`. It
-# returns all three inputs with the p virtual tokens in front. P is (p, d), x is (b, t, d), mask and labels are (b, t).
+# puts the rows of P (p, d) in front of each text of x (b, t, d), makes mask and labels (b, t) longer to match, and returns x, mask and labels.
 
 
 # %% tags=["exercise"]
@@ -222,7 +225,7 @@ print(f"step 0: logits differ by up to {difference:.1f}; with the adapter disabl
 # P may start as noise (`RANDOM`, the default of Hugging Face peft), or as embeddings of real tokens: of random ones (`SAMPLE_VOCAB`), or those of a text that describes the task (`TEXT`).
 #
 # **Exercise 4.** In one step, Adam moves a number by at most about the learning rate. A number in P has a size of about 1 if P starts as noise, and about 1/5 if it starts as
-# embeddings. The learning rate is 10⁻². In 20 steps, how many times its own size can a number move?
+# embeddings. The learning rate is 10⁻². How far can a number move in 20 steps, divided by its size?
 
 # %% tags=["exercise"]
 noise = None
@@ -236,19 +239,23 @@ embeddings = 20 * 1e-2 / (1 / 5)
 check("04.moves", noise, embeddings)
 
 # %% [markdown]
-# So noise should need larger learning rates. We train both for 50 steps, with three learning rates.
+# So, by this estimate, noise should need a learning rate five times as large. We train both for 50 steps, with three learning rates.
 
 
 # %%
-def train_prompt(task, start, rate, p=20, steps=50):
-    """A model with p virtual tokens after a short training."""
+def train_adapter(task, config, rate):
+    """A model with an adapter, after 50 steps."""
     torch.manual_seed(0)
-    config = PromptTuningConfig(num_virtual_tokens=p, prompt_tuning_init=start)
     model = get_peft_model(base.model(), config)
     order = tasks.shuffled(task.train, 16, seed=0)
     batches = ([tasks.collate(part, base.end, "cpu")] for part in order)
-    train(model, batches, RunConfig(steps=steps, learning_rate=rate, warmup=5, quiet=True))
+    train(model, batches, RunConfig(steps=50, learning_rate=rate, warmup=5, quiet=True))
     return model
+
+
+def train_prompt(task, start, rate, p=20):
+    config = PromptTuningConfig(num_virtual_tokens=p, prompt_tuning_init=start)
+    return train_adapter(task, config, rate)
 
 
 RATES = [0.003, 0.03, 0.3]
@@ -278,17 +285,20 @@ report.show(
     "Loss after 50 steps by learning rate, log axes: noise is ten times above embeddings at the smallest rate, and closer at the largest.",
 )
 by_noise, by_embeddings = losses["RANDOM"], losses["SAMPLE_VOCAB"]
-claim(by_noise[0] > 2 * by_embeddings[0], "at the smallest rate, embeddings are far ahead")
-claim(by_noise[1] < 2 * by_embeddings[0], "at ten times the rate, noise has caught up with that")
+ratios = [n / e for n, e in zip(by_noise, by_embeddings, strict=True)]
+print("loss from noise, divided by loss from embeddings:", [f"{ratio:.1f}" for ratio in ratios])
+claim(min(ratios) > 1, "at each rate, embeddings are ahead")
+claim(ratios[0] > 1.5 * ratios[2], "their lead is smaller at the largest rate")
 
 # %% [markdown]
-# Noise with ten times the learning rate gets about as far as embeddings do, or further. So compare two starts only if each has its own best learning rate.
+# At each rate, embeddings get further in 50 steps. How far ahead they are depends on the rate. So compare two starts
+# only if each has its own best learning rate. This figure does not show it: both are best at the edge of what we tried.
 #
 # | setting | here | on a large model | what it does |
 # |---|---|---|---|
 # | virtual tokens p | 20 | 20 to 200 | parameters; each one makes every text longer |
-# | start | noise | embeddings | see above |
-# | learning rate | 3 · 10⁻¹ | 10⁻³ to 3 · 10⁻² | noise needs more |
+# | start | noise, peft's default | embeddings | see above |
+# | learning rate | 3 · 10⁻¹ | 10⁻³ to 3 · 10⁻² | step size |
 # | weight decay | none | none | |
 # | batch size | 16 | 4 to 16 | |
 # | steps | 100 | thousands | |
@@ -297,7 +307,7 @@ claim(by_noise[1] < 2 * by_embeddings[0], "at ten times the rate, noise has caug
 #
 # ## Against full fine-tuning
 #
-# Both see the same examples in the same order for 100 steps, each at its best learning rate. One seed of `sentiment` runs here. *Exact match* is the share of answers that are right, word for word.
+# Both see the same examples in the same order for 100 steps, each at its best learning rate. P starts as noise. One seed of `sentiment` runs here. *Exact match* is the share of answers that are right, word for word.
 
 # %%
 runs = {
@@ -317,27 +327,29 @@ for name, record in runs.items():
     print(f"{report.NAMES[name]:14}", record.examples[0]["generated"].strip()[:60])
 
 # %% [markdown]
-# And with four seeds, both tasks (from shipped runs):
+# And with four seeds, both tasks. (These are shipped runs; their examples are others, of the same kind. Intervals are cut at 0 and 1.)
 
 # %%
-folder = DATA / "results" / "1m"
-shipped = {
-    "sentiment": compare.rows(compare.load(folder / "sentiment" / "compare.json")),
-    "describe": compare.rows(compare.load(folder / "compare.json")),
-}
 METHODS = ("full", "lora", "prompt_tuning")
+shipped = {}
+for name, file in (("sentiment", "sentiment/compare.json"), ("describe", "compare.json")):
+    shipped[name] = compare.rows(compare.load(DATA / "results" / "1m" / file))
 scores = {name: {m: [r.score for r in rows[m]] for m in METHODS} for name, rows in shipped.items()}
+
+# %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.4), sharey=True, layout="constrained")
 for axis, (name, by_method) in zip(axes, scores.items(), strict=True):
     for y, (method, values) in enumerate(by_method.items()):
         mean, color = sum(values) / 4, report.COLORS[method]
         axis.plot(values, [y + 0.2] * 4, "|", color=color, ms=9)
-        axis.errorbar(mean, y, xerr=report.interval(values), fmt="os^"[y], color=color, capsize=4)
-        axis.text(1.25, y, f"{mean:.2f}", va="center")
+        half = report.interval(values)
+        cut = [[min(half, mean)], [min(half, 1 - mean)]]
+        axis.errorbar(mean, y, xerr=cut, fmt="os^"[y], color=color, capsize=4)
+        axis.text(1.06, y, f"{mean:.2f}", va="center")
     if guess[name] is not None:
         axis.axvline(guess[name], color="black", linestyle=":", label="your guess")
         axis.legend(frameon=False)
-    axis.set(title=name, xlabel="score: mean, 95 % interval, seeds", xlim=(-0.03, 1.22))
+    axis.set(title=name, xlabel="score: mean, 95 % interval, seeds", xlim=(-0.03, 1.03))
 axes[0].axvline(chance, color=GREY, linestyle="--")
 axes[0].text(chance, 1.4, " always the\n same word", color=GREY, va="center")
 axes[0].set(yticks=range(3), yticklabels=[report.NAMES[m] for m in METHODS], ylim=(2.5, -0.5))
@@ -350,18 +362,20 @@ report.show(
 others = [r for r in shipped["sentiment"]["prompt_tuning"] if r.seed != ours.seed]
 claim(compare.in_spread(ours, others), "this run scores like the other seeds")
 steered, taught = scores["sentiment"]["prompt_tuning"], scores["describe"]["prompt_tuning"]
-claim(sum(steered) / 4 > chance + 0.2, "prompt tuning learns sentiment, on average")
-claim(min(steered) < 0.7, "but not with every seed")
+claim(sorted(steered)[1] > chance + 0.2, "three seeds are far above chance on sentiment")
+claim(min(steered) < 0.7, "one seed stays near chance")
 claim(max(taught) < 0.1 < 0.9 < min(scores["describe"]["lora"]), "it does not learn describe")
 larger = compare.rows(compare.load(DATA / "results" / "sentiment" / "compare.json"))
-larger = [record.score for record in larger["prompt_tuning"]]
-print("sentiment, base with 3M parameters:", [f"{score:.2f}" for score in larger])
-claim(min(larger) > 0.9, "on the larger base, every seed learns sentiment")
+for method in ("full", "prompt_tuning"):
+    print(f"3M base, sentiment, {method}:", [f"{record.score:.2f}" for record in larger[method]])
+claim(min(r.score for r in larger["prompt_tuning"]) > 0.9, "on the 3M base, three seeds learn it")
 
 # %% [markdown]
-# Two results. Twenty vectors can make the model answer with words that it knows, though one seed stays near chance. They do not teach it to write new sentences in 100 steps; LoRA and
-# full fine-tuning do. One explanation: the virtual tokens change only what the layers read, not what they compute. But 100 steps may just be too few: "Going further" measures that.
-# The paper finds that prompt tuning comes closer to full fine-tuning the larger the model is, and our 3M base points the same way.
+# On `sentiment`, three of four seeds learn to answer with the right word; one stays near chance. On `describe`, prompt tuning states
+# almost no fact right after 100 steps; LoRA and full fine-tuning learn the task. A possible reason, not tested here: virtual tokens change what the layers read, not what they compute.
+#
+# But these runs start from noise. In the first figure, embeddings are ahead, so the weak seed may be due to this start. And 100 steps may be too few: "Going further" tries more.
+# The paper finds that prompt tuning comes closer to full fine-tuning the larger the model is. Our 3M base fits that, but three seeds prove little.
 #
 # Now look at the column *forgetting*. No weight has changed, and yet the loss on text like that of pretraining rises. Part of this is there at step 0: noise in front of a text disturbs it. With the adapter disabled, the base is back, exactly:
 
@@ -404,15 +418,15 @@ for name, accuracy in published.items():
     print(f"{name:18} {accuracy:.0%} of the test problems right (one seed)")
 
 # %% [markdown]
-# If you use prompt tuning, start from embeddings. In that run they were embeddings of random tokens, and both runs with P had the learning rate 10⁻³. What would you try before you
-# blame the noise?
+# The embeddings were those of random tokens. Both runs with P had the learning rate 10⁻³, so noise may not have had its best rate. Still, if you use prompt tuning, start from embeddings: at equal rates
+# they got further here, too.
 #
 # ## Summary
 #
 # - Prompt tuning trains p · d numbers in front of the text. The model is frozen, and there is nothing to merge.
-# - Virtual tokens must come before the text; they need a mask of 1 and the label -100.
-# - Noise needs a larger learning rate than embeddings.
-# - Here it learns quickly to answer with known words, if not with every seed. It learns a new way of writing slowly.
+# - Virtual tokens change only what comes after them. They need a mask of 1 and the label -100.
+# - At equal learning rates, embeddings get further than noise here, most of all at small rates.
+# - Here, from noise, it learns in 100 steps to answer with known words (three of four seeds), and not to write descriptions with the right facts.
 # - It forgets while it is enabled. Rows of one batch can have different prompts.
 #
 # **Do you remember?** Answer first, then open.
@@ -429,9 +443,9 @@ for name, accuracy in published.items():
 #
 # # Going further
 #
-# ## Slow, or unable?
+# ## More steps?
 #
-# After 100 steps on `describe`, prompt tuning had learned nothing that counts. Is that the end? **Guess**, then train for 300 steps.
+# After 100 steps on `describe`, prompt tuning states almost no fact right. Do more steps help? **Guess**, then train for 300.
 
 # %%
 longer = finetune(
@@ -456,54 +470,99 @@ axis.set(yscale="log", xlabel="step", ylabel="validation slot loss (nats per tok
 axis.legend(frameon=False)
 report.show(
     figure,
-    "Slot loss by step, log axis: prompt tuning falls slowly and keeps falling until step 300; LoRA is far lower after 100.",
+    "Slot loss by step, log axis: in 300 steps, prompt tuning falls slowly and is almost flat at the end; LoRA is far lower after 100.",
 )
 
 # %%
-print(f"slot accuracy: {longer.score:.2f} after 300 steps; after 100 at most {max(taught):.2f}")
-print("reference:", longer.examples[0]["reference"].strip())
-print("generated:", longer.examples[0]["generated"].strip()[:200])
-short = [r.validation[-1]["slot_loss"] for r in shipped["describe"]["prompt_tuning"]]
-claim(longer.validation[-1]["slot_loss"] < 0.9 * sum(short) / 4, "with 300 steps it learns more")
-claim(max(taught) < longer.score < 0.6, "the first facts are right, far fewer than with LoRA")
+short, low_rank = (shipped["describe"][name] for name in ("prompt_tuning", "lora"))
+template = low_rank[0].validation[-1]["template_loss"]
+for record in (short[0], longer):
+    last, text = record.validation[-1], record.examples[0]
+    print(
+        f"{record.steps} steps: slot accuracy {record.score:.2f}, slot loss {last['slot_loss']:.2f},"
+    )
+    print(f"  template loss {last['template_loss']:.2f}; LoRA has {template:.2f}")
+    print("  prompt:   ", text["prompt"])
+    print("  generated:", text["generated"].strip()[:150])
+mean = sum(r.validation[-1]["slot_loss"] for r in short) / 4
+claim(longer.validation[-1]["slot_loss"] < 0.9 * mean, "with 300 steps it learns more")
+claim(max(taught) < longer.score < 0.6, "some facts are right, far fewer than with LoRA")
 
 # %% [markdown]
-# So it is slow rather than unable. More steps help, but LoRA gets much further in a third of them. Nor is a step cheap: the gradient of P goes back through all
-# layers, and each text is 20 tokens longer.
-#
-# ## What breaks it: fewer tokens, and unseen tokens
-#
-# One virtual token instead of twenty:
+# After 100 steps the text is broken. After 300, the sentences have the right form, but most values are not those of the prompt: it copies badly. (The curve is almost flat at the end. That need not be a limit: the learning rate falls to zero there.) Is it the fault of one
+# seed, of the rate, or of the noise? The shipped trials have 300 steps, three seeds, and both starts:
 
 # %%
-one = task_loss(
-    train_prompt(sentiment, "SAMPLE_VOCAB", 0.3, p=1), sentiment.validation, base.end
-)["loss"]  # fmt: skip
-print(
-    f"loss: {one:.3f} with 1 virtual token, {by_embeddings[2]:.3f} with 20, {undecided:.3f} undecided"
-)
-claim(one < undecided, "a single virtual token does better than undecided")
+trials = [json.loads(line) for line in (DATA / "results" / "prompts.jsonl").open()]
+best = {}
+for label, method in {
+    "prompt tuning from noise": "prompt_tuning",
+    "prompt tuning from embeddings": "prompt_tuning, vocabulary",
+    "prefix tuning": "prefix_tuning",
+}.items():
+    mine = [row for row in trials if row["method"] == method]
+    print(f"{label}: {mine[0]['task']}, {mine[0]['steps']} steps, {mine[0]['part']} examples")
+    for rate in sorted({row["learning_rate"] for row in mine}):
+        same = [row for row in mine if row["learning_rate"] == rate]
+        keys = ("loss", "score", "forgetting_at_start", "forgetting")
+        loss, score, before, after = (sum(row[k] for row in same) / len(same) for k in keys)
+        best[label] = max(best.get(label, 0), score)
+        print(f"  rate {rate:<6} loss {loss:.2f}  slot accuracy {score:.2f}", end="")
+        print(f"  forgetting {before:.2f} at step 0, {after:.2f} after")
+*prompts, prefix = best.values()
+claim(max(prompts) < 0.3, "prompt tuning learns little at any of these rates, from both starts")
+claim(prefix > 0.7, "prefix tuning learns most of it")
 
 # %% [markdown]
-# Now the answers are 👍 and 👎, and nothing else changes. The tokenizer splits each of them into bytes that the pretraining text does not have. The same can happen with plain
-# words. The pretraining text has "Come" only at the start of a quotation, where it is one token. After a space it is two tokens, and the second one occurs nowhere in that text.
+# With 300 steps, prompt tuning still learns little of `describe`, at each rate and from both starts. The loss is lowest at the largest rates, so larger ones may help a little. We did not try them, nor more steps. Prefix tuning (lesson 06) trains vectors in every layer,
+# and learns most of it. Embeddings disturb old text less at step 0, but after training both starts forget about equally.
+#
+# Nor is a step cheap: the gradient of P goes back through all layers, and each text is 20 tokens longer.
+#
+# ## One virtual token
+#
+# One virtual token instead of twenty, on `sentiment`:
+
 
 # %%
-for text in ("Come", " Come", " 👍", " 👎"):
+def accuracy(model, task):
+    return task.score(task.test[:64], complete(model, base, task.test[:64]))
+
+
+one = train_prompt(sentiment, "SAMPLE_VOCAB", 0.3, p=1)
+for p, model in ((1, one), (20, models["SAMPLE_VOCAB"][2])):
+    loss = task_loss(model, sentiment.validation, base.end)["loss"]
+    print(f"{p:2} virtual tokens: loss {loss:.3f}, {accuracy(model, sentiment):.2f} right")
+print(f"undecided: {undecided:.3f}, {chance:.2f} right")
+loss = task_loss(one, sentiment.validation, base.end)["loss"]
+claim(loss < undecided, "a single virtual token does better than undecided")
+
+# %% [markdown]
+# ## What breaks it: unseen tokens
+#
+# Now the answers are 👍 and 👎, and nothing else changes. The tokenizer splits each of them into bytes that the pretraining text does not have. As controls, we train a LoRA, and a LoRA that also trains the rows of these tokens in the embedding.
+
+# %%
+for text in (" 👍", " 👎"):
     print(f"{text!r:8}", base.tokenizer.encode(text).tokens)
 unseen = tasks.load_task(base, "sentiment_unseen")
-for task, model in (
-    (sentiment, models["SAMPLE_VOCAB"][2]),
-    (unseen, train_prompt(unseen, "SAMPLE_VOCAB", 0.3)),
+rows = sorted({i for e in unseen.train for i in e.completion_ids} - {base.end})
+config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+with_rows = replace(config, trainable_token_indices=rows)
+losses = []
+for name, model in (
+    ("prompt tuning", train_prompt(unseen, "SAMPLE_VOCAB", 0.3)),
+    ("LoRA", train_adapter(unseen, config, 0.01)),
+    ("LoRA and these rows", train_adapter(unseen, with_rows, 0.01)),
 ):
-    texts = complete(model, base, task.test[:64])
-    score = task.score(task.test[:64], texts)
-    print(f"{task.name}: {score:.2f} right; the first answer: {texts[0][:40]!r}")
-claim(score < 0.1, "with this prompt the model does not write tokens that it never saw")
+    losses.append(task_loss(model, unseen.validation, base.end)["loss"])
+    print(f"{name:20} loss {losses[-1]:.2f}, {accuracy(model, unseen):.2f} right")
+claim(min(losses[:2]) > 2, "with frozen rows, neither learns these tokens")
+claim(losses[2] < 1, "LoRA that trains their rows does better")
 
 # %% [markdown]
-# Pretraining never showed the model these tokens. Their rows in the embedding, and in the output head that is tied to it, are frozen now: a prompt does not change them, and neither does a LoRA in the layers. (`LoraConfig(trainable_token_indices=…)` trains
-# such rows as well.) So check the tokens of your data before you choose a method.
+# In 50 steps, with one seed, neither prompt tuning nor LoRA learns to write these tokens. Pretraining never showed them to the model, and their rows in the embedding, and in the output head that is tied to it, are frozen. If LoRA trains these rows as well,
+# the loss falls steeply, so the frozen rows are at least a part of the reason. (It has not yet learned which of the two to write.) So check the tokens of your data before you choose a method.
 #
 # ## More exercises
 #
@@ -548,4 +607,4 @@ for name, vectors in (("trained", learned), ("noise", torch.randn(20, 128))):
     print(f"{name:8} cosine with the nearest token {cosine.mean():.2f}")
 
 # %% [markdown]
-# A nearest token can always be found, also for noise. So it need not mean anything.
+# In this one run, the trained vectors are a little nearer to a token than noise is; why, we do not know. A nearest token always exists, also for noise. So it need not mean anything.

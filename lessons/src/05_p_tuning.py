@@ -9,13 +9,14 @@
 # - write P-tuning, and count what it trains and what it keeps;
 # - remove the network after training without changing the output;
 # - compare two methods fairly when one also changes the start and the step size;
-# - tell P-tuning from P-tuning v2, and say what people use today.
+# - read a published comparison with care.
 #
-# **Time.** 20 minutes to read, 3 to run, 30 for the exercises. Results are for GPTs with 1 million parameters, unless we say otherwise.
+# **Time.** 30 minutes to read, 3 to run, 40 for the exercises. Results are for GPTs with 1 million parameters, unless we say otherwise.
 # Unknown words are in the [glossary](README.md#glossary).
 
 # %%
 import inspect
+import json
 import math
 
 import matplotlib.pyplot as plt
@@ -91,6 +92,7 @@ shipped = {
 }
 print(task.train[0].prompt, "->", task.train[0].completion)
 print("prompt tuning:", [f"{record.score:.2f}" for record in shipped["1M"]["prompt_tuning"]])
+print("(measured in an earlier edition, on other test examples of the same task)")
 
 # %% [markdown]
 # ## The idea
@@ -99,8 +101,9 @@ print("prompt tuning:", [f"{record.score:.2f}" for record in shipped["1M"]["prom
 #
 # $$ P = \text{MLP}(H) \quad \text{or} \quad P = \text{MLP}(\text{BiLSTM}(H)), \qquad \text{logits} = \text{model}([P;\, E(x)]) $$
 #
-# H starts as noise. The BiLSTM is a recurrent network that reads the rows of H in both directions. H and the network are trained together; the model is frozen. The MLP has three linear layers with ReLU between them. The hope of the paper: with a network, the
-# virtual tokens depend on each other, and are easier to optimize.
+# E(x) are the embeddings of the text x, and H starts as noise. The MLP has three linear layers with ReLU between them. An LSTM reads the rows of H one after the other, and each output depends on all rows read so far; a BiLSTM reads in both directions. H and the network are trained together; the model is frozen.
+#
+# The paper expects two things of the network: virtual tokens that depend on each other, and an easier optimization.
 #
 #     H  ->  network  ->  P          [P; text]  ->  frozen GPT
 #     trained, then removed   kept
@@ -123,7 +126,7 @@ check("05.count", trained, kept)
 # %% [markdown]
 # ## Write it
 #
-# **Exercise 2.** Write the module. `self.H` is a Parameter of shape (p, d), and `self.network` an `nn.Sequential`: linear layers d → w, w → w and w → d, with ReLU between them. Calling the module returns P.
+# **Exercise 2.** Write the module. `self.H` is a Parameter of shape (p, d) that starts as noise, and `self.network` an `nn.Sequential`: linear layers d → w, w → w and w → d, with ReLU between them. Calling the module returns P.
 
 
 # %% tags=["exercise"]
@@ -170,7 +173,7 @@ check("05.keep", keep)
 
 # %% [markdown]
 # Now minipeft's. With the same weights its logits are those of the equation, and after `keep_output` the logits are identical. The file is
-# [minipeft/methods/p_tuning.py](../minipeft/methods/p_tuning.py). The paper mixes virtual tokens with the words of a template; here, as in Hugging Face peft, they all come first.
+# [minipeft/methods/p_tuning.py](../minipeft/methods/p_tuning.py); its comment `# (1)` stands for the equation above. The paper also puts virtual tokens between the words of a prompt. Here, as in Hugging Face peft, they all come first.
 
 # %%
 torch.manual_seed(0)
@@ -200,9 +203,9 @@ def fresh(kind, seed=0):
     torch.manual_seed(seed)
     if kind == "plain":
         return get_peft_model(base.model(), PromptTuningConfig(20))
-    if kind == "small start":  # prompt tuning that starts as the output of an untrained MLP
-        model, other = fresh("plain", seed), fresh("MLP", seed)
-        model.prompt_encoder.embedding.weight.data = other.prompt_encoder.prompt().detach().clone()
+    if kind == "small noise":  # prompt tuning that starts as the same noise, divided by 10
+        model = fresh("plain", seed)
+        model.prompt_encoder.embedding.weight.data /= 10
         return model
     return get_peft_model(
         base.model(), PromptEncoderConfig(20, encoder_reparameterization_type=kind)
@@ -237,19 +240,21 @@ lstm_rows = [0, 1, 2, 3, 4]
 check("05.rows", mlp_rows, lstm_rows)
 
 # %% [markdown]
-# With the MLP, rows share weights, but one row does not see the others.
+# With the MLP, rows share weights, but no row sees another. If the MLP helps, it is not because virtual tokens see each other.
 #
 # ## A fair comparison
 #
-# What else does the network change? Two things. P starts as the output of an untrained network, whose numbers are much smaller than noise. And many weights move each virtual token at once, so
-# one step takes it further.
+# What else does the network change?
 #
-# So we train three kinds for 50 steps: `plain` prompt tuning from noise, `MLP`, and `small start`: prompt tuning without a network, whose P starts as the output of an untrained MLP.
+# - **The start.** At step 0, P is the output of an untrained network. The numbers in this output are much smaller than noise.
+# - **The step.** A training step changes all weights of the network, and each virtual token depends on all of them. So at the same learning rate, a step moves the virtual tokens further.
+#
+# We train three kinds for 50 steps: `plain` is prompt tuning from noise, `small noise` is prompt tuning from noise divided by 10, and `MLP` is P-tuning.
 
 
 # %%
 def train_kind(kind, rate, seed):
-    """Validation loss after a short training, and how far a virtual token went on average."""
+    """Validation loss after a short training, and how far virtual tokens moved on average."""
     model = fresh(kind, seed)
     start = model.prompt_encoder.prompt().detach().clone()
     order = tasks.shuffled(task.train, 16, seed)
@@ -257,12 +262,12 @@ def train_kind(kind, rate, seed):
     try:
         train(model, batches, RunConfig(steps=50, learning_rate=rate, warmup=5, quiet=True))
     except FloatingPointError:
-        return math.inf, math.inf  # the training diverged
+        return math.inf, math.inf  # the loss became infinite, or not a number
     distance = (model.prompt_encoder.prompt().detach() - start).norm(dim=1).mean().item()
     return task_loss(model, task.validation, base.end)["loss"], distance
 
 
-RATES = {"plain": [0.01, 0.1, 1.0], "small start": [0.01, 0.1, 1.0], "MLP": [0.001, 0.01, 0.1]}
+RATES = {"plain": [0.01, 0.3, 1.0], "small noise": [0.01, 0.1, 1.0], "MLP": [0.001, 0.01, 0.1]}
 found = {kind: {rate: train_kind(kind, rate, seed=0) for rate in RATES[kind]} for kind in RATES}
 for kind, by_rate in found.items():
     size = fresh(kind).prompt_encoder.prompt().norm(dim=1).mean()
@@ -273,7 +278,7 @@ for kind, by_rate in found.items():
 # %%
 figure, axis = plt.subplots(figsize=(6.5, 3.6))
 STYLES = {
-    "plain": ("o-", COLORS["prompt_tuning"]), "small start": ("s--", "black"), "MLP": ("^-", COLORS["p_tuning"])
+    "plain": ("o-", COLORS["prompt_tuning"]), "small noise": ("s--", "black"), "MLP": ("^-", COLORS["p_tuning"])
 }  # fmt: skip
 for kind, (style, color) in STYLES.items():
     values = [loss for loss, _ in found[kind].values()]
@@ -287,19 +292,20 @@ axis.set(xscale="log", yscale="log", xlabel="learning rate", ylim=(0.008, 0.6))
 axis.set_ylabel("validation loss (nats per token)")
 report.show(
     figure,
-    "Loss by learning rate: at 0.01 the MLP is far lower than both others; at its own best rate, the small start without a network is as low.",
+    "Loss by learning rate: at 0.01 the MLP is far lower than both others; at 0.1, small noise without a network is nearly as low as the MLP at its best.",
 )
 same = {kind: by_rate[0.01][0] for kind, by_rate in found.items()}
-claim(2 * same["MLP"] < min(same["small start"], same["plain"]), "at 0.01 the MLP is far ahead")
-claim(found["MLP"][0.01][1] > 2 * found["small start"][0.01][1], "it moves P further per step")
+claim(2 * same["MLP"] < min(same["small noise"], same["plain"]), "at 0.01 the MLP is far ahead")
+claim(found["MLP"][0.01][1] > 2 * found["small noise"][0.01][1], "it moves P further")
 
 # %% [markdown]
-# On the dotted line, with one learning rate for all, the MLP is far ahead. You would say that the network works. Now give each kind its own best learning rate: without a network, `small start` comes close. So in this
-# seed, a small start and larger steps explain most of the help. One seed is no evidence. Here are four, each kind at its own learning rate:
+# On the dotted line, all kinds have the same learning rate, and the MLP is far ahead. You would conclude that the network helps. Now compare each kind at the best of its three rates: `small noise` comes close to the MLP.
+#
+# This is one seed, and few rates. Here are four seeds of these two kinds, each at the rate that was best in seed 0:
 
 # %%
-seeds = {"small start": [found["small start"][0.1][0]], "MLP": [found["MLP"][0.01][0]]}
-for kind, rate in (("small start", 0.1), ("MLP", 0.01)):
+seeds = {"small noise": [found["small noise"][0.1][0]], "MLP": [found["MLP"][0.01][0]]}
+for kind, rate in (("small noise", 0.1), ("MLP", 0.01)):
     for seed in (1, 2, 3):
         seeds[kind].append(train_kind(kind, rate, seed)[0])
 figure, axis = plt.subplots(figsize=(6.5, 1.8))
@@ -309,20 +315,21 @@ for y, (kind, values) in enumerate(seeds.items()):
     axis.annotate(
         f"largest {max(values):.3f}", (max(values), y), (8, -4), textcoords="offset points"
     )
-axis.set(xscale="log", xlabel="validation loss of each seed (nats per token)", xlim=(0.008, 0.6))
+axis.set(xscale="log", xlabel="validation loss of each seed (nats per token)", xlim=(0.006, 0.1))
 axis.set(yticks=[0, 1], yticklabels=list(seeds), ylim=(1.5, -0.5))
 report.show(
     figure,
-    "Losses of four seeds, log axis: most are equally low for both kinds; the worst seed without a network is higher than the worst with it.",
+    "Losses of four seeds on a log axis: the losses of small noise and of the MLP lie in the same range.",
 )
-median = {kind: sum(sorted(losses)[1:3]) / 2 for kind, losses in seeds.items()}
-claim(median["small start"] < 3 * median["MLP"], "a typical seed needs no network")
-claim(max(seeds["MLP"]) < 0.1, "with the network, all four seeds learn the task")
+claim(max(seeds["MLP"]) < 0.05, "with the network, all four seeds learn the task")
+claim(max(seeds["small noise"]) < 2 * max(seeds["MLP"]), "and without it, from small noise, too")
 
 # %% [markdown]
-# A typical seed does about as well without the network. The worst one does not, so some of the help may be the network's own; four seeds cannot say more. When a trick helps, ask what else it changes, and give that to the other side too.
+# With these four seeds, prompt tuning from small noise does about as well as the MLP. So on this task, small noise and a suitable learning rate are enough. Four seeds and 50 steps cannot rule out a smaller help of the network.
 #
-# **Exercise 5.** Two methods were trained with the same seeds. Write `paired(a, b)` for their lists of scores: the mean of the differences a - b, and in how many seeds a is ahead. Ties do not count.
+# When a trick helps, ask what else it changes, and give that to the other side too.
+#
+# **Exercise 5.** Two methods were trained with the same seeds. Write `paired(a, b)` for their lists of scores. It returns the mean of all differences a - b, and the number of seeds in which a is ahead (a tie is not ahead).
 
 
 # %% tags=["exercise"]
@@ -341,7 +348,7 @@ check("05.paired", paired)
 # %% [markdown]
 # ## Against prompt tuning and full fine-tuning
 #
-# All methods see the same examples in the same order for 100 steps, each at its own best learning rate. One seed runs here.
+# All methods see the same examples in the same order for 100 steps, each at the best learning rate of an earlier sweep. Prompt tuning starts from noise of full size, the default. One seed runs here.
 
 # %%
 runs = {
@@ -359,10 +366,12 @@ for name, record in (("prompt tuning", plain), ("P-tuning", ours)):
     print(f"{name:14}", [example["generated"] for example in record.examples])
 claim(ours.score > 0.95, "P-tuning learns the task")
 claim(ours.forgot("start") < plain.forgot("start"), "a small start disturbs the model less")
-assert ours.forgot("off") == 0
+assert ours.forgot("off") == 0  # without the virtual tokens, the model is the base
 
 # %% [markdown]
-# (On disk, minipeft saves the network next to P, so that training can continue. Hugging Face peft saves only P.) With more seeds, and on two bases (from shipped runs):
+# In this seed P-tuning also forgets less, and about half of the difference is there at step 0: a smaller start disturbs the model less. (minipeft also saves the network, so that training can continue.)
+#
+# With more seeds, and on two bases (the shipped runs from above, so seed 0 of prompt tuning differs a little):
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.4), sharey=True, layout="constrained")
@@ -372,12 +381,14 @@ for axis, (size, rows) in zip(axes, shipped.items(), strict=True):
         values, color = [record.score for record in rows[method]], COLORS[method]
         mean = sum(values) / len(values)
         axis.plot(values, [y + 0.2] * len(values), "|", color=color, ms=9)
-        axis.errorbar(mean, y, xerr=report.interval(values), fmt="o^s"[y], color=color, capsize=4)
-        axis.text(1.25, y, f"{mean:.3f}", va="center")
+        half = report.interval(values)
+        bars = [[half], [min(half, 1 - mean)]]  # no score is above 1
+        axis.errorbar(mean, y, xerr=bars, fmt="o^s"[y], color=color, capsize=4)
+        axis.text(1.04, y, f"{mean:.3f}", va="center")
     axis.set(
         title=f"base with {size} parameters",
         xlabel="score: mean, 95 % interval, seeds",
-        xlim=(0.45, 1.22),
+        xlim=(0.45, 1.16),
     )
 if guess is not None:
     axes[0].axvline(guess, color="black", linestyle=":")
@@ -398,6 +409,8 @@ for size, rows in shipped.items():
         f"{size}: P-tuning minus prompt tuning {mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
     )
     claim(min(differences) > 0, f"{size}: P-tuning is ahead with each seed")
+small = [record.score for record in shipped["1M"]["p_tuning"]]
+claim(min(small) > 0.95, "no seed of P-tuning fails on the 1M base")
 rows = compare.rows(compare.load(folder / "1m" / "compare.json"))
 both = [[record.score for record in rows[method]] for method in ("prompt_tuning", "p_tuning")]
 print("describe, 1M: prompt tuning", *(f"{s:.2f}" for s in both[0]), end="; ")
@@ -405,16 +418,78 @@ print("P-tuning", *(f"{s:.2f}" for s in both[1]))
 claim(max(both[0] + both[1]) < 0.1, "on describe, both are near zero")
 
 # %% [markdown]
-# On `sentiment`, P-tuning is ahead with each seed, on both bases. On the 1M base the interval reaches below zero, because one seed of prompt tuning fails; on the 3M base it does not.
-# Prompt tuning started from noise here, the default. What we found above suggests that a better start closes much of the gap.
+# On `sentiment`, P-tuning is ahead with each seed, on both bases, and none of its seeds fails. That is the best evidence for it. On the 1M base the interval of the mean difference includes zero all the same:
+# one seed of prompt tuning fails, so its four differences vary widely. That failure also makes most of the mean difference there. The comparison is with noise of full size, and we have not run small noise here.
 # <!-- claim: p-tuning-sentiment -->
 #
-# On `describe`, the other task of lesson 04, neither method learns much in 100 steps. If both score near zero, a task cannot rank them, so we say nothing about it.
+# On `describe`, the other task of lesson 04, neither method learns much in 100 steps. If both score near zero, a task cannot rank them.
+#
+# ## On a larger model
+#
+# Hugging Face peft has a [benchmark](https://github.com/huggingface/peft/tree/main/method_comparison/MetaMathQA) (a 3B model, grade-school mathematics, 5,000 steps, one seed each):
+
+# %%
+published = {  # share of test problems solved, parameters trained, learning rate
+    "LoRA, rank 32": (0.482, 9_175_040, 1e-4),
+    "P-tuning, 20 tokens": (0.371, 28_382_208, 1e-4),
+    "prompt tuning, 200 tokens from embeddings": (0.391, 614_400, 1e-3),
+    "prompt tuning, 200 tokens from noise": (0.252, 614_400, 1e-3),
+}
+for name, (accuracy, number, rate) in published.items():
+    print(f"{name:42} {accuracy:.0%} right, {number:10,} trained, learning rate {rate:g}")
+
+# %% [markdown]
+# P-tuning trains three times as many parameters as this LoRA, and solves fewer problems. But look at the rates. Both runs of prompt tuning have the same one, and noise needs a larger one than embeddings (lesson 04).
+# So their difference may come from the rate. Our advice: LoRA first. If you need virtual tokens, start them small, and try several rates, before you add a network.
+#
+# ## Summary
+#
+# - P-tuning trains a network that computes the virtual tokens. After training, only P is kept; the output is identical.
+# - The network can have far more parameters than P.
+# - On `sentiment` no seed of it fails, and it is ahead of prompt tuning from noise with each seed.
+# - It also changes the start and the step. Prompt tuning from small noise, at its own rate, did about as well in 50 steps. The paper's first reason does not explain our result: with the MLP, virtual tokens do not see each other.
+# - P-tuning v2 is another method: prefix tuning (lesson 06, and "Going further").
+#
+# **Do you remember?** Answer first, then open.
+#
+# <details><summary>1. Why can the network be removed after training?</summary>H and its weights no longer change, so it always computes the same P. It is enough to keep P.</details>
+#
+# <details><summary>2. At one learning rate, the MLP was far ahead. Why was this not a fair comparison?</summary>The network also makes P start small and move further per step. From small noise, and at its own learning rate, prompt tuning did about as well.</details>
+#
+# <details><summary>3. Both methods score zero on a task. Which is better there?</summary>The task cannot say: both are at its floor. Train longer, or take another task.</details>
+#
+# **To read:** the paper, [Liu et al. 2021](https://arxiv.org/abs/2103.10385), section 3; the [P-tuning v2](https://arxiv.org/abs/2110.07602) paper, sections 2 and 3.
+#
+# # Going further
+#
+# ## Do virtual tokens that see each other learn faster?
+#
+# In the paper a BiLSTM comes before the MLP, so that virtual tokens do depend on each other. It has about 15 times as many parameters as our MLP. **Guess** whether it learns faster. These are shipped runs on `describe`, 300 steps, with three seeds per learning rate; scores are on validation examples.
+
+# %%
+lines = (folder / "prompts.jsonl").read_text().splitlines()
+records = [json.loads(line) for line in lines]
+highest = {}
+for method in ("prompt_tuning", "p_tuning", "p_tuning, LSTM"):
+    runs = [r for r in records if r["method"] == method]
+    print(method)
+    for rate in sorted({r["learning_rate"] for r in runs}):
+        scores = [r["score"] for r in runs if r["learning_rate"] == rate]
+        highest[method] = max(highest.get(method, 0), *scores)
+        print(
+            f"  learning rate {rate:<6}: mean {sum(scores) / 3:.2f}; seeds",
+            [f"{s:.2f}" for s in scores],
+        )
+claim(max(highest.values()) < 0.3, "all three stay low on this task")
+claim(highest["p_tuning, LSTM"] < 0.05, "with the BiLSTM, every run stays near zero")
+
+# %% [markdown]
+# With the BiLSTM, every run stays at or near zero. Prompt tuning and the MLP get a little further with some seeds. So on this task and with so few steps, virtual tokens that see each other do not learn faster.
 #
 # ## Version two is another method
 #
-# *P-tuning v2* ([Liu et al. 2021](https://arxiv.org/abs/2110.07602)) is not a better network. It gives every layer virtual keys and values of its own, and needs no network (lesson 06). A test shows the difference.
-# Change one trained number, and see which block of the GPT is the first whose output changes.
+# *P-tuning v2* ([Liu et al. 2021](https://arxiv.org/abs/2110.07602)) is not a better network. It gives every layer virtual keys and values of its own, and needs no network: it is prefix tuning (lesson 06), so below `PrefixTuningConfig` makes it. A test shows the difference.
+# Change one trained number: which block of the GPT is the first whose output changes?
 
 
 # %%
@@ -451,59 +526,10 @@ for kind, model in (
 # %% [markdown]
 # All numbers of P-tuning enter at the input. In v2, each block has numbers of its own.
 #
-# ## What people use today
-#
-# Rarely P-tuning. In Hugging Face peft's [benchmark](https://github.com/huggingface/peft/tree/main/method_comparison/MetaMathQA) (a 3B model, grade-school mathematics, 5,000 steps, one seed each):
-
-# %%
-published = {  # share of test problems solved, parameters trained
-    "LoRA, rank 32": (0.482, 9_175_040), "P-tuning, 20 tokens": (0.371, 28_382_208),
-    "prompt tuning, 200 embeddings": (0.391, 614_400), "prompt tuning, 200 × noise": (0.252, 614_400),
-}  # fmt: skip
-for name, (accuracy, number) in published.items():
-    print(f"{name:30} {accuracy:.0%} right, {number:10,} parameters trained")
-
-# %% [markdown]
-# P-tuning trains three times as many parameters as that LoRA, and solves fewer problems. Prompt tuning from embeddings, with ten times as many tokens, does about as well as P-tuning. So: LoRA first; if you need virtual tokens, start from embeddings.
-#
-# ## Summary
-#
-# - P-tuning trains a network that computes the virtual tokens. After training, only P is kept; the output is identical.
-# - The network can have far more parameters than P.
-# - It also changes the start and the step size. A comparison must give both to the other method.
-# - On `sentiment` it is ahead of prompt tuning from noise with each seed.
-# - P-tuning works at the input; P-tuning v2 works in each layer and needs no network.
-#
-# **Do you remember?** Answer first, then open.
-#
-# <details><summary>1. Why can the network be removed after training?</summary>H and its weights no longer change, so it always computes the same P. It is enough to keep P.</details>
-#
-# <details><summary>2. At one learning rate, the MLP was far ahead. Why was this not a fair comparison?</summary>The network also makes P start small and move further per step. At its own learning rate and with the same start, prompt tuning came close.</details>
-#
-# <details><summary>3. Both methods score zero on a task. Which is better there?</summary>The task cannot say: both are at its floor. Train longer, or take another task.</details>
-#
-# **To read:** the paper, [Liu et al. 2021](https://arxiv.org/abs/2103.10385), section 3; the [P-tuning v2](https://arxiv.org/abs/2110.07602) paper, sections 2 and 3.
-#
-# # Going further
-#
-# ## The LSTM
-#
-# In the paper an LSTM comes before the MLP. Together they have about 15 times as many parameters as our MLP. **Guess** whether they learn faster, then try two learning rates.
-
-# %%
-for rate in (0.01, 0.1):
-    loss, distance = train_kind("LSTM", rate, seed=0)
-    print(f"LSTM, learning rate {rate:<5}: loss {loss:.4f}; moved by {distance:.3g}")
-print(f"MLP at its best learning rate: loss {min(loss for loss, _ in found['MLP'].values()):.4f}")
-claim(distance > 100, "at the largest rate, virtual tokens move far")
-
-# %% [markdown]
-# Look at how far the virtual tokens move. A network with many weights multiplies each step, so a learning rate that is good for prompt tuning breaks it. It is the first thing that breaks P-tuning.
-#
 # ## More exercises
 #
-# **Exercise 6.** Version two by hand. Write `deep_prompt(model, P, ids)`: the logits when layer i has the keys P[i, 0] and the values P[i, 1] in front of those of the text. P is (l, 2, p, d). `past_key_values`
-# wants a pair (keys, values) per layer, each of shape (b, h, p, k), where h heads of width k make d = h · k. The model has `model.config.n_head` heads.
+# **Exercise 6.** Version two by hand. Write `deep_prompt(model, P, ids)`: the logits when layer i has the keys P[i, 0] and the values P[i, 1] in front of those of the text. P is (l, 2, p, d) for l layers; `ids` is (b, t), b texts of t tokens; the logits are (b, t, v) for a vocabulary of v tokens. `past_key_values`
+# wants a pair (keys, values) per layer, each of shape (b, h, p, k), where h heads of width k make d = h · k. The model has `model.config.n_head` heads, and numbers the positions of the text from p by itself. P must get a gradient.
 
 
 # %% tags=["exercise"]

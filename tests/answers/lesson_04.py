@@ -173,6 +173,14 @@ def prepend(P, x, mask, labels):
     return rows, mask, torch.hstack([torch.full((b, p), -100), labels])
 
 
+# %% 04.prepend right
+def prepend(P, x, mask, labels):  # a mask of booleans
+    b, p = len(x), len(P)
+    x = torch.cat([P.expand(b, -1, -1), x], dim=1)
+    labels = torch.cat([labels.new_full((b, p), -100), labels], dim=1)
+    return x, torch.cat([mask.new_ones(b, p), mask], dim=1).bool(), labels
+
+
 # %% 04.moves wrong
 noise = 0.01
 embeddings = 1

@@ -176,6 +176,73 @@ class MyPTuning(nn.Module):  # all rows start equal
         return self.network(self.H)
 
 
+# %% 05.my_p_tuning wrong
+class MyPTuning(nn.Module):  # one random row, p times
+    def __init__(self, p, d, w):
+        super().__init__()
+        self.H = nn.Parameter(torch.randn(1, d).repeat(p, 1))
+        self.network = nn.Sequential(
+            nn.Linear(d, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, d)
+        )
+
+    def forward(self):
+        return self.network(self.H)
+
+
+# %% 05.my_p_tuning wrong
+class MyPTuning(nn.Module):  # numbers that were never set
+    def __init__(self, p, d, w):
+        super().__init__()
+        self.H = nn.Parameter(torch.empty(p, d))
+        self.network = nn.Sequential(
+            nn.Linear(d, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, d)
+        )
+
+    def forward(self):
+        return self.network(self.H)
+
+
+# %% 05.my_p_tuning wrong
+class MyPTuning(nn.Module):  # the same start each time
+    def __init__(self, p, d, w):
+        super().__init__()
+        torch.manual_seed(0)
+        self.H = nn.Parameter(torch.randn(p, d))
+        self.network = nn.Sequential(
+            nn.Linear(d, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, d)
+        )
+
+    def forward(self):
+        return self.network(self.H)
+
+
+# %% 05.my_p_tuning wrong
+class MyPTuning(nn.Module):  # not noise
+    def __init__(self, p, d, w):
+        super().__init__()
+        self.H = nn.Parameter(torch.arange(1.0, p * d + 1).view(p, d))
+        self.network = nn.Sequential(
+            nn.Linear(d, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, d)
+        )
+
+    def forward(self):
+        return self.network(self.H)
+
+
+# %% 05.my_p_tuning wrong
+class MyPTuning(nn.Module):  # no gradients
+    def __init__(self, p, d, w):
+        super().__init__()
+        self.H = nn.Parameter(torch.randn(p, d))
+        self.network = nn.Sequential(
+            nn.Linear(d, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, d)
+        )
+
+    def forward(self):
+        with torch.no_grad():
+            return self.network(self.H)
+
+
 # %% 05.my_p_tuning right
 class MyPTuning(nn.Module):  # an embedding, as in minipeft
     def __init__(self, p, d, w):
@@ -382,6 +449,24 @@ def deep_prompt(model, P, ids):  # hard-coded: two heads
     past = P.view(layers, 2, 1, p, 2, d // 2).transpose(3, 4)
     past = past.expand(-1, -1, len(ids), -1, -1, -1)
     return model(ids, past_key_values=[(k, v) for k, v in past]).logits
+
+
+# %% 05.deep_prompt wrong
+def deep_prompt(model, P, ids):  # P cannot be trained
+    layers, _, p, d = P.shape
+    h = model.config.n_head
+    past = P.detach().view(layers, 2, 1, p, h, d // h).transpose(3, 4)
+    past = past.expand(-1, -1, len(ids), -1, -1, -1)
+    return model(ids, past_key_values=[(k, v) for k, v in past]).logits
+
+
+# %% 05.deep_prompt wrong
+def deep_prompt(model, P, ids):  # the values cannot be trained
+    layers, _, p, d = P.shape
+    h = model.config.n_head
+    past = P.view(layers, 2, 1, p, h, d // h).transpose(3, 4)
+    past = past.expand(-1, -1, len(ids), -1, -1, -1)
+    return model(ids, past_key_values=[(k, v.detach()) for k, v in past]).logits
 
 
 # %% 05.deep_prompt right

@@ -125,21 +125,29 @@ def prepend(prepend, draw):
             "0 hides the virtual tokens from the text": torch.cat([zeros, mask], 1),
             "the new entries are at the end, and P is in front": torch.cat([mask, ones], 1),
             "these are the labels: the order is x, mask, labels": new_labels,
+            "the padding of the text must stay 0: keep its own mask": mask.new_ones(b, p + t),
         }
-        compare("the mask", new_mask, torch.cat([ones, mask], 1), inputs, mistakes)
+        _rows("the mask", new_mask, torch.cat([ones, mask], 1), inputs, mistakes)
         ignored = labels.new_full((b, p), -100)
         mistakes = {
             "0 is a token: use the label that the loss ignores": torch.cat([zeros, labels], 1),
             "the new entries are at the end, and P is in front": torch.cat([labels, ignored], 1),
             "1 is a token: use the label that the loss ignores": torch.cat([ones, labels], 1),
         }
-        compare("labels", new_labels, torch.cat([ignored, labels], 1), inputs, mistakes)
+        _rows("labels", new_labels, torch.cat([ignored, labels], 1), inputs, mistakes)
         ensure(not new_labels.is_floating_point(), "labels must stay integers: give the new dtype")
         ensure(new_x.requires_grad, "P gets no gradient: was it detached?")
         weights = draw.normal(b, p + t, d)
         (new_x * weights).sum().backward()
         expected = weights[:, :p].sum(0)
         compare("the gradient of P", P.grad, expected, inputs, tolerance=1e-4)
+
+
+def _rows(what, got, expected, inputs, mistakes):
+    """Compare matrices of integers as lists, so that the message shows all entries."""
+    lists = {text: value.tolist() for text, value in mistakes.items()}
+    got = got.long() if got.dtype == torch.bool else got
+    compare(what, got.tolist(), expected.tolist(), inputs, lists)
 
 
 def _x(got, every, x, inputs):

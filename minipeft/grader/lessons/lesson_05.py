@@ -1,5 +1,7 @@
 """Lesson 05: P-tuning."""
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -81,13 +83,14 @@ def count(trained, kept, draw):
 def my_p_tuning(MyPTuning, draw):
     for p, d, w in ((5, 4, 6), (1, 3, 3), (2, 6, 2)):
         inputs = f"MyPTuning(p={p}, d={d}, w={w})"
-        module = call(MyPTuning, p, d, w)
+        with _nan_in_empty_tensors():
+            module, other = call(MyPTuning, p, d, w), call(MyPTuning, p, d, w)
         P = done(module())
         H = getattr(module, "H", None)
         H = getattr(H, "weight", H)
         ensure(isinstance(H, nn.Parameter), "self.H must be a Parameter")
         has_shape("self.H", H, (p, d), inputs)
-        ensure(bool(H.any()) and (d * p < 2 or H.std() > 0), "self.H must start as noise")
+        _is_noise(H, getattr(other.H, "weight", other.H))
         network = getattr(module, "network", None)
         ensure(isinstance(network, nn.Module), "self.network must be a module")
         linear = [m for m in network.modules() if isinstance(m, nn.Linear)]
@@ -100,8 +103,36 @@ def my_p_tuning(MyPTuning, draw):
         biases = all(m.bias is not None for m in linear)
         ensure(biases, "each linear layer must have a bias")
         has_shape("P", P, (p, d), inputs)
+        ensure(
+            P.requires_grad,
+            "no gradient flows from P back to H: no detach() or no_grad() in forward",
+        )
         _values(module, H, linear, draw, inputs)
         _gradients(module, H, linear, draw)
+
+
+@contextlib.contextmanager
+def _nan_in_empty_tensors():
+    """In here, torch.empty gives tensors of NaN, so that numbers that were never set show."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def _is_noise(H, other):
+    """Whether H is random: in each row, and in each module."""
+    ensure(bool(H.isfinite().all()), "self.H has numbers that were never set, or are not finite")
+    ensure(
+        len(H.unique()) == H.numel(), "self.H must start as noise: some of its numbers are equal"
+    )
+    ensure(
+        not torch.equal(H, other),
+        "self.H must start as noise: two modules start with the same H. Set no seed in __init__",
+    )
 
 
 def _values(module, H, linear, draw, inputs):
@@ -208,7 +239,7 @@ def rows(mlp_rows, lstm_rows, draw):
     "The mean is their sum divided by their number. Then count those that are above 0.",
 )
 def paired(paired, draw):
-    cases = [([1.0, 1.0, 0.5], [0.5, 1.0, 0.75]), ([0.5], [0.25]), ([0.25, 0.25], [0.25, 1.0])]
+    cases = [([1.0, 1.0, 0.5], [0.5, 1.0, 0.875]), ([0.5], [0.25]), ([0.25, 0.25], [0.25, 1.0])]
     for n in (4, 7):
         cases.append((draw.normal(n).tolist(), draw.normal(n).tolist()))
     for a, b in cases:
@@ -239,15 +270,24 @@ def paired(paired, draw):
     "Every layer needs b rows: insert a dimension of 1 for b, and expand it to len(ids). "
     "Then past_key_values is [(k, v) for k, v in past].",
 )
-@torch.no_grad()
 def deep_prompt(deep_prompt, draw):
+    with torch.no_grad():
+        _deep_prompt_values(deep_prompt, draw)
+    P = draw.normal(2, 2, 3, 8).requires_grad_()
+    model, ids = _small_gpt(2, 2), draw.tokens(19, 2, 4)
+    logits = deep_prompt(model, P, ids)
+    logits = getattr(logits, "logits", logits)
+    ensure(logits.requires_grad, "no gradient reaches P: no detach() or no_grad() here")
+    logits.square().sum().backward()
+    ensure(
+        P.grad is not None and bool(P.grad.flatten(2).any(dim=2).all()),
+        "a part of P gets no gradient, so it cannot be trained: no detach() or no_grad() here",
+    )
+
+
+def _deep_prompt_values(deep_prompt, draw):
     for n_layer, n_head, p, b, t in ((2, 2, 3, 2, 4), (1, 1, 1, 1, 1), (3, 4, 2, 3, 2)):
-        config = GPTConfig(vocab_size=19, n_positions=12, n_embd=8, n_layer=n_layer, n_head=n_head)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            model = GPT(config).eval().requires_grad_(False)
-        for parameter in model.parameters():
-            parameter.mul_(4)  # so that the prompts matter
+        model = _small_gpt(n_layer, n_head)
         P, ids = draw.normal(n_layer, 2, p, 8), draw.tokens(19, b, t)
         inputs = f"P {tuple(P.shape)}, ids {(b, t)}, {n_head} heads"
         right = _deep(model, P, ids)
@@ -267,6 +307,16 @@ def deep_prompt(deep_prompt, draw):
         if n_layer == 1:  # nothing to mix up
             mistakes = {"P is not used": mistakes["P is not used"]}
         compare("the logits", got, right, inputs, mistakes, tolerance=1e-4)
+
+
+def _small_gpt(n_layer, n_head):
+    config = GPTConfig(vocab_size=19, n_positions=12, n_embd=8, n_layer=n_layer, n_head=n_head)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        model = GPT(config).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.mul_(4)  # so that the prompts matter
+    return model
 
 
 def _deep(model, P, ids, mixed_up=False):
