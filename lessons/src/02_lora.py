@@ -314,7 +314,7 @@ claim(losses[-1] < 0.2 * losses[0], "the loss falls to less than a fifth")
 # | weight decay | none | none, or up to 1/100 | AdamW's decay pulls A and B towards zero |
 # | batch size | 16 | 8 to 32 | examples per step |
 #
-# Our learning rate is 50 times the usual one: it is for a small model and 100 steps, and no advice for a large one.
+# Our learning rate is far above the usual one: it is for a small model and 100 steps, and no advice for a large one.
 # [HYPERPARAMETERS.md](HYPERPARAMETERS.md) has the sources of the third column. And what does LoRA cost on a 7B model?
 
 # %%

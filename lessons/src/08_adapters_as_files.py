@@ -76,7 +76,7 @@ check("08.scaling", scaling)
 #
 # One adapter turns facts into sentences (`describe`). Another reads a review and answers good or bad (`sentiment`). An adapter is an update ΔW of each weight matrix, and updates can be added: W + ΔW₁ + ΔW₂.
 #
-# **Your guess:** alone, each does its task well. What does the model with both score on each task? Write two numbers, and why.
+# **Your guess:** alone, each does its task well. What does the model with both score on each task? Write two numbers.
 
 # %%
 guess_describe, guess_sentiment = None, None  # scores, 0 to 1
