@@ -464,7 +464,7 @@ for name, (accuracy, number, rate) in published.items():
 #
 # ## Do virtual tokens that see each other learn faster?
 #
-# In the paper a BiLSTM comes before the MLP, so that virtual tokens do depend on each other. It has about 15 times as many parameters as our MLP. **Guess** whether it learns faster. These are shipped runs on `describe`, 300 steps, with three seeds per learning rate; scores are on validation examples.
+# In the paper a BiLSTM comes before the MLP, so that virtual tokens do depend on each other. It has many more parameters than our MLP. **Guess** whether it learns faster. These are shipped runs on `describe`, 300 steps, with three seeds per learning rate; scores are on validation examples.
 
 # %%
 lines = (folder / "prompts.jsonl").read_text().splitlines()

@@ -652,7 +652,7 @@ claim(max(map(max, losses["different prompts"])) > 0.8, "there too, a skill can 
 
 # %% [markdown]
 # A sum of updates is not a sum of skills: most of these sums damage at least one of the two. Adapters for different prompts lose less on average, but some of
-# these sums lose one skill completely. (We did not test why.) Test a combined adapter on every task, or switch instead.
+# these sums lose one skill completely. (We did not test why. But where two tasks have the same prompts, one text cannot satisfy both.) Test a combined adapter on every task, or switch instead.
 #
 # ## Summary
 #

@@ -365,7 +365,7 @@ claim(verdicts["small file at score 0.9"].count("not sure") == 2, "both may miss
 # %% [markdown]
 # *Level*: the interval of the difference contains zero. Take the simpler method. By score, nothing here clearly beats plain LoRA. *Not sure*: the interval of a score contains the bar.
 #
-# *Bottleneck adapters* are small networks after the layers. They have the smallest file, but neither they nor LoRA at this setting are sure to pass. LoRA's setting in row two is, and its file is
+# *Bottleneck adapters* are small networks after the layers. They have the smallest file, but neither they nor LoRA at this setting are sure to pass. LoRA's setting in row two does pass, and its file is
 # no larger. (*Memory*: weights, gradients, optimizer states.) Prompt methods are missing: they
 # scored far less (lessons 04 to 06).
 #
@@ -427,7 +427,7 @@ claim(score["lora, r 64", 0.02] < 0.1, "α = 2 r, rank 64: the highest rate brea
 claim(score["lora, r 64, α 16", 0.02] > 0.9, "α = 16, rank 64: the same rate works")
 
 # %% [markdown]
-# At rank 64, α = 2 r and rsLoRA have the same scaling, so they are the same runs. The highest rate breaks them, but no smaller rank. With α = 16 the scaling is an eighth, and this rate works. So
+# At rank 64, α = 2 r and rsLoRA have the same scaling, so they are the same runs. The highest rate breaks them. With α = 16 the scaling is an eighth, and this rate works. So
 # when you raise r with α = 2 r, try lower rates too. These runs do not rank the three ways: many best rates are at the edge of the list. <!-- claim: ranks-scaling -->
 #
 # ## Why does it not learn?
@@ -443,7 +443,7 @@ claim(score["lora, r 64, α 16", 0.02] > 0.9, "α = 16, rank 64: the same rate w
 #
 # - At one learning rate for both, LoRA forgot less. With settings of its own, it forgot more.
 # - Compare fronts: the least forgetting at a required score, each method with its own search.
-# - Here, weight decay towards the start makes the forgetting of both several times smaller, and their difference too.
+# - Here, weight decay towards the start makes the forgetting of both many times smaller. In nats, their difference shrinks too.
 # - Choose on validation examples, and report on test examples, with intervals of paired differences.
 # - α acts much like the learning rate. Tune one of them.
 #

@@ -245,7 +245,7 @@ def alpha(alpha_lora, alpha_rslora, draw):
 
 @exercise(
     "09.intruders",
-    "torch.linalg.svd(W)[0] has the left singular vectors as columns. All cosines: old.T @ new.",
+    "svd(W, full_matrices=False)[0] has the left singular vectors as columns. Take old.T @ new.",
     "Take absolute values, then the largest cosine of each new vector: .abs().amax(0). Count.",
 )
 def intruders(intruders, draw):
