@@ -445,7 +445,7 @@ for name, accuracy in published.items():
 #
 # ## More steps?
 #
-# After 100 steps on `describe`, prompt tuning states almost no fact right. Do more steps help? **Guess**, then train for 300.
+# After 100 steps on `describe`, prompt tuning states almost no fact right. Do more steps help? **Guess**, then train for 300. (The curves for 100 steps are means of four shipped runs.)
 
 # %%
 longer = finetune(
@@ -489,7 +489,7 @@ claim(longer.validation[-1]["slot_loss"] < 0.9 * mean, "with 300 steps it learns
 claim(max(taught) < longer.score < 0.6, "some facts are right, far fewer than with LoRA")
 
 # %% [markdown]
-# After 100 steps the text is broken. After 300, the sentences have the right form, but most values are not those of the prompt: it copies badly. (The curve is almost flat at the end. That need not be a limit: the learning rate falls to zero there.) Is it the fault of one
+# In these examples, the text after 100 steps is broken. After 300, the sentences look like those of the task, but most values are not those of the prompt: it copies badly. The curve is almost flat at the end. That need not be a limit: the learning rate falls to zero there. Is the low score the fault of one
 # seed, of the rate, or of the noise? The shipped trials have 300 steps, three seeds, and both starts:
 
 # %%

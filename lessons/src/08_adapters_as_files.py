@@ -12,7 +12,7 @@
 # - combine adapters in three ways, and measure the result.
 #
 # **Time.** 35 minutes to read, 3 to run, 35 for the exercises. All results are for a GPT with 1 million parameters.
-# Unknown words are in the [glossary](README.md#glossary).
+# [Glossary](README.md#glossary).
 
 # %%
 import hashlib
@@ -651,8 +651,8 @@ claim(different < same - 0.05, "different prompts lose less")
 claim(max(map(max, losses["different prompts"])) > 0.8, "there too, a skill can be lost completely")
 
 # %% [markdown]
-# A sum of updates is not a sum of skills: most of these sums damage at least one of the two. Adapters for different prompts lose less on average, but some of
-# these sums lose one skill completely. (We did not test why. But where two tasks have the same prompts, one text cannot satisfy both.) Test a combined adapter on every task, or switch instead.
+# A sum of updates is not a sum of skills: most damage at least one of the two. Adapters for different prompts lose less on average, but some of
+# these sums lose one skill completely. (We did not test why. But with the same prompts, one text cannot satisfy both tasks.) Test a combined adapter on every task.
 #
 # ## Summary
 #
