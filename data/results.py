@@ -388,7 +388,7 @@ much is forgotten, or the regularizer?
 
 Each line connects the learning rates that were tried with one weight decay, from the smallest one,
 the square. Up and left is better: a high score, and little forgetting. Darker lines have more
-decay. Prompt methods have not been run yet.
+decay. Prompt methods are not part of this comparison.
 
 The first table has two operating points per method. First row: the best setting without weight
 decay. Second row: the best of all settings. The learning rate is tuned in both. The score is the
