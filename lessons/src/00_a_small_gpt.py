@@ -611,7 +611,7 @@ report.show(
 # With an offset of one, the tiny GPT has lost its skill. It had learned at which *positions* to look, not for which token. That is no induction head, and the score without an offset hid it.
 # Our lists have only three lengths, so a rule about positions can work. (Offsets of three and six hurt less, perhaps because a name with its comma takes three tokens.)
 #
-# The base loses almost nothing at an offset of one, and more at larger ones. On the right, only "Again" and what follows get an offset, so distances change. The base's best head still finds the
+# The base loses almost nothing at an offset of one, and more at larger ones. On the right, only "Again" and what follows get an offset: the distance to the copy changes. The base's best head still finds
 # names. But does it look for the *token*? If a list is read back in reverse order, only a name's first word tells where its second word stands.
 
 # %%

@@ -145,8 +145,8 @@ all_zero = []
 check("03.stays", only_e_zero, all_zero)
 
 # %% [markdown]
-# So a pruned triplet can come back: the next optimizer step moves e away from zero, and AdaLoRA judges the triplet after that step. If all three were zero, their gradients would stay zero.
-# That is why AdaLoRA sets only e to zero. After the last pruning, e stays zero.
+# So a pruned triplet can come back: the next optimizer step moves e away from zero, and only then AdaLoRA judges it again. If all three were zero, their gradients would stay zero.
+# That is why AdaLoRA sets only e to zero. After the last pruning, a mask keeps e at zero.
 #
 # ## Importance
 #
@@ -204,7 +204,7 @@ if not solved("03.importance"):  # until yours is right, the lesson uses this on
 
 # %% [markdown]
 # The importance of a weight is the product Ī · Ū. **Why multiply by the uncertainty?** The rule comes from the pruning method [PLATON](https://arxiv.org/abs/2206.12562).
-# If a sensitivity jumps from batch to batch, its average is a poor estimate: the weight may matter for examples that were rare so far. Pruning it is a risk, and keeping it a little longer
+# If a sensitivity jumps from batch to batch, its average is a poor estimate: the weight may matter for examples that were rare so far. Pruning it is a risk; keeping it a little longer
 # costs little. So of two weights with the same average, the one that jumps more stays.
 
 # %%
@@ -255,7 +255,7 @@ check("03.scores", triplet_scores)
 # %% [markdown]
 # ## The budget
 #
-# All triplets of all matrices compete. The *budget* is how many may stay, although those of wide matrices have more parameters. It starts at 192. From step
+# All triplets of all matrices compete. The *budget* is how many may stay. (It counts triplets, not parameters.) It starts at 192. From step
 # `tinit` to step `total_step` − `tfinal`, t grows evenly from 0 to 1, and the budget is 128 + 64 (1 − t)³, rounded down.
 #
 # **Exercise 5.** Halfway, at t = 1/2, how many of the 64 triplets are still to be pruned?
@@ -528,7 +528,7 @@ claim(abs(mean(scores["AdaLoRA"]) - mean(scores["LoRA"])) < 0.08, "AdaLoRA and L
 # Not as a first choice. Take LoRA, and spend your time on its learning rate and weight decay.
 #
 # - **Score:** no advantage here. In peft's [comparison on a 3B model](https://github.com/huggingface/peft/tree/main/method_comparison) (one run per method), AdaLoRA scored less than LoRA.
-# - **Forgetting:** without weight decay, AdaLoRA forgets little, because its penalty is a regularizer. With weight decay, the methods hardly differ. <!-- claim: finals-forgetting -->
+# - **Forgetting:** without weight decay, AdaLoRA forgets little, but without its penalty as much as LoRA. With weight decay, the differences are small. <!-- claim: finals-forgetting -->
 # - **Cost:** it trains more parameters than it keeps, computes the penalty, and must know the number of steps in advance.
 #
 # The paper reports gains over LoRA, especially with small budgets. If every parameter counts, try it, with the control.
@@ -640,7 +640,7 @@ check("03.angles", angles)
 #
 # ## Does the uncertainty matter?
 #
-# The runs with random ranks can tell, because Ī and Ū did not prune them. Each kept 128 triplets. Which 64 of these have the lowest scores, the lowest Ī alone, or the smallest |e|?
+# The models of the random control can tell: they have Ī and Ū too, which played no part in pruning them. Each kept 128 triplets. Which 64 of these have the lowest scores, the lowest Ī alone, or the smallest |e|?
 
 # %%
 for seed, allocator in enumerate(random_allocators):
@@ -684,7 +684,7 @@ for name, records in (("describe", stored), ("sentiment", sentiment)):
 #
 # ## What breaks it: too few calls
 #
-# Below, `update_and_allocate` is never called, and then training ends long before `total_step`. Nothing is pruned, and no error appears during training. minipeft refuses to merge or save such an adapter:
+# Two mistakes: `update_and_allocate` is never called; or training ends long before `total_step`. Nothing is pruned, and no error appears during training. minipeft refuses to merge or save such an adapter:
 
 # %%
 for calls in (False, True):

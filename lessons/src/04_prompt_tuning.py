@@ -292,7 +292,7 @@ claim(ratios[0] > 1.5 * ratios[2], "their lead is smaller at the largest rate")
 
 # %% [markdown]
 # At each rate, embeddings get further in 50 steps. How far ahead they are depends on the rate. So compare two starts
-# only if each has its own best learning rate. This figure does not show it: both are best at the edge of what we tried.
+# only if each has its own best learning rate. This figure does not show their best rates: both are best at the edge of what we tried.
 #
 # | setting | here | on a large model | what it does |
 # |---|---|---|---|
@@ -307,7 +307,7 @@ claim(ratios[0] > 1.5 * ratios[2], "their lead is smaller at the largest rate")
 #
 # ## Against full fine-tuning
 #
-# Both see the same examples in the same order for 100 steps, each at its best learning rate. P starts as noise. One seed of `sentiment` runs here. *Exact match* is the share of answers that are right, word for word.
+# Both see the same examples in the same order for 100 steps, each at the learning rate from minipeft's sweep. P starts as noise. One seed of `sentiment` runs here. *Exact match* is the share of answers that are right, word for word.
 
 # %%
 runs = {
@@ -327,7 +327,7 @@ for name, record in runs.items():
     print(f"{report.NAMES[name]:14}", record.examples[0]["generated"].strip()[:60])
 
 # %% [markdown]
-# And with four seeds, both tasks. (These are shipped runs; their examples are others, of the same kind. Intervals are cut at 0 and 1.)
+# And with four seeds, both tasks. (These runs come with minipeft, and were scored on other examples of the same kind. Intervals are cut at 0 and 1.)
 
 # %%
 METHODS = ("full", "lora", "prompt_tuning")
@@ -489,7 +489,7 @@ claim(longer.validation[-1]["slot_loss"] < 0.9 * mean, "with 300 steps it learns
 claim(max(taught) < longer.score < 0.6, "some facts are right, far fewer than with LoRA")
 
 # %% [markdown]
-# In these examples, the text after 100 steps is broken. After 300, the sentences look like those of the task, but most values are not those of the prompt: it copies badly. The curve is almost flat at the end. That need not be a limit: the learning rate falls to zero there. Is the low score the fault of one
+# In these examples, the text after 100 steps is broken. After 300, the sentences look like those of the task, but most values are not those of the prompt: it copies badly. The curve is almost flat at the end. That need not be a limit: the schedule lowers the learning rate to zero there. Is the low score the fault of one
 # seed, of the rate, or of the noise? The shipped trials have 300 steps, three seeds, and both starts:
 
 # %%

@@ -172,7 +172,7 @@ def keep(H, network):
 check("05.keep", keep)
 
 # %% [markdown]
-# Now minipeft's. With the same weights its logits are those of the equation, and after `keep_output` the logits are identical. The file is
+# Now minipeft's class. With the same weights, it gives the logits of the equation, and after `keep_output` the logits are identical. The file is
 # [minipeft/methods/p_tuning.py](../minipeft/methods/p_tuning.py); its comment `# (1)` stands for the equation above. The paper also puts virtual tokens between the words of a prompt. Here, as in Hugging Face peft, they all come first.
 
 # %%
@@ -224,7 +224,7 @@ for kind, number in numbers.items():
     print(f"{kind:6} trains {number:7,}; the frozen GPT has {total - number:,}; kept: {20 * d:,}")
 
 # %% [markdown]
-# With the LSTM we train more than half as many numbers as the model has, and keep 2,560. All that the network can contribute must be in these 2,560 numbers. So if it helps, it helps during training.
+# With the LSTM we train more than half as many numbers as the model has, and keep 2,560. These 2,560 numbers could also be found without a network. So if it helps, it helps to *find* them: during training.
 #
 # **Exercise 4.** Do virtual tokens depend on each other? You change the last of five rows of H. Which rows of P change with the MLP, and which with the BiLSTM? Answer with lists; rows count from 0.
 
@@ -247,7 +247,7 @@ check("05.rows", mlp_rows, lstm_rows)
 # What else does the network change?
 #
 # - **The start.** At step 0, P is the output of an untrained network. The numbers in this output are much smaller than noise.
-# - **The step.** A training step changes all weights of the network, and each virtual token depends on all of them. So at the same learning rate, a step moves the virtual tokens further.
+# - **The step.** A training step changes all weights of the network, and each virtual token is computed with all of them. So at the same learning rate, a step moves the virtual tokens further.
 #
 # We train three kinds for 50 steps: `plain` is prompt tuning from noise, `small noise` is prompt tuning from noise divided by 10, and `MLP` is P-tuning.
 
@@ -301,7 +301,7 @@ claim(found["MLP"][0.01][1] > 2 * found["small noise"][0.01][1], "it moves P fur
 # %% [markdown]
 # On the dotted line, all kinds have the same learning rate, and the MLP is far ahead. You would conclude that the network helps. Now compare each kind at the best of its three rates: `small noise` comes close to the MLP.
 #
-# This is one seed, and few rates. Here are four seeds of these two kinds, each at the rate that was best in seed 0:
+# Now four seeds of the MLP and of small noise, each at the rate that was best in seed 0:
 
 # %%
 seeds = {"small noise": [found["small noise"][0.1][0]], "MLP": [found["MLP"][0.01][0]]}
@@ -325,7 +325,7 @@ claim(max(seeds["MLP"]) < 0.05, "with the network, all four seeds learn the task
 claim(max(seeds["small noise"]) < 2 * max(seeds["MLP"]), "and without it, from small noise, too")
 
 # %% [markdown]
-# With these four seeds, prompt tuning from small noise does about as well as the MLP. So on this task, small noise and a suitable learning rate are enough. Four seeds and 50 steps cannot rule out a smaller help of the network.
+# With these four seeds, prompt tuning from small noise does about as well as the MLP. So in 50 steps, small noise and a suitable learning rate are enough for this loss. Four seeds cannot rule out a smaller help of the network.
 #
 # When a trick helps, ask what else it changes, and give that to the other side too.
 #
@@ -371,7 +371,7 @@ assert ours.forgot("off") == 0  # without the virtual tokens, the model is the b
 # %% [markdown]
 # In this seed P-tuning also forgets less, and about half of the difference is there at step 0: a smaller start disturbs the model less. (minipeft also saves the network, so that training can continue.)
 #
-# With more seeds, and on two bases (the shipped runs from above, so seed 0 of prompt tuning differs a little):
+# With more seeds, and on two bases (runs that come with minipeft, scored on other examples, so seed 0 differs a little):
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.4), sharey=True, layout="constrained")
@@ -440,7 +440,7 @@ for name, (accuracy, number, rate) in published.items():
 
 # %% [markdown]
 # P-tuning trains three times as many parameters as this LoRA, and solves fewer problems. But look at the rates. Both runs of prompt tuning have the same one, and noise needs a larger one than embeddings (lesson 04).
-# So their difference may come from the rate. Our advice: LoRA first. If you need virtual tokens, start them small, and try several rates, before you add a network.
+# So the difference between the two starts may come from the rate. Our advice: LoRA first. If you need virtual tokens, start them small, and try several rates, before you add a network.
 #
 # ## Summary
 #
@@ -484,11 +484,11 @@ claim(max(highest.values()) < 0.3, "all three stay low on this task")
 claim(highest["p_tuning, LSTM"] < 0.05, "with the BiLSTM, every run stays near zero")
 
 # %% [markdown]
-# With the BiLSTM, every run stays at or near zero. Prompt tuning and the MLP get a little further with some seeds. So on this task and with so few steps, virtual tokens that see each other do not learn faster.
+# With the BiLSTM, every run stays at or near zero. Prompt tuning and the MLP get a little further, at the highest rates. All are near the floor, so this does not rank them. It only shows that virtual tokens that see each other are no shortcut here.
 #
 # ## Version two is another method
 #
-# *P-tuning v2* ([Liu et al. 2021](https://arxiv.org/abs/2110.07602)) is not a better network. It gives every layer virtual keys and values of its own, and needs no network: it is prefix tuning (lesson 06), so below `PrefixTuningConfig` makes it. A test shows the difference.
+# *P-tuning v2* ([Liu et al. 2021](https://arxiv.org/abs/2110.07602)) is not a better network. It gives every layer virtual keys and values of its own, and needs no network: it is prefix tuning, the subject of lesson 06. Below, `PrefixTuningConfig` makes it, and a test shows the difference.
 # Change one trained number: which block of the GPT is the first whose output changes?
 
 

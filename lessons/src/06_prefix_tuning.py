@@ -259,7 +259,7 @@ if not solved("06.my_prefix"):  # until yours is right, the lesson uses minipeft
 
 
 # %% [markdown]
-# Here is the same method in [minipeft/methods/prefix_tuning.py](../minipeft/methods/prefix_tuning.py). With your prefix's numbers, its logits are the same.
+# Here is the same method in [minipeft/methods/prefix_tuning.py](../minipeft/methods/prefix_tuning.py). With your numbers, it gives the same logits as your module.
 
 
 # %%
@@ -312,7 +312,7 @@ claim(zeros < random - 0.3, "a random prefix does more damage than zeros")
 # Neither start is the base model. A small part of the damage comes from the positions, as the text now begins at position 20. The rest comes from
 # attention: the zero keys take a part of it.
 #
-# **Exercise 5.** Take one query in one head. `scores` are its scores with the keys of the text that it sees, a tensor of the shape (t,). Add p zero keys, each with
+# **Exercise 5.** Take one query in one head. It sees t keys of the text; `scores`, of the shape (t,), are its scores with them, divided by √w already. Add p zero keys, each with
 # the score 0. Write `share(scores, p)`: the share of attention that goes to the zero keys.
 
 
@@ -420,7 +420,7 @@ print({name: f"{value:.2f}" for name, value in real.items()})
 # ## Against full fine-tuning
 #
 # Now the random start, full fine-tuning and the frozen base model, with the same examples in the same order. Each method has its swept learning rate, and no
-# weight decay. The figure shows this run (hollow) and the mean of four runs that come with minipeft (filled). Their forgetting was measured on other text.
+# weight decay. The figure shows this run (hollow) and the mean of four runs that come with minipeft (filled). These used other text.
 
 # %%
 prefix = finetune(base, task, RECIPES["prefix_tuning"], replace(run, output=OUT / "prefix"))

@@ -150,7 +150,7 @@ check("07.quantize", quantize)
 # near ±1. *NF4* (4-bit normal float) takes *quantiles*. The quantile Φ⁻¹(p) is the value below which a share p of normally
 # distributed numbers (mean 0, variance 1) lies.
 #
-# For n positive levels, p goes from p_max down to one half in n equal steps, and the half is left out: Φ⁻¹(½) is zero, which is
+# For n positive levels, p goes from p_max towards ½ in n equal steps; ½ itself is left out: Φ⁻¹(½) is zero, which is
 # one level of its own. (p_max is below one because Φ⁻¹(1) is infinite.) The negative levels are made in the same way, with a minus sign. Then divide all by Φ⁻¹(p_max), so that they
 # lie between −1 and 1. NF4 has 7 negative levels, zero, and 8 positive ones.
 #
@@ -507,7 +507,7 @@ report.show(figure, alt)
 claim(values("int2", 0, "score").mean() > 0.8 and start[3] > 3, "int2 is damaged, and still learns")
 
 # %% [markdown]
-# On NF4, LoRA scores at most a little less than on float32, and forgets hardly more. On int3 we see no difference in the score, but it
+# On NF4, LoRA scores a little less than on float32 at most, and forgets a little more. On int3 we see no difference in the score, but it
 # forgets more, even beyond the damage by rounding. The scores do not rank NF4 and int3. <!-- claim: few-bits -->
 #
 # On int2, rounding destroyed most of what the base knew, and still LoRA learned most of the task. It did not repair the base: on text like that
@@ -589,8 +589,7 @@ for code in bits.CODES:
 # %% [markdown]
 # ## Paged optimizers
 #
-# AdamW keeps two numbers per trained parameter. A *paged* optimizer keeps them in CPU memory, cut into *pages* of equal size. It copies a page to the GPU when it is needed. A request that finds its page there is a *hit*. When its
-# budget of GPU memory is full, the page that was used least recently goes back. So a moment that needs much memory, like a batch of long texts, does not stop the training. It costs time for copies, and changes no number:
+# AdamW keeps two numbers per trained parameter. A *paged* optimizer keeps them in CPU memory, cut into *pages* of equal size. It copies a page to the GPU when it is needed. If a page is there already, that is a *hit*. When the GPU memory set aside for pages is full, the page that was used least recently goes back. So a moment that needs much memory, like a batch of long texts, does not stop the training. It costs time for copies, and changes no number:
 # our `PagedAdamW` gives exactly the weights of torch's AdamW.
 #
 # Each step needs each page once. **Guess:** half of the pages fit. If all steps visit the pages in the same order, what share of

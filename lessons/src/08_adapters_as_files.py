@@ -357,12 +357,12 @@ claim(max(grid["frozen base"]) < 0.1, "the base does none of them")
 #
 # | call | what happens | how to undo it |
 # |---|---|---|
-# | `merge_and_unload()` in both | returns a plain model with W' | not possible: keep the adapter's files |
+# | `merge_and_unload()` in minipeft and peft | returns a plain model with W' | not possible: keep the adapter's files |
 # | `merge_adapter()` in minipeft | keeps W, and stores W' next to it: more memory | `unmerge_adapter()` discards W' |
 # | `merge_adapter()` in peft | overwrites W with W + ΔW: no more memory | `unmerge_adapter()` subtracts ΔW |
 #
 # **Exercise 4.** Call `merge_adapter`, then `unmerge_adapter`. Is every weight of the base exactly the old one, in `"minipeft"` and in `"peft"`? And
-# if you only activate an adapter and `"disable"` it? Answer `True` or `False`.
+# with `"disable"`, if you only activate an adapter and disable it? Answer `True` or `False`.
 
 # %% tags=["exercise"]
 back = {"disable": None, "minipeft": None, "peft": None}
@@ -470,7 +470,7 @@ report.show(figure, "Left: twenty full copies take 280 GB, one base with adapter
 
 # %% [markdown]
 # A merged LoRA equals its own adapter, up to rounding. It differs from full fine-tuning, but two LoRAs with different seeds differ about as much. The dots of the methods overlap, so these runs do not rank them.
-# Our run (diamond) has fewer prompts, and a single run may lie outside the interval of the mean.
+# Our run (diamond) is lower than all ten dots; it was scored on fewer prompts.
 #
 # ## Add adapters
 #

@@ -105,8 +105,8 @@ print("slot accuracy of LoRA at 0.01, other seeds:", *(f"{r.score:.2f}" for r in
 claim(compare.in_spread(live["lora", 0.01], others), "LoRA scores like its other seeds")
 
 # %% [markdown]
-# The next figure adds stored runs with ten seeds. There each method has its own setting: of those with a validation score of at least 90 %, the one
-# that forgets least. (*Decay* pulls the weights back to those at step 0.)
+# The next figure adds stored runs with ten seeds. There each method has its own setting. Among the settings that reach a validation score of 90 %, it is the one
+# that forgets least. (*Decay*: towards the start.)
 
 # %%
 trials, finals = experiments.load("forgetting"), experiments.load("finals")
@@ -154,7 +154,7 @@ claim(max(ratio[:2]) < 0.7, "at equal learning rates, LoRA forgets less")
 claim(min(ratio[2:]) > 1.3, "with settings of its own, LoRA forgets more")
 
 # %% [markdown]
-# At equal rates, LoRA forgets less; with its own settings, more. At 10⁻³ LoRA forgets little because it has learned little. 10⁻² is ten times too high
+# At equal rates, LoRA forgets less than full fine-tuning. When each method has its own settings, LoRA forgets more. At 10⁻³ LoRA forgets little because it has learned little. 10⁻² is ten times too high
 # for full fine-tuning: it learns the task and destroys the rest. Each rate suits only one method, so tune each method on its own.
 #
 # If the best rate is the smallest or largest one tried, widen the list: a better one may lie outside.
@@ -312,7 +312,7 @@ check("09.differs", differs)
 # ## A decision table
 #
 # The table chooses on *validation* examples (three seeds), and measures scores on *test* examples and forgetting on new text, with ten new seeds. The bar is a
-# score of 90 %. For a high score, each method enters with the setting that forgets least, of those within two hundredths of its best score.
+# score of 90 %. For *high score*, each method enters with the setting that forgets least among those nearly as good as its best (within two hundredths).
 
 # %%
 tried = [sum(point["method"] == method for point in points) for method in least]
@@ -369,14 +369,12 @@ claim(verdicts["small file at score 0.9"].count("not sure") == 2, "both may miss
 # no larger. (*Memory*: weights, gradients, optimizer states.) Prompt methods are missing: they
 # scored far less (lessons 04 to 06).
 #
-# While the adapter is disabled, forgetting does not matter.
-#
 # ## What does α do?
 #
 # The *scaling* α/r multiplies the update. It acts much like the learning rate, so the LoRA paper tunes the rate only. With α = 2 r, the scaling is 2 for every rank. The variant
 # [rsLoRA](https://arxiv.org/abs/2312.03732) divides by √r, so that large ranks are scaled down less.
 #
-# **Exercise 5.** You found good settings with r = 8 and α = 16. Now r is 32. Which α keeps the scaling, for LoRA (α/r), and for rsLoRA (α/√r)?
+# **Exercise 5.** You found good settings with r = 8 and α = 16. Now r is 32. Which α keeps LoRA's scaling α/r? And had you used rsLoRA, which α keeps its α/√r?
 
 # %% tags=["exercise"]
 alpha_lora = None
@@ -582,7 +580,7 @@ claim(max(a) < 0 < min(b), "halving intruders lowers forgetting, halving others 
 # (The count depends on c: one of LoRA's directions lies almost on the line.)
 #
 # Without decay, LoRA's intruders carry a part of the forgetting. Halving them makes the model forget less. But they also carry a part of what was learned: the score falls, so the comparison is not at equal score.
-# The control is not quite fair either: the other directions also hold much of the pretrained weight. Shrinking the whole update would be a fairer one, and we did not run it. With decay there are few intruders, and halving these changes little. Decay is the better cure at these settings:
+# The control is not quite fair either: the other directions also hold much of the pretrained weight. Shrinking the whole update would be a fairer control; we did not run it. With decay there are few intruders, and halving these changes little. Decay is the better cure at these settings:
 # it lowers forgetting and keeps the score. <!-- claim: intruders-scaled -->
 #
 # ## What does a method save?
