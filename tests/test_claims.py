@@ -27,7 +27,7 @@ def prose(page: Path) -> list[str]:
         cells = [cell.partition("\n")[2] for cell in cells if cell.startswith(" [markdown]")]
         text = "\n\n".join(re.sub(r"^# ?", "", cell, flags=re.M) for cell in cells)
         text = re.sub(r"\$[^$]*\$", "", text)  # formulas
-        text = text.replace("90 %", "")  # a threshold, and no result: settings must reach this score
+        text = text.replace("90 %", "")  # a threshold, not a result: the score to be reached
     return list(claims.paragraphs(text))
 
 
