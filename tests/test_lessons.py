@@ -7,7 +7,6 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -62,6 +61,7 @@ def test_a_lesson_has_stubs_and_its_twin_the_solutions(source):
                 assert "".join(cell["outputs"][0]["text"]).startswith(said)
 
 
+@cache
 def answers() -> list[tuple[str, str, str]]:
     """Exercise, "stub", "right" or "wrong", and the code, from the lessons and from answers/."""
     found = []
@@ -119,20 +119,27 @@ def try_answer(name: str, code: str) -> tuple[bool, str]:
     return lessons.solved(name), printed.getvalue()
 
 
-def some_are_slow(found: list[tuple[str, str, str]]) -> Iterator:
-    """All answers; those after the first of an exercise and kind are for the marked tests."""
-    seen = set()
+def names() -> list[str]:
+    return list(dict.fromkeys(name for name, _, _ in answers()))
+
+
+def try_all(found: list[tuple[str, str, str]]) -> None:
     for name, kind, code in found:
-        mark = pytest.mark.slow if (name, kind) in seen else ()
-        seen.add((name, kind))
-        yield pytest.param(name, kind, code, marks=mark, id=f"{name}-{kind}")
+        taken, printed = try_answer(name, code)
+        assert taken == (kind == "right"), f"{kind}: {code}\n{printed}"
+        begin = {"right": "right", "wrong": "wrong: ", "stub": "not done"}[kind]
+        assert printed.startswith(begin), f"{kind}: {code}\n{printed}"
 
 
-@pytest.mark.parametrize(("name", "kind", "code"), list(some_are_slow(answers())))
-def test_the_check_of_an_exercise_takes_right_answers_only(name, kind, code):
-    taken, printed = try_answer(name, code)
-    assert taken == (kind == "right"), printed
-    assert printed.startswith({"right": "right", "wrong": "wrong: ", "stub": "not done"}[kind])
+def test_each_check_takes_its_solution_and_rejects_a_wrong_answer_and_the_stub():
+    first = {(name, kind): code for name, kind, code in reversed(answers())}
+    try_all([(name, kind, code) for (name, kind), code in first.items()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", names())
+def test_the_check_of_an_exercise_takes_all_right_answers_and_no_wrong_one(name):
+    try_all([answer for answer in answers() if answer[0] == name])
 
 
 def test_each_exercise_has_four_wrong_answers_and_two_other_right_ones():
