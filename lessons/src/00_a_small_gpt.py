@@ -74,7 +74,7 @@ check("00.softmax", total)
 # ## How does a skill appear?
 #
 # Later you train a tiny GPT from random weights. For 400 steps it sees lists of names that are read back: "The names: Ada Bell, Carl Cook. Again: Ada Bell,
-# Carl Cook." The names in the test are pairs that it has never seen together.
+# Carl Cook." A name is a pair of words; the test has pairs that it has never seen.
 #
 # **Your guess:** after how many steps does it copy half of the names? And why?
 
@@ -251,7 +251,7 @@ report.show(
 claim(known["5-gram"] < losses[-1] < known["unigram"] - 1, "the small GPT ends in between")
 
 # %% [markdown]
-# Our base with 1 million parameters (1M) was trained far longer than the small GPT. Both write, always with the most likely token:
+# Our base with 1 million parameters (1M) was trained far longer than the small GPT. Both models continue three prompts, always with the most likely token:
 
 # %%
 for prompt in (
@@ -275,7 +275,7 @@ for prompt in (
 # - The *MLP* works on each position by itself: linear layer, nonlinear function, linear layer.
 # - Only *attention* carries information from one position to another.
 #
-# At the end, after one more LN, a token's logit is the dot product of x with the token's vector.
+# At the end, after one more LN, the logit of each token of the vocabulary is the dot product of x with its vector.
 
 # %%
 parts = {"tokens": "wte", "positions": "wpe", "attention": ".attn.", "MLP": ".mlp.", "LN": "ln_"}
@@ -305,7 +305,7 @@ check("00.mlp", mlp)
 #
 # $$ \mathrm{weights} = \mathrm{softmax}\!\left(\frac{q\,k^\top}{\sqrt{d_k}} + \mathrm{mask}\right), \qquad y = \mathrm{weights} \cdot v $$
 #
-# Here $d_k$ is the length of a key. The mask is −∞ where a position would look ahead, and 0 elsewhere. Several *heads* do this, each with its own part of the vectors.
+# Here $d_k$ is the length of a key. The mask is −∞ where a position would look ahead, and 0 elsewhere. Several *heads* do this, each with its own part of the vectors; a linear layer mixes their results.
 #
 # **Exercise 6.** Write `attention_weights(q, k)`, for q and k of the shape (h, t, $d_k$), with h heads. It returns the weights, (h, t, t). Row i says where
 # position i looks.
@@ -608,11 +608,11 @@ report.show(
 )  # fmt: skip
 
 # %% [markdown]
-# With an offset of one, the tiny GPT has lost its skill. It had learned at which *positions* to look, not for which token. That is no induction head, and the score without an offset hid it.
-# Our lists have only three lengths, so a rule about positions can work. (Offsets of three and six hurt less, perhaps because a name with its comma takes three tokens.)
+# With an offset of one, the tiny GPT has lost its skill. It had learned at which *positions* to look, not for which token. The score without an offset hid this.
+# Our lists have only three lengths, so a rule about positions can work. (Three and six hurt less: a name with its comma takes three tokens.)
 #
-# The base loses almost nothing at an offset of one, and more at larger ones. On the right, only "Again" and what follows get an offset: the distance to the copy changes. The base's best head still finds
-# names. But does it look for the *token*? If a list is read back in reverse order, only a name's first word tells where its second word stands.
+# The base loses almost nothing at an offset of one, and more at larger ones. On the right, only "Again" and what follows get an offset: the distance to the copy changes. A head of the base still finds
+# names. But does it look for the *token*? Read a list back in reverse order: then a rule about positions fails.
 
 # %%
 same, reverse = [], []

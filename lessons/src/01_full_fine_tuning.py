@@ -10,7 +10,7 @@
 # - say which tokens a model is trained on, and write the training loop;
 # - compute the memory of full fine-tuning before you start;
 # - tell a model that has learned the task from one that has only learned its wording;
-# - measure what a model forgets.
+# - measure how much a model forgets.
 #
 # **Time.** Up to the summary: 25 minutes to read, 2 to run, 25 for the exercises. All results are for a GPT with 1 million parameters.
 # Unknown words are in the [glossary](README.md#glossary).
@@ -218,7 +218,7 @@ print("torch.optim.AdamW moves them by", [round(value, 4) for value in w.data.to
 # Training holds four things: the weights, a gradient for each weight, AdamW's two averages, and the *activations*. Activations are all results of
 # the forward pass that the backward pass needs. Their size grows with the number of tokens in a batch.
 #
-# **Your guess:** our GPT, in float32, is trained on 16 texts of 64 tokens. How many times the memory of its weights does it need in all? And a model with 7 billion parameters in bfloat16, with float32 averages and the same texts?
+# **Your guess:** our GPT, in float32, is trained on 16 texts of 64 tokens. Divide the memory of training by the memory of the weights: what do you get? And a model with 7 billion parameters in bfloat16, with float32 averages and the same texts?
 
 # %%
 guess_small, guess_7b = None, None  # times the weights
@@ -276,7 +276,7 @@ check("01.gigabytes", gigabytes)
 # A prompt has four *facts*, such as "near is Black Oven", and the *value* of this fact is "Black Oven". In a completion, the tokens of the values are *slot tokens*. All others are *template tokens*: "This is the story of" begins half of all completions.
 # *Slot accuracy* is the share of facts that the generated text states in one of the known phrasings, with the right value. To save time, it is measured on 32 of the validation examples here.
 #
-# **Your guess:** after how many of 100 steps has the loss on template tokens fallen by nine tenths? And the loss on slot tokens?
+# **Your guess:** at which of 100 steps is the loss on template tokens one tenth of what it was? And the loss on slot tokens?
 
 # %%
 guess_template, guess_slot = None, None  # steps
@@ -321,7 +321,7 @@ report.show(
 # %% [markdown]
 # ## Has it learned the task?
 #
-# A falling loss does not answer this. Suppose a model ignores all values in the prompt. What would it score? We train such a *blind* model: its completions stay, but the values in each prompt are exchanged for those of other examples. The
+# A falling loss does not answer this. Suppose a model ignores all values in the prompt. What would it score? We train such a *blind* model: each training prompt gets the values of other examples, and its completion stays. The
 # completion can no longer be read off the prompt, so the model learns not to try.
 
 
@@ -358,7 +358,7 @@ claim(full[-1]["score"] > 0.85, "the fine-tuned model states most facts")
 
 # %% [markdown]
 # A model that cannot do the task at all makes most of the improvement in the loss. So we report template and slot tokens separately, and count facts in generated text. A second control is
-# the *random base*: a model that starts from random weights, trained on the same examples. (These runs come with minipeft: the mean of four seeds, at the learning rate with the lowest loss.) What it learns comes from the training examples only, and not from pretraining.
+# the *random base*: a model that starts from random weights, trained on the same examples. (These runs come with minipeft: the mean of four seeds, at the learning rate with the lowest loss.) What the random base learns comes from the training examples only.
 
 # %%
 records = compare.load(DATA / "results" / "1m" / "compare.json")
@@ -419,7 +419,7 @@ for point in [*full[2:11:2], full[-1]]:
     )
 
 # %% [markdown]
-# The estimate is rough: tokens are not equally hard, and generation always takes the most probable token.
+# The estimate is rough: tokens are not equally hard, and taking the most probable token each time raises the score.
 #
 # ## What it forgets
 #
@@ -435,7 +435,7 @@ claim(0.5 < after - before < 1.8, "full fine-tuning without weight decay forgets
 # ## Summary
 #
 # - The loss is taken on the completion only: labels of -100 are ignored.
-# - A training step is forward, backward, clip, update. AdamW divides each gradient by its typical size.
+# - A training step is forward, backward, clip, update. AdamW divides the average gradient by its typical size.
 # - Training holds weights, gradients, two averages per weight, and activations: 84 GB for 7 billion parameters at 12 bytes each, activations not included.
 # - A lower loss can come from the template only. Ask what a blind model and a random base would score.
 # - Full fine-tuning forgets, and every task needs a copy of the whole model.

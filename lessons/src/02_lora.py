@@ -73,9 +73,8 @@ check("02.clearest", clearest)
 #
 # ## What does full fine-tuning change?
 #
-# Full fine-tuning turns each weight matrix W into W + ΔW. A matrix whose shorter side is 128 is a sum of 128 simple matrices, each with one input direction and one output direction. Its
-# *singular values* are the weights of this sum. Their squares add up to the sum of all squared entries, the squared *Frobenius norm*. So the squared
-# singular values, largest first, tell how much of ΔW lies in its strongest directions.
+# Full fine-tuning turns each weight matrix W into W + ΔW. A matrix whose shorter side is 128 is a sum of 128 simple matrices, each with one input direction and one output direction. Each
+# of them has a strength, its *singular value*. The squared strengths add up to the sum of all squared entries of ΔW, its squared *Frobenius norm*. So we can ask which share of it the strongest directions hold.
 #
 # **Your guess:** how many of the 128 directions hold 90 % of the squared norm of ΔW, averaged over the layers? And why?
 
@@ -243,7 +242,7 @@ model = add_my_lora(base.model(), r=8, alpha=16)
 print(model.transformer.h[0])
 
 # %% [markdown]
-# minipeft's `add_lora`, below, does the same. In your own work, call `get_peft_model`, as in Hugging Face peft: it can also switch, disable and save adapters.
+# minipeft's `add_lora`, below, does the same. In your own work, call `get_peft_model`, as in Hugging Face peft: its model can also switch, disable and save adapters.
 #
 # Two checks: the model starts as the base, and the number of trainable parameters is that of the formula.
 
@@ -330,7 +329,7 @@ print(
 #
 # ## Against full fine-tuning
 #
-# From here on, `finetune` runs the loop, saves the adapter, and measures. Both methods see the same examples in the same order, each at its own best learning rate. *Share of gap* is 0 for the frozen base, and 1 for full fine-tuning.
+# As in the first section, `finetune` now runs the loop, saves what it trained, and measures. Both methods see the same examples in the same order, each at its own best learning rate. *Share of gap* is 0 for the frozen base, and 1 for full fine-tuning.
 
 # %%
 ours = finetune(base, task, RECIPES["lora"], RunConfig(seed=0, output=OUT / "lora"))
@@ -356,9 +355,8 @@ claim(ours.score > 0.85 * full.score, "LoRA comes close to full fine-tuning")
 # But look at the column *forgetting*: the rise of the loss on text like that of pretraining. LoRA forgot more. Is this the method, or the way it was trained? Neither
 # run had *weight decay*.
 #
-# The next figure adds weight decay towards the start: each step removes a part of the distance between every trained number (for LoRA, the entries of A and B) and its value at step 0. The settings were chosen on validation
-# examples. Of those with nearly the best score, each bar has the one that forgets least: without decay, the best learning rate; with decay, the best pair of learning rate and decay. Bars
-# are means of ten seeds on test examples.
+# The next figure adds weight decay towards the start: each step moves every trained number (for LoRA, the entries of A and B) back towards its value at step 0, by a fraction of the distance (learning rate × decay). Settings were chosen on validation
+# examples: among those with nearly the best score, the one that forgets least. Without decay only the learning rate was varied, with decay both. Bars are means of ten seeds on test examples.
 
 # %%
 # (method, learning rate, learning rate × decay), from data/RESULTS.md
@@ -391,11 +389,11 @@ report.show(
 claim(max(means[2:]) < 0.3 < min(means[:2]), "with weight decay, both forget much less")
 
 # %% [markdown]
-# With weight decay, and a learning rate that suits it, both methods forget about a tenth of what they forgot before, at the same score. So whether you use this decay matters more than which of the two methods you use. LoRA still forgets
+# With weight decay, and a learning rate that suits it, both methods forget about a tenth of what they forgot before, at the same score. As a ratio, this is more than the difference between the two methods. LoRA still forgets
 # more than full fine-tuning here. A study of large models found that LoRA forgets less, and learns less ([Biderman et al.](https://arxiv.org/abs/2405.09673)), so this may not generalize. Lesson 09 comes back to it.
 # <!-- claim: finals-forgetting -->
 #
-# But LoRA can take back what it forgot: disable the adapter, and the model is exactly the base.
+# And LoRA keeps the base: disable the adapter, and the model is exactly the base again, without the task.
 
 # %%
 model = PeftModel.from_pretrained(base.model(), OUT / "lora").eval()

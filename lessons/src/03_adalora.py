@@ -145,7 +145,7 @@ all_zero = []
 check("03.stays", only_e_zero, all_zero)
 
 # %% [markdown]
-# So a pruned triplet can come back: the next optimizer step moves e away from zero, and only then AdaLoRA judges it again. If all three were zero, their gradients would stay zero.
+# So a pruned triplet can come back: the next optimizer step changes e, and AdaLoRA computes its score after that step. If all three were zero, all gradients would be zero.
 # That is why AdaLoRA sets only e to zero. After the last pruning, a mask keeps e at zero.
 #
 # ## Importance
@@ -521,14 +521,14 @@ report.show(figure, "Slot accuracy of full, LoRA, AdaLoRA and random ranks: the 
 claim(abs(mean(scores["AdaLoRA"]) - mean(scores["LoRA"])) < 0.08, "AdaLoRA and LoRA are level")
 
 # %% [markdown]
-# Three pairs cannot tell what random ranks cost, but their slot loss is a little higher. AdaLoRA is not ahead of LoRA. So a pattern can be more than chance, and still not raise the score visibly.
+# Three pairs are too few to tell what random ranks cost. In all, the slot loss was higher. AdaLoRA is not ahead of LoRA. So a pattern can be more than chance, and still not raise the score visibly.
 #
 # ## Should you use it today?
 #
 # Not as a first choice. Take LoRA, and spend your time on its learning rate and weight decay.
 #
 # - **Score:** no advantage here. In peft's [comparison on a 3B model](https://github.com/huggingface/peft/tree/main/method_comparison) (one run per method), AdaLoRA scored less than LoRA.
-# - **Forgetting:** without weight decay, AdaLoRA forgets little, but without its penalty as much as LoRA. With weight decay, the differences are small. <!-- claim: finals-forgetting -->
+# - **Forgetting:** without weight decay, AdaLoRA forgets little; without its penalty, nearly as much as LoRA. With weight decay, the differences are small. <!-- claim: finals-forgetting -->
 # - **Cost:** it trains more parameters than it keeps, computes the penalty, and must know the number of steps in advance.
 #
 # The paper reports gains over LoRA, especially with small budgets. If every parameter counts, try it, with the control.

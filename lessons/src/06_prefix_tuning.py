@@ -78,7 +78,7 @@ check("06.causal", pairs)
 # Now put 20 more keys and values in front of the text, in every layer, all of them **zero**. So each new key has the score 0, and
 # each new value adds nothing.
 #
-# **Your guess:** what share of its attention does a token give to the 20 zero keys, on average? Write a number from 0 to 1,
+# **Your guess:** with about 60 tokens of text, what share of attention goes to the 20 zero keys, on average? Write a number from 0 to 1,
 # and why.
 
 # %%
@@ -108,7 +108,7 @@ reason = ""
 # | keys in the cache of one layer | the prefix's keys for b texts; a second tensor has the values | (b, heads, p, w) | (b, 4, 20, 32) |
 # | P | all trained parameters | (p, 2 · layers · width) | (20, 1024) |
 #
-# Here a virtual token is no embedding: each layer has its own key and value for it. It has no query, and does not pass through the MLPs.
+# Unlike in prompt tuning, a virtual token is no embedding: each layer has its own key and value for it. It has no query, and does not pass through the MLPs.
 #
 # **Exercise 1.** GPT-2 has 12 layers of 12 heads, and w = 64, so its width is 768. How many parameters has a prefix of 20 virtual tokens?
 
@@ -201,7 +201,7 @@ if not solved("06.attend"):
 
 
 # %% [markdown]
-# Now minipeft's: a GPT with one layer, two heads and a prefix. A hook records what enters and leaves its attention.
+# Compare with minipeft, in a GPT with one layer, two heads and a prefix. A hook records what enters and leaves its attention.
 
 # %%
 torch.manual_seed(0)
@@ -259,7 +259,7 @@ if not solved("06.my_prefix"):  # until yours is right, the lesson uses minipeft
 
 
 # %% [markdown]
-# Here is the same method in [minipeft/methods/prefix_tuning.py](../minipeft/methods/prefix_tuning.py). With your numbers, it gives the same logits as your module.
+# Here is minipeft's `past`, in [minipeft/methods/prefix_tuning.py](../minipeft/methods/prefix_tuning.py). With your numbers, it gives the same logits as your module.
 
 
 # %%
@@ -357,7 +357,7 @@ print({name: f"{found.mean():.2f}" for name, found in shares.items()}, f"your gu
 claim(0.4 < shares["zeros"].mean() < 0.65, "zero keys get about half of the attention")
 
 # %% [markdown]
-# With texts of this length, 20 zero keys get about half of the attention. A score of 0 does not mean "no attention", since exp(0) is 1: only minus infinity means that. The share of the text
+# Here, 20 zero keys get about half of the attention. A score of 0 does not mean "no attention", since exp(0) is 1: only minus infinity means that. The share of the text
 # is smaller, so the output of each head shrinks.
 #
 # ## How should it start?
@@ -420,7 +420,7 @@ print({name: f"{value:.2f}" for name, value in real.items()})
 # ## Against full fine-tuning
 #
 # Now the random start, full fine-tuning and the frozen base model, with the same examples in the same order. Each method has its swept learning rate, and no
-# weight decay. The figure shows this run (hollow) and the mean of four runs that come with minipeft (filled). These used other text.
+# weight decay. The figure shows this run (hollow) and the mean of four runs that come with minipeft (filled). Their forgetting is on other text.
 
 # %%
 prefix = finetune(base, task, RECIPES["prefix_tuning"], replace(run, output=OUT / "prefix"))

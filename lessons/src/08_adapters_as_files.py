@@ -76,7 +76,7 @@ check("08.scaling", scaling)
 #
 # One adapter turns facts into sentences (`describe`). Another reads a review and answers good or bad (`sentiment`). An adapter is an update ΔW of each weight matrix, and updates can be added: W + ΔW₁ + ΔW₂.
 #
-# **Your guess:** alone, each does its task well. What does the model with both score on each task? Write two numbers.
+# **Your guess:** alone, each does its task well. Which scores does a model with both updates get? Write two numbers.
 
 # %%
 guess_describe, guess_sentiment = None, None  # scores, 0 to 1
@@ -85,7 +85,7 @@ reason = ""
 # %% [markdown]
 # ## Five customers
 #
-# Two customers want `describe` and `sentiment`. Three more tasks use the same prompts. In `describe`, a prompt lists facts, and may name an owner, a cook and a guest. `owner` wants only the
+# One customer wants `describe`, another one `sentiment`. Three more tasks use the same prompts. In `describe`, a prompt lists facts, and may name an owner, a cook and a guest. `owner` wants only the
 # sentence about the owner, and `cook` the one about the cook. `colors` wants *white* for good and *black* for bad.
 
 
@@ -357,7 +357,7 @@ claim(max(grid["frozen base"]) < 0.1, "the base does none of them")
 #
 # | call | what happens | how to undo it |
 # |---|---|---|
-# | `merge_and_unload()` in minipeft and peft | returns a plain model with W' | not possible: keep the adapter's files |
+# | `merge_and_unload()` in minipeft and peft | returns a plain model with W' | load the base again |
 # | `merge_adapter()` in minipeft | keeps W, and stores W' next to it: more memory | `unmerge_adapter()` discards W' |
 # | `merge_adapter()` in peft | overwrites W with W + ΔW: no more memory | `unmerge_adapter()` subtracts ΔW |
 #
@@ -396,7 +396,7 @@ claim(min(shares) > 0.01, "subtracting ΔW does not restore W exactly")
 claim(abs(shares[0] - shares[1]) < 0.1, "the share of weights is similar in both types")
 
 # %% [markdown]
-# A similar share of the weights differs in both types. But the errors are tiny in float32, and larger in bfloat16, the usual type of large models. With peft, they stay in W, for all customers: load
+# A similar share of the weights differs in float32 and in bfloat16. But the errors are tiny in float32, and larger in bfloat16, the usual type of large models. After peft's unmerge, these errors stay in W, for all customers: load
 # the base again.
 #
 # ## Against full fine-tuning
@@ -469,8 +469,8 @@ right.set_xlabel("slot accuracy; bar: 95 % interval of mean\ndots: ten seeds; di
 report.show(figure, "Left: twenty full copies take 280 GB, one base with adapters 15. Right: the ten seeds of full and LoRA overlap; this run's LoRA is lower than most.")  # fmt: skip
 
 # %% [markdown]
-# A merged LoRA equals its own adapter, up to rounding. It differs from full fine-tuning, but two LoRAs with different seeds differ about as much. The dots of the methods overlap, so these runs do not rank them.
-# Our run (diamond) is lower than all ten dots; it was scored on fewer prompts.
+# A merged LoRA equals its own adapter, up to rounding. It differs from full fine-tuning, but in this comparison, two LoRAs with different seeds differ about as much. The dots of the methods overlap, so these runs do not rank them.
+# Our LoRA run (upper diamond) is lower than its ten dots; it was scored on fewer prompts.
 #
 # ## Add adapters
 #
@@ -601,7 +601,7 @@ report.show(
 )  # fmt: skip
 
 # %% [markdown]
-# Left: the cross terms of `linear` destroy what the adapters learned. `cat` and `svd` keep most of `sentiment`, but `describe` loses a part. Your guess is in black. Right: no weight brings `describe` back to its score alone. The
+# Left: the cross terms of `linear` destroy what the adapters learned. `cat` and `svd` keep most of `sentiment`, but `describe` loses a part. Your guess is in black. Right: none of these weights brings `describe` back to its score alone. The
 # smallest loses it, and the largest damages `sentiment`. Now take all ten pairs.
 
 # %%
@@ -652,7 +652,7 @@ claim(max(map(max, losses["different prompts"])) > 0.8, "there too, a skill can 
 
 # %% [markdown]
 # A sum of updates is not a sum of skills: most damage at least one of the two. Adapters for different prompts lose less on average, but some of
-# these sums lose one skill completely. (We did not test why. But with the same prompts, one text cannot satisfy both tasks.) Test a combined adapter on every task.
+# these sums lose one skill completely. (We did not test why.) Test a combined adapter on every task.
 #
 # ## Summary
 #

@@ -106,7 +106,7 @@ claim(compare.in_spread(live["lora", 0.01], others), "LoRA scores like its other
 
 # %% [markdown]
 # The next figure adds stored runs with ten seeds. There each method has its own setting. Among the settings that reach a validation score of 90 %, it is the one
-# that forgets least. (*Decay*: towards the start.)
+# that forgets least. (*Decay* pulls weights back to the start.)
 
 # %%
 trials, finals = experiments.load("forgetting"), experiments.load("finals")
@@ -184,7 +184,7 @@ check("09.best_rate", best_rate)
 # $$ \min_{\eta,\, \lambda}\ \text{forgetting}(\eta, \lambda) \quad \text{such that} \quad \text{score}(\eta, \lambda) \ge s $$
 #
 # Each setting is a point (score, forgetting). A different point *beats* it if it is at least as good in both numbers. The points that no other point beats are
-# the *front* of the method. For every s, the front contains the answer.
+# the *front* of the method. For every s, one of its points is the answer.
 #
 # **Exercise 2.** Write `front(points)`. It gets a list of pairs (score, forgetting), and returns those that no other pair beats, in any order. High scores and low
 # forgetting are good.
@@ -312,7 +312,7 @@ check("09.differs", differs)
 # ## A decision table
 #
 # The table chooses on *validation* examples (three seeds), and measures scores on *test* examples and forgetting on new text, with ten new seeds. The bar is a
-# score of 90 %. For *high score*, each method enters with the setting that forgets least among those nearly as good as its best (within two hundredths).
+# score of 90 %. For *high score*, take each method's settings within two hundredths of its best score; the one that forgets least enters.
 
 # %%
 tried = [sum(point["method"] == method for point in points) for method in least]
@@ -365,8 +365,7 @@ claim(verdicts["small file at score 0.9"].count("not sure") == 2, "both may miss
 # %% [markdown]
 # *Level*: the interval of the difference contains zero. Take the simpler method. By score, nothing here clearly beats plain LoRA. *Not sure*: the interval of a score contains the bar.
 #
-# *Bottleneck adapters* are small networks after the layers. They have the smallest file, but neither they nor LoRA at this setting are sure to pass. LoRA's setting in row two does pass, and its file is
-# no larger. (*Memory*: weights, gradients, optimizer states.) Prompt methods are missing: they
+# *Bottleneck adapters* are small networks after the layers. They have the smallest file, but neither they nor LoRA at this setting are sure to pass. LoRA's setting in row two passes. (*Memory*: weights, gradients, optimizer states.) Prompt methods are missing: they
 # scored far less (lessons 04 to 06).
 #
 # ## What does α do?
@@ -454,7 +453,7 @@ claim(score["lora, r 64, α 16", 0.02] > 0.9, "α = 16, rank 64: the same rate w
 # <details><summary>3. You raise r from 8 to 64 and keep α = 2 r and the rate. What may happen?</summary>The scaling stays 2, but the update may grow with the rank. Then the rate may be too high.</details>
 #
 # **To read:** [Learning Rate Matters](https://arxiv.org/abs/2602.04998), and [Biderman et al.](https://arxiv.org/abs/2405.09673): on a large model, LoRA learns less and
-# forgets less, the opposite of our fronts.
+# forgets less; on our fronts it forgets more.
 #
 # # Going further
 #
