@@ -108,7 +108,7 @@ reason = ""
 # | keys in the cache of one layer | the prefix's keys for b texts; a second tensor has the values | (b, heads, p, w) | (b, 4, 20, 32) |
 # | P | all trained parameters | (p, 2 · layers · width) | (20, 1024) |
 #
-# Unlike in prompt tuning, a virtual token is no embedding: each layer has its own key and value for it. It has no query, and does not pass through the MLPs.
+# Such a virtual token is no embedding: each layer has its own key and value for it. It has no query, and does not pass through the MLPs.
 #
 # **Exercise 1.** GPT-2 has 12 layers of 12 heads, and w = 64, so its width is 768. How many parameters has a prefix of 20 virtual tokens?
 
@@ -201,7 +201,7 @@ if not solved("06.attend"):
 
 
 # %% [markdown]
-# Compare with minipeft, in a GPT with one layer, two heads and a prefix. A hook records what enters and leaves its attention.
+# Compare with minipeft: a GPT with one layer, two heads and a prefix. A hook records what enters and leaves its attention.
 
 # %%
 torch.manual_seed(0)
