@@ -13,7 +13,7 @@
 # - compare it with full fine-tuning on two tasks, and say what people use today.
 #
 # **Time.** 20 minutes to read, 2 to run, 35 for the exercises. Results are for GPTs with 1 million parameters, unless we say otherwise.
-# Unknown words are in the [glossary](README.md#glossary).
+# [Glossary](README.md#glossary).
 
 # %%
 import inspect
@@ -239,7 +239,7 @@ embeddings = 20 * 1e-2 / (1 / 5)
 check("04.moves", noise, embeddings)
 
 # %% [markdown]
-# So, by this estimate, noise should need a learning rate five times as large. We train both for 50 steps, with three learning rates.
+# So, by this estimate, noise should need a learning rate five times as large. We train both for 50 steps, with three learning rates and one seed. (Dotted: guessing between the two answers.)
 
 
 # %%
@@ -292,7 +292,7 @@ claim(ratios[0] > 1.5 * ratios[2], "their lead is smaller at the largest rate")
 
 # %% [markdown]
 # At each rate, embeddings get further in 50 steps. How far ahead they are depends on the rate. So compare two starts
-# only if each has its own best learning rate. This figure does not show their best rates: both are best at the edge of what we tried.
+# only if each has its own best learning rate. This figure only shows that the lead depends on the rate: both starts are best at the edge of what we tried.
 #
 # | setting | here | on a large model | what it does |
 # |---|---|---|---|
@@ -409,7 +409,7 @@ check("04.mixed", mixed)
 # %% [markdown]
 # ## What people use today
 #
-# Mostly LoRA. The server vLLM removed its support for trained prompts [in 2025](https://github.com/vllm-project/vllm/pull/20588), and
+# Often LoRA. The server vLLM removed its support for trained prompts [in 2025](https://github.com/vllm-project/vllm/pull/20588), and
 # kept LoRA. Hugging Face peft publishes a [benchmark](https://github.com/huggingface/peft/tree/main/method_comparison/MetaMathQA): a 3B model learns grade-school mathematics in 5,000 steps.
 
 # %%
@@ -418,15 +418,15 @@ for name, accuracy in published.items():
     print(f"{name:18} {accuracy:.0%} of the test problems right (one seed)")
 
 # %% [markdown]
-# The embeddings were those of random tokens. Both runs with P had the learning rate 10⁻³, so noise may not have had its best rate. Still, if you use prompt tuning, start from embeddings: at equal rates
-# they got further here, too.
+# The embeddings were those of random tokens. Both runs with P had the learning rate 10⁻³, so noise may not have had its best rate. Still, embeddings seem safer: at equal rates
+# they got further here, too (one seed).
 #
 # ## Summary
 #
 # - Prompt tuning trains p · d numbers in front of the text. The model is frozen, and there is nothing to merge.
 # - Virtual tokens change only what comes after them. They need a mask of 1 and the label -100.
 # - At equal learning rates, embeddings get further than noise here, most of all at small rates.
-# - Here, from noise, it learns in 100 steps to answer with known words (three of four seeds), and not to write descriptions with the right facts.
+# - Here, from noise, it learns in 100 steps to choose the right known word (three of four seeds), and not to write descriptions with the right facts.
 # - It forgets while it is enabled. Rows of one batch can have different prompts.
 #
 # **Do you remember?** Answer first, then open.

@@ -224,7 +224,7 @@ for kind, number in numbers.items():
     print(f"{kind:6} trains {number:7,}; the frozen GPT has {total - number:,}; kept: {20 * d:,}")
 
 # %% [markdown]
-# With the LSTM we train more than half as many numbers as the model has, and keep 2,560. These 2,560 numbers could also be found without a network. So if it helps, it helps to *find* them: during training.
+# With the LSTM we train more than half as many numbers as the model has, and keep 2,560. These 2,560 numbers could also be found without a network. So the network can only help training to *find* them.
 #
 # **Exercise 4.** Do virtual tokens depend on each other? You change the last of five rows of H. Which rows of P change with the MLP, and which with the BiLSTM? Answer with lists; rows count from 0.
 
@@ -325,7 +325,7 @@ claim(max(seeds["MLP"]) < 0.05, "with the network, all four seeds learn the task
 claim(max(seeds["small noise"]) < 2 * max(seeds["MLP"]), "and without it, from small noise, too")
 
 # %% [markdown]
-# With these four seeds, prompt tuning from small noise does about as well as the MLP. So in 50 steps, small noise and a suitable learning rate are enough for this loss. Four seeds cannot rule out a smaller help of the network.
+# With these four seeds, prompt tuning from small noise does about as well as the MLP. So in 50 steps, small noise with a suitable learning rate reaches about the same loss. Four seeds cannot rule out a smaller help of the network.
 #
 # When a trick helps, ask what else it changes, and give that to the other side too.
 #
@@ -447,7 +447,7 @@ for name, (accuracy, number, rate) in published.items():
 # - P-tuning trains a network that computes the virtual tokens. After training, only P is kept; the output is identical.
 # - The network can have far more parameters than P.
 # - On `sentiment` no seed of it fails, and it is ahead of prompt tuning from noise with each seed.
-# - It also changes the start and the step. Prompt tuning from small noise, at its own rate, did about as well in 50 steps. The paper's first reason does not explain our result: with the MLP, virtual tokens do not see each other.
+# - It also changes the start and the step. Prompt tuning from small noise, at its own rate, did about as well in 50 steps. The paper's first reason, virtual tokens that depend on each other, does not explain our result: with the MLP they do not see each other.
 # - P-tuning v2 is another method: prefix tuning (lesson 06, and "Going further").
 #
 # **Do you remember?** Answer first, then open.
@@ -484,7 +484,7 @@ claim(max(highest.values()) < 0.3, "all three stay low on this task")
 claim(highest["p_tuning, LSTM"] < 0.05, "with the BiLSTM, every run stays near zero")
 
 # %% [markdown]
-# With the BiLSTM, every run stays at or near zero. Prompt tuning and the MLP get a little further, at the highest rates. All are near the floor, so this does not rank them. It only shows that virtual tokens that see each other are no shortcut here.
+# With the BiLSTM, every run stays at or near zero. Prompt tuning and the MLP get a little further. All are near the floor, so this does not rank them. It only shows that virtual tokens that see each other are no shortcut at these rates.
 #
 # ## Version two is another method
 #

@@ -150,8 +150,8 @@ check("07.quantize", quantize)
 # near ±1. *NF4* (4-bit normal float) takes *quantiles*. The quantile Φ⁻¹(p) is the value below which a share p of normally
 # distributed numbers (mean 0, variance 1) lies.
 #
-# For n positive levels, p goes from p_max towards ½ in n equal steps; ½ itself is left out: Φ⁻¹(½) is zero, which is
-# one level of its own. (p_max is below one because Φ⁻¹(1) is infinite.) The negative levels are made in the same way, with a minus sign. Then divide all by Φ⁻¹(p_max), so that they
+# For n positive levels, p goes from p_max towards ½ in n equal steps. We use each point but ½, because Φ⁻¹(½) = 0
+# is a level already. (p_max is below one because Φ⁻¹(1) is infinite.) The negative levels are made in the same way, with a minus sign. Then divide all by Φ⁻¹(p_max), so that they
 # lie between −1 and 1. NF4 has 7 negative levels, zero, and 8 positive ones.
 #
 # **Exercise 3.** Write `make_levels(n_negative, n_positive, p_max)`. It returns all levels in a tensor, in ascending order.
@@ -311,7 +311,7 @@ report.show(figure, alt)
 # The layer dequantizes W, multiplies by it, and drops it. But the backward pass needs W as well: that was the second question above. If PyTorch
 # keeps W from the forward pass until then, in every layer, no memory is saved. So the backward pass must dequantize *again*.
 #
-# **Exercise 5.** Write the function for y = x Wᵀ. (Inputs and gradients are rows.) `q` holds the codes and absmax values of W, and `dequantize_nf4(q)` returns W, of the shape (out, in).
+# **Exercise 5.** In PyTorch, inputs and gradients are rows: y = x Wᵀ. Write this function. `q` holds the codes and absmax values of W, and `dequantize_nf4(q)` returns W, of the shape (out, in).
 # You may keep `q`, but nothing as large as W. `backward` returns two values: the gradient of x, and `None` for `q`.
 
 
@@ -507,7 +507,7 @@ report.show(figure, alt)
 claim(values("int2", 0, "score").mean() > 0.8 and start[3] > 3, "int2 is damaged, and still learns")
 
 # %% [markdown]
-# On NF4, LoRA scores a little less than on float32 at most, and forgets a little more. On int3 we see no difference in the score, but it
+# On NF4, LoRA scores at most a little less than on float32, and forgets hardly more. On int3 we see no difference in the score, but it
 # forgets more, even beyond the damage by rounding. The scores do not rank NF4 and int3. <!-- claim: few-bits -->
 #
 # On int2, rounding destroyed most of what the base knew, and still LoRA learned most of the task. It did not repair the base: on text like that
