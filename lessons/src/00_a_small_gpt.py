@@ -609,7 +609,7 @@ report.show(
 
 # %% [markdown]
 # With an offset of one, the tiny GPT has lost its skill. It had learned at which *positions* to look, not for which token. The score without an offset hid this.
-# Our lists have only three lengths, so a rule about positions can work. (Three and six hurt less: a name with its comma takes three tokens.)
+# Our lists have three lengths, so a rule about positions can work. (Three and six hurt less, perhaps as a name with comma takes three tokens.)
 #
 # The base loses almost nothing at an offset of one, and more at larger ones. On the right, only "Again" and what follows get an offset: the distance to the copy changes. A head of the base still finds
 # names. But does it look for the *token*? Read a list back in reverse order: then a rule about positions fails.

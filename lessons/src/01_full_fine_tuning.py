@@ -419,7 +419,7 @@ for point in [*full[2:11:2], full[-1]]:
     )
 
 # %% [markdown]
-# The estimate is rough: tokens are not equally hard, and taking the most probable token each time raises the score.
+# The estimate is rough: tokens are not equally hard, and generation takes the most probable token each time.
 #
 # ## What it forgets
 #

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..symptoms import Draw, Wrong, ensure, same
 
@@ -282,8 +282,3 @@ def show(value) -> str:
 
 def named(function: Callable) -> str:
     return getattr(function, "__name__", type(function).__name__)
-
-
-def gradients(module: nn.Module) -> dict[str, Tensor | None]:
-    """The gradient of every parameter, by name."""
-    return {name: p.grad for name, p in module.named_parameters()}
