@@ -29,15 +29,17 @@ from minipeft.lab.finetune import build_model, micro_batches
 from minipeft.lab.recipes import RECIPES, RunConfig, common_recipe
 from minipeft.lab.train import train
 
+from .choosing import operating_points, points
 from .experiments import RESULTS, changes
 
 FILE = RESULTS / "real.jsonl"
 TEXT = Path(__file__).parent / "general.txt"  # which we wrote: to measure forgetting
 STEPS, BATCH, EXAMPLES = 60, 8, 48  # examples of the validation and of the test part
 DECAYS, SEEDS = (0.0, 0.04), (100, 101)  # learning rate x weight decay, towards the start
+FINALS = range(5)  # the seeds of the chosen settings
 RATES = {  # factors of four around the usual rates, and higher, as there are only 60 steps
-    "full": (2e-5, 8e-5, 3.2e-4), "lora": (2e-4, 8e-4, 3.2e-3), "qlora": (2e-4, 8e-4, 3.2e-3),
-    "prompt_tuning": (1e-2, 4e-2, 1.6e-1),
+    "full": (2e-5, 8e-5, 3.2e-4, 1.28e-3), "lora": (2e-4, 8e-4, 3.2e-3, 1.28e-2),
+    "qlora": (2e-4, 8e-4, 3.2e-3, 1.28e-2), "prompt_tuning": (1e-2, 4e-2, 1.6e-1, 6.4e-1),
 }  # fmt: skip
 
 
@@ -49,13 +51,28 @@ class Setting:
     seed: int
 
 
-def settings() -> list[Setting]:
+def grid() -> list[Setting]:
     """The frozen model first; then one seed of everything, then the other."""
     grid = product(SEEDS, DECAYS, RATES.items())
     return [
         Setting("frozen", 0.0, 0.0, SEEDS[0]),
         *(Setting(m, rate, decay, seed) for seed, decay, (m, rates) in grid for rate in rates),
     ]
+
+
+def finals() -> list[Setting]:
+    """Each method's operating points, without decay and with it, on new seeds."""
+    found = points([row for row in load() if row["seed"] in SEEDS and row["method"] in RATES])
+    chosen = [*operating_points(found, False), *operating_points(found, True)]
+    names = ("method", "learning_rate", "decay")
+    all_ = [Setting(*(p[n] for n in names), seed) for seed in FINALS for p in chosen]
+    return list(dict.fromkeys(all_))  # a method's two points may be the same
+
+
+def settings() -> list[Setting]:
+    """The grid; and the finals, once the grid is complete."""
+    done = {setting_of(row) for row in load()}
+    return grid() + (finals() if done.issuperset(grid()) else [])
 
 
 @cache
@@ -113,8 +130,12 @@ def load() -> list[dict]:
     return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.is_file() else []
 
 
+def setting_of(row: dict) -> Setting:
+    return Setting(*(row[name] for name in Setting.__annotations__))
+
+
 def missing() -> list[Setting]:
-    done = {Setting(*(row[name] for name in Setting.__annotations__)) for row in load()}
+    done = {setting_of(row) for row in load()}
     return [setting for setting in settings() if setting not in done]
 
 

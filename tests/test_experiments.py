@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_config
 
 from minipeft import GPT, LoraConfig, PrefixTuningConfig, get_peft_model
-from minipeft.data import choosing, claims, experiments, real, results, sections
+from minipeft.data import choosing, claims, experiments, real, results, sections, transfer
 from minipeft.data.experiments import Grid, Setting
 from minipeft.lab.tasks import Example
 
@@ -344,6 +344,76 @@ def test_mlps_alone_score_less_than_attention_alone():
     assert max(scores) - min(scores) < 0.02
 
 
+def bounds(values: list[float]) -> tuple[float, float]:
+    """Of the mean's 95 % interval."""
+    mean, half = statistics.mean(values), results.report.interval(values)
+    return mean - half, mean + half
+
+
+def values(rows: list[dict], key: str) -> list[float]:
+    return [row[key] for row in rows]
+
+
+def test_only_prefix_tuning_learns_describe_in_300_steps():
+    found, finals = choosing.points(experiments.load("prompts")), experiments.load("finals-prompts")
+    runs, text = sections.best_prompts(found, finals), sections.what_prompts_do(found, finals)
+    for method, rows in runs.items():
+        assert len(rows) == 5
+        assert bounds(values(rows, "forgetting"))[0] > 2
+        scores = values(rows, "score")
+        if "prefix" in method:
+            assert sections.with_interval(scores, ".2f") in CLAIMS["prompt-methods"]["interval"]
+            assert bounds(scores)[0] > 0.7
+        else:
+            assert max(scores) < 0.2
+    for key in ("score", "forgetting"):
+        told = sections.with_interval(
+            sections.paired(runs["prefix_tuning, real text"], runs["prefix_tuning"], key)
+        )
+        assert told in text
+        assert told in CLAIMS["prompt-methods"]["interval"]
+
+
+def test_the_larger_base_shows_what_the_1m_base_shows():
+    rows, finals = experiments.load("3m"), experiments.load("finals-3m")
+    runs = transfer.runs_of(rows, finals)
+    assert len(runs) == 7
+    for plain, decayed in runs.values():
+        assert len(plain) == len(decayed) == 5
+        assert bounds(sections.paired(decayed, plain, "forgetting"))[1] < 0
+        assert statistics.mean(sections.paired(decayed, plain, "score")) > -0.011
+    for i in range(2):
+        gap = sections.paired(runs["lora"][i], runs["full"][i], "forgetting")
+        assert bounds(gap)[0] > 0
+        assert sections.with_interval(gap) in CLAIMS["larger-base"]["interval"]
+        assert sections.with_interval(gap) in sections.what_the_larger_base_shows(rows, finals)
+
+
+def test_a_real_model_repeats_all_findings_but_the_intruders():
+    runs, told = transfer.runs_of(*transfer.real_rows()), CLAIMS["real-findings"]["interval"]
+    for method in transfer.METHODS:
+        plain, decayed = runs[method]
+        assert len(plain) == len(decayed) == 5
+        before, after = (statistics.mean(values(rows, "forgetting")) for rows in runs[method])
+        assert 2 * after < before
+        low, high = bounds(sections.paired(decayed, plain, "score"))
+        assert low < 0 < high, "no difference seen"
+        assert min(values([*plain, *decayed], "score")) > 0.9
+    for i in range(2):
+        gap = sections.paired(runs["lora"][i], runs["full"][i], "forgetting")
+        assert bounds(gap)[0] > 0
+        assert sections.with_interval(gap) in told
+        assert statistics.mean(values(runs["prompt_tuning"][i], "score")) < 0.4
+    for key in ("score", "forgetting"):
+        assert (
+            sections.with_interval(sections.paired(runs["qlora"][1], runs["lora"][1], key)) in told
+        )
+    few = statistics.mean(values(runs["lora"][0], "intruders"))
+    assert few < 0.01 * transfer.LOOKED_AT["SmolLM2"]
+    small = transfer.runs_of(experiments.load("forgetting"), experiments.load("finals"))["lora"][0]
+    assert statistics.mean(values(small, "intruders")) > 0.3 * transfer.LOOKED_AT["1M"]
+
+
 def test_the_least_forgetting_at_a_score_is_none_where_no_setting_reaches_it():
     found = choosing.points(
         [row(0.1, 0, 0.9, 3.0), row(0.1, 0.01, 0.9, 1.0), row(0.2, 0, 0.8, 0.1)]
@@ -360,12 +430,18 @@ def test_the_page_of_results_is_made_from_the_committed_rows():
 # --- the real model ---
 
 
-def test_the_runs_of_the_real_model_are_listed_once_and_continue_where_they_stopped(monkeypatch):
-    todo = real.settings()
-    assert len(set(todo)) == len(todo) == 1 + 4 * 3 * 2 * 2
-    assert {s.method for s in todo} == {"frozen", "full", "lora", "qlora", "prompt_tuning"}
-    monkeypatch.setattr(real, "load", lambda: [vars(s) | {"score": 1.0} for s in todo[:5]])
-    assert real.missing() == todo[5:]
+def test_the_real_models_finals_are_listed_when_its_grid_is_complete(monkeypatch):
+    grid, rows = real.grid(), real.load()
+    assert len(set(grid)) == len(grid) == 1 + 4 * 4 * 2 * 2
+    assert {s.method for s in grid} == {"frozen", "full", "lora", "qlora", "prompt_tuning"}
+    assert not real.missing()
+    assert len(rows) == len(grid) + 4 * 2 * 5
+    first = [row for row in rows if row["seed"] in real.SEEDS]
+    monkeypatch.setattr(real, "load", lambda: first[:5])
+    assert real.settings() == grid
+    assert set(real.missing()) == {real.setting_of(row) for row in first[5:]}
+    monkeypatch.setattr(real, "load", lambda: first)
+    assert {setting.seed for setting in real.missing()} == set(real.FINALS)
 
 
 def test_the_real_models_prompt_starts_from_its_vocabulary_and_its_lora_has_rank_16():
