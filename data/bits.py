@@ -1,6 +1,6 @@
 """How coarsely can a base be quantized? Linear weights in fewer and fewer bits, against the base.
 
-python -m data.bits  # results/bits.json, bits.png and the table of the README; a minute
+python -m data.bits  # results/bits.json, bits.png and the table of results/README.md
 
 The loss hides the damage: it can even fall. So we measure how far the predictions move, on held-out
 pretraining text: the Kullback-Leibler divergence KL(base ‖ quantized), in nats per token, and how

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from minipeft.files import write_text
 from minipeft.lab import report
 
-from . import sections, transfer
+from . import overview, sections, transfer
 from .choosing import edges, equal_score, operating_points, points
 from .experiments import RESULTS, TRIALS, load
 from .sections import paired, with_interval
@@ -430,4 +430,6 @@ if __name__ == "__main__":
     report.save_figure(intruders_figure(), RESULTS / "intruders.png", dpi=80)
     sections.drawing = True
     write_text(PAGE, page())
-    print(f"wrote {PAGE} and its figures")
+    report.save_figure(overview.figure(), RESULTS / "overview.png", dpi=90)
+    write_text(overview.README, overview.readme())
+    print(f"wrote {PAGE}, its figures, and the table of {overview.README}")

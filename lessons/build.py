@@ -10,9 +10,8 @@ python lessons/build.py --seed 3            # run them with other seeds: which c
 A source is `src/NN_topic.py` in jupytext's percent format. An exercise is three cells, by their
 tags: `exercise` (the stub), `solution`, and `check`, which runs after each of these: it must print
 "not done yet", and then "right". The lesson gets the stub with its check, the twin the solution
-with its check. (tests/answers/ has wrong answers, and other right ones. Older lessons have them in
-cells tagged `wrong`, and checks that assert.) A cell tagged `timing` prints seconds, so `--check`
-does not compare its output.
+with its check. (tests/answers/ has wrong answers, and other right ones.) A cell tagged `timing`
+prints seconds, so `--check` does not compare its output.
 """
 
 import argparse
@@ -37,42 +36,33 @@ def tags(cell) -> list[str]:
 
 
 def parse(source: Path):
-    """The notebook as it is run: stub, check, wrong answer, check, …, solution, check."""
-    notebook, cells, answers = jupytext.read(source, fmt="py:percent"), [], []
+    """The notebook as it is run: stub, check, solution, check."""
+    notebook, cells, solution = jupytext.read(source, fmt="py:percent"), [], None
     for cell in notebook.cells:
-        if tags(cell) in (["wrong"], ["solution"]):
-            answers.append(cell)
-        elif "check" in tags(cell):
-            cells.append(cell)
-            for answer in answers:
-                again = copy.deepcopy(cell)
-                again.metadata.tags = ["check", *tags(answer)]
-                if tags(answer) == ["wrong"]:
-                    again.metadata.tags.append("raises-exception")  # nbclient goes on after it
-                cells += [answer, again]
-            answers = []
+        if tags(cell) == ["solution"]:
+            solution = cell
+        elif tags(cell) == ["check"]:
+            again = copy.deepcopy(cell)
+            again.metadata.tags = ["check", "solution"]
+            cells += [cell, solution, again]
+            solution = None
         else:
             cells.append(cell)
-    if answers:
-        raise ValueError(f"{source.name}: a cell tagged {tags(answers[0])} has no `check` after it")
+    if solution is not None:
+        raise ValueError(f"{source.name}: a solution has no `check` after it")
     notebook.cells = cells
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     return notebook
 
 
 def judge(notebook, name: str) -> None:
-    """Raises ValueError where a check does not say what it should of a stub or an answer."""
+    """Raises ValueError where a check does not say what it should of a stub or a solution."""
     for answer, check in zip(notebook.cells, notebook.cells[1:], strict=False):
         if "check" not in tags(check):
             continue
-        last = check.outputs[-1] if check.outputs else {}
-        if "wrong" in tags(check):
-            good = last.get("ename") == "AssertionError" and last.evalue
-        else:
-            begin = "right" if "solution" in tags(check) else "not done yet"
-            good = check.outputs and check.outputs[0].get("text", "").startswith(begin)
-        if not good:
-            raise ValueError(f"{name}: the check says {last} of\n{answer.source}")
+        said = "".join(output.get("text", "") for output in check.outputs)
+        if not said.startswith("right" if "solution" in tags(check) else "not done yet"):
+            raise ValueError(f"{name}: the check says {said!r} of\n{answer.source}")
 
 
 def run_cells(notebook, **options) -> None:
@@ -101,10 +91,10 @@ def lesson_and_twin(source: Path, run: bool = True) -> dict[Path, str]:
         judge(notebook, source.stem)
     files = {}
     for path, drop in (
-        (HERE / f"{source.stem}.ipynb", lambda cell: {"wrong", "solution"} & set(tags(cell))),
+        (HERE / f"{source.stem}.ipynb", lambda cell: "solution" in tags(cell)),
         (
             HERE / "solutions" / f"{source.stem}.ipynb",
-            lambda cell: "wrong" in tags(cell) or tags(cell) in (["exercise"], ["check"]),
+            lambda cell: tags(cell) in (["exercise"], ["check"]),
         ),
     ):
         part = copy.deepcopy(notebook)
@@ -170,9 +160,10 @@ def with_other_seeds(source: Path, n: int) -> list[str]:
     """
     notebook = parse(source)
     notebook.cells = [
-        c for c in notebook.cells if c.cell_type == "code" and "wrong" not in tags(c)
-        and tags(c) not in (["exercise"], ["check"])
-    ]  # fmt: skip
+        c
+        for c in notebook.cells
+        if c.cell_type == "code" and tags(c) not in (["exercise"], ["check"])
+    ]
     seeds = re.compile(r"(manual_seed\(|seed=|Random\(|for seed in \()([\d, ]+)")
     for cell in notebook.cells:
         moved = seeds.sub(

@@ -16,7 +16,8 @@ RUNS = {
     for task, folder in (("describe", "."), ("sentiment", "sentiment"))
 }
 # PROTOCOL.md has settings, LOG.md is a diary of dated entries, the other two are generated
-PAGES = [ROOT / "README.md", DATA / "README.md", *sorted((ROOT / "lessons" / "src").glob("*.py"))]
+TAGGED = ("README.md", "data/README.md", "data/results/README.md", "lessons/COMMANDS.md")
+PAGES = [*(ROOT / page for page in TAGGED), *sorted((ROOT / "lessons" / "src").glob("*.py"))]
 
 
 def prose(page: Path) -> list[str]:
@@ -92,7 +93,7 @@ def test_a_page_states_no_measured_number_without_a_claim(page):
 
 
 def test_every_claim_that_names_a_page_is_tagged_there():
-    for page in ("README.md", "data/README.md"):
+    for page in TAGGED:
         tagged = {i for paragraph in prose(ROOT / page) for i in claims.tags(paragraph)}
         missing = {i for i, claim in LEDGER.items() if claim["where"] == page} - tagged
         assert not missing, f"{page} does not tag {missing}"

@@ -284,11 +284,11 @@ def test_the_documents_example_trains_with_default_arguments_saves_loads_in_peft
     assert torch.allclose(merged(ids).logits, logits, rtol=1e-4, atol=1e-5)
 
 
-def test_the_readmes_example_runs_and_peft_reads_its_checkpoint(tmp_path, monkeypatch):
+def test_the_example_with_the_trainer_runs_and_peft_reads_its_checkpoint(tmp_path, monkeypatch):
     family("gpt2").save_pretrained(tmp_path / "gpt2")
     monkeypatch.chdir(tmp_path)
-    readme = Path(__file__).parents[1] / "README.md"
-    blocks = [block.split("```")[0] for block in readme.read_text().split("```python\n")[1:]]
+    page = Path(__file__).parents[1] / "lessons" / "COMMANDS.md"
+    blocks = [block.split("```")[0] for block in page.read_text().split("```python\n")[1:]]
     (block,) = [block for block in blocks if "TrainerCallback" in block]
     names = {"dataset": rows([10] * 8)}
     exec(block, names)

@@ -121,13 +121,13 @@ def test_the_data_card_shows_the_committed_figures(world):
 
 
 @pytest.mark.slow
-def test_the_experiment_by_bits_rounds_like_nf4_and_the_readme_shows_it(world):
+def test_the_experiment_by_bits_rounds_like_nf4_and_the_page_shows_it(world):
     bits, w = world[4], torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
     nf4 = dequantize_nf4(quantize_nf4(w, double_quant=False))
     assert torch.equal(bits.rounded(w, NF4_CODEBOOK, 64), nf4)
     assert len(bits.rounded(w, bits.integers(2), None).unique()) == 3
     records = json.loads(bits.RESULTS.read_text())
-    page = (DATA.parent / "README.md").read_text()
+    page = (DATA / "results" / "README.md").read_text()
     assert bits.table(records) in page
     far = {(r["base"], r["code"], r["blocksize"]): r["divergence"] for r in records}
     for base in ("0.3m", "1m", "3m"):

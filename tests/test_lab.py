@@ -20,7 +20,7 @@ from minipeft.lab.recipes import RECIPES, RunConfig
 from minipeft.targets import list_targets
 
 ALL_TASKS = ["describe", "describe_brackets", "sentiment", "sentiment_unseen"]
-RESULTS, README = DATA / "results", DATA.parent / "README.md"
+RESULTS, PAGE = DATA / "results", DATA / "results" / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -382,12 +382,12 @@ def test_list_targets_has_a_row_per_kind_of_layer(gpt):
         ("sentiment", "sentiment/compare.json", 0.6, 0.9, 0.6),
     ],
 )
-def test_the_readme_shows_the_committed_run_and_the_task_needs_its_base(
+def test_the_page_shows_the_committed_run_and_the_task_needs_its_base(
     base, name, file, frozen, full, random
 ):
     task = tasks.load_task(base, name)
     records = compare.load(RESULTS / file)
-    assert compare.table(records, task) in README.read_text()
+    assert compare.table(records, task) in PAGE.read_text()
     assert {(r.base, r.task, r.steps) for r in records} == {("3m", name, 100)}
     by_row = {name: compare.mean(row, "score") for name, row in compare.rows(records).items()}
     assert by_row["frozen"] < frozen
@@ -398,8 +398,8 @@ def test_the_readme_shows_the_committed_run_and_the_task_needs_its_base(
         assert record.forgetting.get("off", before) == before
 
 
-def test_the_readme_shows_the_committed_study_and_sweep(world):
-    study, page = world[3], README.read_text()
+def test_the_page_shows_the_committed_study_and_sweep(world):
+    study, page = world[3], PAGE.read_text()
     sweeps = json.loads((RESULTS / "sweep.json").read_text())
     sweep.check(sweeps)
     placed = compare.load(RESULTS / "placement" / "compare.json")
@@ -412,7 +412,7 @@ def test_the_readme_shows_the_committed_study_and_sweep(world):
         assert table in page
 
 
-def test_the_readmes_qlora_numbers_match_the_committed_results():
+def test_the_pages_qlora_numbers_match_the_committed_results():
     rows = compare.rows(compare.load(RESULTS / "compare.json"))
     lora, qlora = rows["lora"], rows["qlora"]
     assert {round(r.bits, 2) for r in qlora} == {4.13}
@@ -443,7 +443,7 @@ def test_the_readmes_qlora_numbers_match_the_committed_results():
     assert points["qlora"][0.01]["slot_loss"] < 1.02 * points["qlora"][0.005]["slot_loss"]
 
 
-def test_the_readmes_bitfit_and_bottleneck_numbers_match_the_committed_results():
+def test_the_pages_bitfit_and_bottleneck_numbers_match_the_committed_results():
     share = {}
     for folder in (RESULTS, RESULTS / "sentiment"):
         records = compare.load(folder / "compare.json")

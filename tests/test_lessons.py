@@ -18,8 +18,6 @@ from minipeft.lab import tasks
 LESSONS = tasks.DATA.parent / "lessons"
 SOURCES = sorted((LESSONS / "src").glob("*.py"))
 ANSWERS = Path(__file__).parent / "answers"
-REWRITTEN = [s for s in SOURCES if "minipeft.grader.lessons" in s.read_text()]
-OLD = [s for s in SOURCES if s not in REWRITTEN]
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +49,6 @@ def test_a_lesson_has_stubs_and_its_twin_the_solutions(source):
         [set(c["metadata"].get("tags", [])) for c in cells(folder / f"{source.stem}.ipynb")]
         for folder in (LESSONS, LESSONS / "solutions")
     )
-    if source in OLD:
-        assert 3 <= sum("exercise" in tags for tags in lesson) <= 5
     assert not any("solution" in tags for tags in lesson)
     assert not any("exercise" in tags for tags in twin)
     for path, said in ((LESSONS, "not done yet"), (LESSONS / "solutions", "right")):
@@ -65,7 +61,7 @@ def test_a_lesson_has_stubs_and_its_twin_the_solutions(source):
 def answers() -> list[tuple[str, str, str]]:
     """Exercise, "stub", "right" or "wrong", and the code, from the lessons and from answers/."""
     found = []
-    for source in REWRITTEN:
+    for source in SOURCES:
         for tag, code, then in zip(*exercises(source), strict=True):
             name = re.search(r'check\("([\w.]+)"', then)[1]
             found.append((name, {"exercise": "stub", "solution": "right"}[tag], code))
@@ -102,7 +98,7 @@ def cells_of(source) -> list[tuple[str | None, str]]:
 @cache
 def imported(number: str) -> tuple[dict, dict[str, str]]:
     """The names that a lesson imports, and the arguments of its checks by exercise."""
-    text = next(s for s in REWRITTEN if s.stem.startswith(number)).read_text()
+    text = next(s for s in SOURCES if s.stem.startswith(number)).read_text()
     imports = [n for n in ast.parse(text).body if isinstance(n, ast.Import | ast.ImportFrom)]
     scope: dict = {}
     exec(compile(ast.Module(imports, []), "imports", "exec"), scope)
@@ -151,7 +147,7 @@ def test_each_exercise_has_four_wrong_answers_and_two_other_right_ones():
         assert len(lessons.find(name).hints) == 2, name
 
 
-@pytest.mark.parametrize("source", REWRITTEN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_a_lesson_can_be_read_in_an_evening(source):
     """At most 1,500 words before "Going further", and cells that fit on a screen."""
     lesson = cells(LESSONS / f"{source.stem}.ipynb")
@@ -169,45 +165,21 @@ def test_a_lesson_can_be_read_in_an_evening(source):
                     assert len(output["metadata"]["image/png"]["alt"]) > 30
 
 
-@pytest.mark.parametrize("source", OLD, ids=lambda path: path.stem)
-def test_each_exercise_has_two_wrong_answers_that_the_build_tries(source):
-    jupytext = pytest.importorskip("jupytext", reason="the lessons need the extra `lessons`")
-    wrong = 0
-    for cell in jupytext.read(source, fmt="py:percent").cells:
-        tags = cell.metadata.get("tags", [])
-        wrong += "wrong" in tags
-        if "check" in tags:
-            assert wrong >= 2, cell.source
-            wrong = 0
+def made(build, check_says: list[tuple[list[str], str]]):
+    """A notebook of one exercise whose checks have these tags and print these texts."""
+    new, notebook_cells = build.nbformat.v4, []
+    for tags, text in check_says:
+        check = new.new_code_cell("check", metadata={"tags": ["check", *tags]})
+        check.outputs = [new.new_output("stream", text=text)]
+        notebook_cells += [new.new_code_cell("answer"), check]
+    return new.new_notebook(cells=notebook_cells)
 
 
-def made(build, check_says: list[tuple[list[str], dict]]):
-    """A notebook of one exercise whose checks have these tags and last outputs."""
-    cells = []
-    for tags, output in check_says:
-        cells.append(build.nbformat.v4.new_code_cell("answer"))
-        check = build.nbformat.v4.new_code_cell("check", metadata={"tags": ["check", *tags]})
-        kind = "error" if "ename" in output else "stream"
-        check.outputs = [build.nbformat.v4.new_output(kind, **output)]
-        cells.append(check)
-    return build.nbformat.v4.new_notebook(cells=cells)
-
-
-def test_the_build_refuses_a_check_that_takes_a_wrong_answer(build):
-    stub = ([], {"text": "not done yet\n"})
-    caught = (["wrong"], {"ename": "AssertionError", "evalue": "α / r is missing"})
-    right = (["solution"], {"text": "right: well done\n"})
-    build.judge(made(build, [stub, caught, right]), "toy")
-    for bad in (
-        [([], {"text": "right\n"})],
-        [(["wrong"], {"text": "right\n"})],
-        [(["wrong"], {"ename": "NameError", "evalue": "no such name"})],
-        [(["wrong"], {"ename": "AssertionError", "evalue": ""})],
-        [(["solution"], {"text": "not done yet\n"})],
-        [(["solution"], {"ename": "AssertionError", "evalue": "it is wrong"})],
-    ):
+def test_the_build_refuses_a_check_that_takes_a_stub_or_rejects_a_solution(build):
+    build.judge(made(build, [([], "not done yet\n"), (["solution"], "right\n")]), "toy")
+    for bad in (([], "right\n"), (["solution"], "not done yet\n"), (["solution"], "wrong: 3\n")):
         with pytest.raises(ValueError, match="toy: the check says"):
-            build.judge(made(build, bad), "toy")
+            build.judge(made(build, [bad]), "toy")
 
 
 def test_copies_for_a_class_hold_neither_outputs_nor_solutions(build, tmp_path):
@@ -216,7 +188,7 @@ def test_copies_for_a_class_hold_neither_outputs_nor_solutions(build, tmp_path):
     assert not any(cell.get("outputs") for cell in copied)
     kinds = {tag for cell in copied for tag in cell["metadata"].get("tags", [])}
     assert "exercise" in kinds
-    assert not kinds & {"solution", "wrong"}
+    assert "solution" not in kinds
 
 
 def test_figures_become_files(build, tmp_path):
@@ -239,10 +211,8 @@ found += [RunConfig(steps=5).seed, recipes.RunConfig().seed, RunConfig(seed=1).s
 assert found == [4, 3, 4, 5, 3, 3, 4], found
 # %%
 assert draw() < 3, "this claim needs its seed"
-# %% tags=["wrong"]
-raise ValueError("a wrong answer is not run")
-# %% tags=["check"]
-print("right")
+# %% tags=["exercise"]
+raise ValueError("a stub is not run")
 """)
     assert build.with_other_seeds(source, 3) == ["AssertionError: this claim needs its seed"]
 
@@ -252,7 +222,7 @@ def test_a_lesson_keeps_the_house_rules(source):
     lesson = cells(LESSONS / f"{source.stem}.ipynb")
     code = [cell for cell in lesson if cell["cell_type"] == "code"]
     outputs = [output for cell in code for output in cell["outputs"]]
-    assert len(lesson) <= (45 if source in OLD else 75)
+    assert len(lesson) <= 75
     assert (LESSONS / f"{source.stem}.ipynb").stat().st_size < 300_000
     assert sum("image/png" in output.get("data", {}) for output in outputs) <= 4
     assert not any("widget" in kind for o in outputs for kind in o.get("data", {}))

@@ -148,8 +148,8 @@ def test_the_figures_are_kept_if_they_cannot_be_drawn(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "new" / "memory.json").read_text())["computed"] == found
 
 
-def test_the_readme_shows_the_computed_table():
+def test_the_page_shows_the_computed_table():
     shapes = ["gpt2-xl", "qwen2.5-7b", "llama-3.1-8b", "llama-65b"]
     found, _ = memory.of(shapes, list(memory.METHODS), 8, 1, 512, True)
-    page = (DATA.parent / "README.md").read_text()
+    page = (DATA / "results" / "README.md").read_text()
     assert memory.table(found) in page

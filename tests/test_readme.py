@@ -1,18 +1,64 @@
-"""The README's statements about the repository are true."""
+"""What the front page and the pages next to it say about the repository is true."""
 
 import re
 
+import pytest
+
+from minipeft.data import overview
 from minipeft.lab import DATA
 
+ROOT = DATA.parent
+README = (ROOT / "README.md").read_text()
+FOLDERS = (ROOT / "data", ROOT / "data" / "results", ROOT / "lessons")
+PAGES = ["README.md", *(str(p.relative_to(ROOT)) for f in FOLDERS for p in f.glob("*.md"))]
 
-def test_everything_in_the_table_of_claims_exists():
-    """Every test, file and lesson that the README's table of claims points to."""
-    root = DATA.parent
-    table = (root / "README.md").read_text().split("## Claims and systems")[1].split("\n## ")[0]
-    lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
+
+def anchors(text: str) -> set[str]:
+    """The names of a page's headings in links, as code hosts make them."""
+    heads = re.findall(r"^#+ (.+)", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_of_a_page_leads_somewhere(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        found = (ROOT / page).parent / file if file else ROOT / page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found.read_text()), target
+
+
+def test_the_readme_is_short_and_its_first_screen_has_the_commands_and_the_lessons():
+    lines = README.splitlines()
+    assert len(lines) <= 160
+    first = "\n".join(lines[:30])
+    for needed in ("python -m minipeft compare", "&& pytest", "overview.png", "02_lora.ipynb"):
+        assert needed in first
+
+
+def test_the_readme_counts_the_lines_of_each_file():
+    table = README.split("## The methods")[1].split("\n## ")[0]
+    rows = [line.split("|") for line in table.splitlines() if "methods/" in line]
+    assert len(rows) == 8
+    for row in rows:
+        files = re.findall(r"\((minipeft/[^)]+)\)", row[2])
+        counted = [len((ROOT / file).read_text().splitlines()) for file in files]
+        assert row[3].strip() == ", ".join(map(str, counted)), files
+
+
+def test_the_readme_shows_the_table_of_the_committed_runs():
+    assert overview.readme() == README, "run python -m data.results"
+
+
+def test_everything_in_the_table_of_the_survey_exists():
+    """Every test, file and lesson that this table points to."""
+    lines = [s for s in (ROOT / "data" / "SURVEY.md").read_text().splitlines() if s[:2] == "| "][1:]
     assert len(lines) > 30
-    tests = "".join(path.read_text() for path in (root / "tests").glob("test_*.py"))
-    lessons = {path.name[:2] for path in (root / "lessons" / "src").glob("*.py")}
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    lessons = {path.name[:2] for path in (ROOT / "lessons" / "src").glob("*.py")}
     for line in lines:
         evidence = line.split("|")[3]
         assert evidence.strip()
@@ -20,6 +66,6 @@ def test_everything_in_the_table_of_claims_exists():
             if name.startswith("test_"):
                 assert f"def {name}(" in tests, name
             elif "/" in name:
-                assert (root / name).exists(), name
+                assert (ROOT / name).exists(), name
         for first, last in re.findall(r"lessons? (\d\d)(?: to (\d\d))?", evidence):
             assert {first, last or first} <= lessons, line

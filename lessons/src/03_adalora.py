@@ -12,7 +12,7 @@
 # - decide whether to use AdaLoRA in a project.
 #
 # **Time.** 25 minutes to read, 3 to run, 35 for the exercises. All results are for a GPT with 1 million parameters.
-# Unknown words are in the [glossary](README.md#glossary).
+# [Glossary](README.md#glossary).
 
 # %%
 import json
@@ -41,7 +41,7 @@ task = tasks.load_task(base, "describe")
 # %% [markdown]
 # ## Before you start
 #
-# Two questions about lesson 02. Replace `None`, and run both cells.
+# Replace `None`, and run both cells.
 #
 # **1.** LoRA with r = 8 and α = 16 adapts a matrix of shape 384 × 128. At most how many singular values of its update are not zero?
 
@@ -74,7 +74,7 @@ check("03.forgets_less", forgets_less)
 # Each of our GPT's four blocks has two matrices in attention (`c_attn`, `attn.c_proj`) and two in the MLP (`c_fc`, `mlp.c_proj`).
 # AdaLoRA gives all 16 the rank 12 at first, and keeps 8 on average. The task is `describe`: copy names from the prompt into sentences.
 #
-# **Your guess:** which mean rank will the eight attention matrices keep? (So the mean of the MLPs is 16 minus your number.) And why?
+# **Your guess:** which mean rank will the eight attention matrices keep? (The mean of all is 8, so that of the MLPs is 16 minus your number.)
 
 # %%
 guess = None  # 4 to 12
@@ -145,8 +145,8 @@ all_zero = []
 check("03.stays", only_e_zero, all_zero)
 
 # %% [markdown]
-# So a pruned triplet can come back: the next optimizer step changes e, and AdaLoRA computes its score after that step. If all three were zero, all gradients would be zero.
-# That is why AdaLoRA sets only e to zero. After the last pruning, a mask keeps e at zero.
+# So a pruned triplet can come back: the next step makes e nonzero, then AdaLoRA scores all again. If all three were zero, all gradients would be zero.
+# So AdaLoRA sets only e to zero. After the last pruning, a mask keeps it there.
 #
 # ## Importance
 #
@@ -255,8 +255,8 @@ check("03.scores", triplet_scores)
 # %% [markdown]
 # ## The budget
 #
-# All triplets of all matrices compete. The *budget* is how many may stay. (It counts triplets, not parameters.) It starts at 192. From step
-# `tinit` to step `total_step` − `tfinal`, t grows evenly from 0 to 1, and the budget is 128 + 64 (1 − t)³, rounded down.
+# All triplets of all matrices compete. The *budget* is how many may stay. (It counts triplets, not parameters.) Here it falls from 16 · 12 = 192 to 16 · 8 = 128:
+# from step `tinit` until `tfinal` steps before the end, t grows evenly from 0 to 1, and the budget is 128 + 64 (1 − t)³, rounded down.
 #
 # **Exercise 5.** Halfway, at t = 1/2, how many of the 64 triplets are still to be pruned?
 
@@ -270,7 +270,7 @@ still_to_prune = 64 * (1 - 1 / 2) ** 3
 check("03.budget", still_to_prune)
 
 # %% [markdown]
-# **Exercise 6.** Write `ranks(scores, budget)`. `scores` has a tensor of scores for the name of each matrix. Keep the `budget` highest of all matrices together.
+# **Exercise 6.** Write `ranks(scores, budget)`. `scores` is a dict: the name of each matrix, and a tensor with the scores of its triplets. Keep the `budget` highest of all matrices together.
 # Return a dict with the number that each keeps.
 
 
@@ -299,7 +299,7 @@ if not (solved("03.scores") and solved("03.ranks")):  # until both are right, us
 
 
 # %% [markdown]
-# On a toy, your functions and minipeft's `RankAllocator` agree at each step.
+# On a toy, your functions agree with minipeft's `RankAllocator`.
 
 # %%
 small = AdaLoraConfig(init_r=3, target_r=1, tinit=2, tfinal=2, total_step=14, target_modules="all-linear")  # fmt: skip
@@ -429,9 +429,9 @@ print(f"parameters: this run keeps {kept:,}; LoRA with r = 8 trains {evenly:,}")
 claim(kept > evenly, "AdaLoRA keeps more parameters than LoRA of the same mean rank")
 
 # %% [markdown]
-# The pattern is not chance. MLP triplets have more parameters, so this adapter is a bit larger than LoRA's.
+# The pattern is not chance.
 #
-# Does attention need an adapter less, then? Place LoRA on all layers, attention only, or MLPs only, with about equal numbers of parameters.
+# Does attention need an adapter less, then? We placed LoRA on all layers, on attention alone, or on the MLPs alone, with about equally many parameters.
 
 # %%
 rows = [json.loads(line) for line in (DATA / "results" / "placement.jsonl").read_text().splitlines()]  # fmt: skip
@@ -446,13 +446,13 @@ print(f"MLPs score less than attention in {sum(m < a for m, a in pairs)} of {len
 claim(all(m < a for m, a in pairs), "the MLPs alone score less than attention alone")
 
 # %% [markdown]
-# Attention only scores higher than MLPs only: the opposite of what the ranks suggest. (Between attention and all layers, at their best rates, we see no difference.) AdaLoRA
-# compares triplets that train together. Perhaps attention needs few directions to copy names, but cannot do without them. A rank does not measure usefulness.
+# LoRA on attention alone scores higher than on the MLPs alone: the opposite of what the ranks suggest. AdaLoRA scores
+# single triplets, and never a model without attention's. Perhaps attention needs few directions to copy names, but cannot do without them. So here, ranks do not tell which layers are needed.
 # <!-- claim: placement-rates -->
 #
 # ## Do the ranks matter? A control
 #
-# Replace the scores by random numbers, drawn once per run (so no pruned triplet comes back), with three seeds. **Your guess:** how much slot accuracy will that cost?
+# The next cell replaces the scores by random numbers, drawn once per run (so no pruned triplet comes back), with three seeds. **Your guess:** how much slot accuracy will that cost?
 
 # %%
 guess_difference = None  # slot accuracy with AdaLoRA's ranks, minus that with random ranks
@@ -521,14 +521,14 @@ report.show(figure, "Slot accuracy of full, LoRA, AdaLoRA and random ranks: the 
 claim(abs(mean(scores["AdaLoRA"]) - mean(scores["LoRA"])) < 0.08, "AdaLoRA and LoRA are level")
 
 # %% [markdown]
-# Three pairs are too few to tell what random ranks cost. In all, the slot loss was higher. AdaLoRA is not ahead of LoRA. So a pattern can be more than chance, and still not raise the score visibly.
+# In all three pairs, random ranks had the higher slot loss, but three pairs are too few to tell what they cost. AdaLoRA is not ahead of LoRA. So a pattern can be more than chance, and still not raise the score visibly.
 #
 # ## Should you use it today?
 #
 # Not as a first choice. Take LoRA, and spend your time on its learning rate and weight decay.
 #
 # - **Score:** no advantage here. In peft's [comparison on a 3B model](https://github.com/huggingface/peft/tree/main/method_comparison) (one run per method), AdaLoRA scored less than LoRA.
-# - **Forgetting:** without weight decay, AdaLoRA forgets little; without its penalty, nearly as much as LoRA. With weight decay, the differences are small. <!-- claim: finals-forgetting -->
+# - **Forgetting:** without weight decay, AdaLoRA forgets much less than LoRA. If its penalty is removed too, it forgets nearly as much. With weight decay, the differences are small. <!-- claim: finals-forgetting -->
 # - **Cost:** it trains more parameters than it keeps, computes the penalty, and must know the number of steps in advance.
 #
 # The paper reports gains over LoRA, especially with small budgets. If every parameter counts, try it, with the control.
@@ -538,8 +538,8 @@ claim(abs(mean(scores["AdaLoRA"]) - mean(scores["LoRA"])) < 0.08, "AdaLoRA and L
 # - AdaLoRA writes the update as s P Λ Q, and prunes triplets by setting their e to zero.
 # - The importance of a weight is its smoothed |w · g|, times the uncertainty of this number.
 # - A pruned triplet can come back until the last pruning, because p and q are not zero.
-# - Attention kept less rank than the MLPs. Still, LoRA on attention only scored higher than on the MLPs only.
-# - With random ranks, three runs scored about as well. A small cost is possible.
+# - Attention kept less rank than the MLPs. Still, LoRA on attention alone scored higher than on the MLPs alone.
+# - With random ranks, three runs scored about as well. Three pairs cannot exclude a cost.
 #
 # **Do you remember?** Answer first, then open.
 #

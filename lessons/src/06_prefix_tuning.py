@@ -42,7 +42,7 @@ task = tasks.load_task(base, "describe")
 # %% [markdown]
 # ## Before you start
 #
-# Replace `None` with your answer, and run both cells.
+# Replace `None`, and run both cells.
 #
 # **1.** Prompt tuning, with 20 virtual tokens, on a model of width 128 with four layers. How many parameters does it train?
 
@@ -78,7 +78,7 @@ check("06.causal", pairs)
 # Now put 20 more keys and values in front of the text, in every layer, all of them **zero**. So each new key has the score 0, and
 # each new value adds nothing.
 #
-# **Your guess:** with about 60 tokens of text, what share of attention goes to the 20 zero keys, on average? Write a number from 0 to 1,
+# **Your guess:** with about 60 tokens of text, what share of attention goes to the 20 zero keys, averaged over all tokens and heads? Write a number from 0 to 1,
 # and why.
 
 # %%
@@ -89,7 +89,7 @@ reason = ""
 # ## The idea
 #
 # When a GPT generates text, it stores the keys and values of all tokens so far, in every layer. This is the *KV cache*. For a new token,
-# it computes only one query, key and value per head, and reads the others from the cache.
+# it computes only one query, key and value per head, and reads the earlier keys and values from the cache.
 #
 # Prefix tuning puts trained keys and values into the cache, in front of those of the text. Nothing else is trained. One
 # key and one value per layer and head form a *virtual token*, and p of them the *prefix*. In each head, attention becomes
@@ -152,7 +152,7 @@ report.show(
 )
 
 # %% [markdown]
-# With the wrong mask there is no error, but no token sees itself.
+# The wrong mask gives no error, but no token sees itself.
 #
 # **Exercise 2.** Write `prefix_mask(p, t)`: a tensor of the shape (t, p + t) and the dtype `torch.bool`, True where a query sees a key.
 
@@ -201,7 +201,7 @@ if not solved("06.attend"):
 
 
 # %% [markdown]
-# Compare with minipeft: a GPT with one layer, two heads and a prefix. A hook records what enters and leaves its attention.
+# Compare with minipeft, in a GPT with one layer and two heads.
 
 # %%
 torch.manual_seed(0)
@@ -223,7 +223,7 @@ print(f"by hand, the same output: {q.shape[1]} queries, {K_P.shape[1] + k.shape[
 # Our GPT takes a cache as `past_key_values`: a tuple with one pair (keys, values) per layer, each of the shape (b, heads, p, w).
 #
 # **Exercise 4.** Write the prefix as a module. It holds 2 · p · layers · width trained parameters, which start with random numbers. `past(b)` returns
-# the cache for b texts, which all get the same prefix.
+# the cache for b texts.
 
 
 # %% tags=["exercise"]
@@ -259,7 +259,7 @@ if not solved("06.my_prefix"):  # until yours is right, the lesson uses minipeft
 
 
 # %% [markdown]
-# Here is minipeft's `past`, in [minipeft/methods/prefix_tuning.py](../minipeft/methods/prefix_tuning.py). With your numbers, it gives the same logits as your module.
+# Here is minipeft's `past`, in [minipeft/methods/prefix_tuning.py](../minipeft/methods/prefix_tuning.py). With your module's numbers copied into it, it gives the same logits.
 
 
 # %%
@@ -285,7 +285,7 @@ model.print_trainable_parameters()
 # ## What does it start as?
 #
 # LoRA starts as the base model. Does a prefix? minipeft starts it with random numbers from N(0, 1), as peft does, or with zeros (`init_weights="zero"`). This is
-# the loss on text like that of pretraining, before training.
+# the loss on text like that of pretraining, before the prefix is trained.
 
 # %%
 from_zeros = replace(
@@ -309,7 +309,7 @@ claim(shifted - before < 0.3 < zeros - shifted, "shifted positions explain only 
 claim(zeros < random - 0.3, "a random prefix does more damage than zeros")
 
 # %% [markdown]
-# Neither start is the base model. A small part of the damage comes from the positions, as the text now begins at position 20. The rest comes from
+# Neither start is the base model. A small part of the damage comes from the positions, as the text now begins at position 20. With zeros, the rest comes from
 # attention: the zero keys take a part of it.
 #
 # **Exercise 5.** Take one query in one head. It sees t keys of the text; `scores`, of the shape (t,), are its scores with them, divided by √w already. Add p zero keys, each with
@@ -357,7 +357,7 @@ print({name: f"{found.mean():.2f}" for name, found in shares.items()}, f"your gu
 claim(0.4 < shares["zeros"].mean() < 0.65, "zero keys get about half of the attention")
 
 # %% [markdown]
-# Here, 20 zero keys get about half of the attention. A score of 0 does not mean "no attention", since exp(0) is 1: only minus infinity means that. The share of the text
+# Here, 20 zero keys get about half of the attention: early tokens see little text. A score of 0 does not mean "no attention", since exp(0) is 1: only minus infinity means that. The share of the text
 # is smaller, so the output of each head shrinks.
 #
 # ## How should it start?
@@ -399,7 +399,7 @@ if not solved("06.first_tokens"):
 
 
 # %% [markdown]
-# With the first 20 tokens of a training example as its prefix, the model acts as if it had read them. Then we train this prefix.
+# With the first 20 tokens of a training example as its prefix, the model acts as if it had read them. We train this prefix.
 
 # %%
 run = replace(seed_0, learning_rate=0.3)  # the swept rate of prefix tuning, for both starts
@@ -419,8 +419,8 @@ print({name: f"{value:.2f}" for name, value in real.items()})
 # %% [markdown]
 # ## Against full fine-tuning
 #
-# Now the random start, full fine-tuning and the frozen base model, with the same examples in the same order. Each method has its swept learning rate, and no
-# weight decay. The figure shows this run (hollow) and the mean of four runs that come with minipeft (filled). Their forgetting is on other text.
+# Now the random start, full fine-tuning and the frozen base, on the same examples. Each method has its swept learning rate, and no
+# weight decay. The figure shows this run (hollow) and the mean of four runs that come with minipeft (filled). The shipped runs measured forgetting on another text, so compare it roughly.
 
 # %%
 prefix = finetune(base, task, RECIPES["prefix_tuning"], replace(run, output=OUT / "prefix"))
@@ -491,10 +491,10 @@ print("adapter disabled: exactly the logits of the base model")
 
 # %% [markdown]
 # In 100 steps, prefix tuning learns much more than prompt tuning, with eight times as many trained numbers. It stays behind full fine-tuning and
-# LoRA. (Li and Liang report better results with larger models and longer training.) In the generated text some values are right, others are invented.
+# LoRA. (Li and Liang, with larger models and longer training, report better results.) In the generated text some values are invented.
 #
-# With the prefix enabled, the loss on text like that of pretraining is higher, before training already. In this run, the start from
-# real text scores about the same and forgets less. **This is one seed**, so only a hint.
+# Of these methods, prefix tuning forgets the most, and much of it is there before training. In this run, the start from
+# real text scores about the same and forgets less. **One seed**, so only a hint.
 #
 # ## Does training attract attention?
 
@@ -525,13 +525,13 @@ print(f"validation loss {with_values:.2f}; with the prefix's values set to zero 
 claim(without > 5 * with_values, "without its values the loss is far higher")
 
 # %% [markdown]
-# On average, hardly: the trained prefix gets about as much attention as the two starts. So the mean does not tell how useful a prefix is. Its values matter: without them, the loss is many times higher.
+# On average, hardly: the trained prefix gets about as much attention as the two starts. So the mean does not tell how useful a prefix is. Without its values, the loss is many times higher: the trained prefix depends on them.
 #
 # ## Summary
 #
 # - A prefix is p trained keys and values per layer, in the KV cache: 2 · p · layers · width parameters.
 # - Each token sees the whole prefix, and the text up to itself.
-# - Zero keys get attention, and equal virtual tokens stay equal: start with random numbers or real text.
+# - A zero prefix changes the output, and equal virtual tokens stay equal: start with random numbers or real text.
 # - Here it learns more than prompt tuning and less than LoRA, and it disturbs the base at step 0 already.
 # - With the prefix disabled, the base model is back exactly. It cannot be merged, as it changes no weight.
 #
@@ -541,7 +541,7 @@ claim(without > 5 * with_values, "without its values the loss is far higher")
 #
 # <details><summary>2. Why does a prefix of zeros change the output?</summary>Each zero key has the score 0 and takes exp(0) = 1 of the softmax's sum. Less is left for the text.</details>
 #
-# <details><summary>3. LoRA's B starts at zero. Why not a whole prefix?</summary>LoRA's A is random, so the columns of B get different gradients. All virtual tokens of a zero prefix get the same one.</details>
+# <details><summary>3. LoRA's B starts at zero. Why should a prefix not start with only zeros?</summary>LoRA's A is random, so the columns of B get different gradients. All virtual tokens of a zero prefix get the same one.</details>
 #
 # **To read:** the paper, [Li and Liang 2021](https://arxiv.org/abs/2101.00190), sections 4 and 7.
 #

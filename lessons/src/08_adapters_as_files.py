@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 08 · Adapters as files
 #
-# Your company serves a model with 7 billion parameters to twenty customers. Each wants answers in its own style, so each needs its own fine-tuning.
+# Your company serves a model with 7 billion parameters to twenty customers. Each wants its own style, so its own fine-tuning.
 # With LoRA, each customer has a file of about 40 MB, and all share one base of 14 GB. The server loads the base once, and switches the adapter with every
-# request. So adapters are files that people switch, merge and add.
+# request. So people switch, merge and add adapters.
 #
 # After this lesson you can
 # - read the two files of an adapter by hand, and say what they hold;
@@ -46,7 +46,7 @@ base.held_out = base.held_out[:64]  # less text to measure forgetting on, to sav
 #
 # Replace `None`, and run both cells.
 #
-# **1.** Without LoRA, each of the twenty customers has a fully fine-tuned copy of the 7B model, in bfloat16. How many GB is that on disk?
+# **1.** Without LoRA, each of the twenty customers has a fully fine-tuned copy of the 7B model, in bfloat16. How many GB do all twenty take on disk?
 
 # %% tags=["exercise"]
 copies = None  # GB
@@ -74,7 +74,7 @@ check("08.scaling", scaling)
 #
 # ## Can two adapters be added?
 #
-# One adapter turns facts into sentences (`describe`). Another reads a review and answers good or bad (`sentiment`). An adapter is an update ΔW of each weight matrix, and updates can be added: W + ΔW₁ + ΔW₂.
+# One adapter turns facts into sentences (`describe`). Another reads a review and answers good or bad (`sentiment`). A LoRA adapter is an update ΔW of each weight matrix, and updates can be added: W + ΔW₁ + ΔW₂.
 #
 # **Your guess:** alone, each does its task well. Which scores does a model with both updates get? Write two numbers.
 
@@ -85,7 +85,7 @@ reason = ""
 # %% [markdown]
 # ## Five customers
 #
-# One customer wants `describe`, another one `sentiment`. Three more tasks use the same prompts. In `describe`, a prompt lists facts, and may name an owner, a cook and a guest. `owner` wants only the
+# One customer wants `describe`, another one `sentiment`. Three more tasks reuse the prompts of these two. In `describe`, a prompt lists facts, and may name an owner, a cook and a guest. `owner` wants only the
 # sentence about the owner, and `cook` the one about the cook. `colors` wants *white* for good and *black* for bad.
 
 
@@ -240,7 +240,7 @@ assert difference < 5e-6
 print(f"logits differ by {difference:.0e} of the largest one, by rounding")
 
 # %% [markdown]
-# Names, shapes and files are those of Hugging Face peft. [A test](../tests/test_conformance_methods.py) loads the folders of each library with the other.
+# Names, shapes and files are those of Hugging Face peft. [A test](../tests/test_conformance_methods.py) loads peft's folders with minipeft, and minipeft's with peft.
 # [minipeft/saving.py](../minipeft/saving.py) reads them.
 #
 # ## One base, five adapters
@@ -312,7 +312,7 @@ if solved("08.serve"):
         print(f"{name:9} ->{text}")
 
 # %% [markdown]
-# Below, every adapter answers 16 prompts of every task (above: 64).
+# Below, every adapter answers 16 prompts of every task.
 
 
 # %%
@@ -357,7 +357,7 @@ claim(max(grid["frozen base"]) < 0.1, "the base does none of them")
 #
 # | call | what happens | how to undo it |
 # |---|---|---|
-# | `merge_and_unload()` in minipeft and peft | returns a plain model with W' | load the base again |
+# | `merge_and_unload()` in minipeft and peft | returns a plain model with W' (minipeft: a copy) | load the base again |
 # | `merge_adapter()` in minipeft | keeps W, and stores W' next to it: more memory | `unmerge_adapter()` discards W' |
 # | `merge_adapter()` in peft | overwrites W with W + ΔW: no more memory | `unmerge_adapter()` subtracts ΔW |
 #
@@ -402,8 +402,8 @@ claim(abs(shares[0] - shares[1]) < 0.1, "the share of weights is similar in both
 # ## Against full fine-tuning
 #
 # Full fine-tuning and LoRA learn `describe` from the same examples in the same order, for 100 steps, each at its own best learning rate. Is a merged LoRA
-# the same model as a fully fine-tuned one? The last column is the mean *Kullback-Leibler divergence* between a model's predictions and the adapter's, in nats per token, on text like that of
-# pretraining. It is 0 for equal predictions, and larger the more they differ. A LoRA with another seed is the control.
+# the same model as a fully fine-tuned one? The last column of the table compares each model with the LoRA of seed 0. It is the mean *Kullback-Leibler divergence* of their predictions, in nats per token, on text like that of
+# pretraining: 0 for equal predictions. A LoRA with another seed is the control.
 
 # %%
 rows = [json.loads(line) for line in (DATA / "results" / "finals.jsonl").read_text().splitlines()]
@@ -469,8 +469,8 @@ right.set_xlabel("slot accuracy; bar: 95 % interval of mean\ndots: ten seeds; di
 report.show(figure, "Left: twenty full copies take 280 GB, one base with adapters 15. Right: the ten seeds of full and LoRA overlap; this run's LoRA is lower than most.")  # fmt: skip
 
 # %% [markdown]
-# A merged LoRA equals its own adapter, up to rounding. It differs from full fine-tuning, but in this comparison, two LoRAs with different seeds differ about as much. The dots of the methods overlap, so these runs do not rank them.
-# Our LoRA run (upper diamond) is lower than its ten dots; it was scored on fewer prompts.
+# A merged LoRA equals its own adapter, up to rounding. It differs from full fine-tuning, but two LoRAs with different seeds differ about as much from each other. The dots of the methods overlap, so these runs do not rank them.
+# Our LoRA run (upper diamond) was scored on fewer prompts.
 #
 # ## Add adapters
 #
@@ -478,8 +478,8 @@ report.show(figure, "Left: twenty full copies take 280 GB, one base with adapter
 # weights wᵢ and scalings sᵢ = αᵢ/rᵢ:
 #
 # - `cat` stacks: A = [w₁ s₁ A₁; w₂ s₂ A₂], B = [B₁, B₂]. It is exact, and the ranks add up.
-# - `svd`, the default, computes Σ wᵢ sᵢ Bᵢ Aᵢ and keeps the directions with the largest singular values (lesson 02): as many as the largest rank of the parts.
-# - `linear` adds A to A and B to B, each with the factor √(wᵢ sᵢ). The rank stays. But look at the product, here with factors of 1:
+# - `svd`, the default, computes Σ wᵢ sᵢ Bᵢ Aᵢ and keeps its r strongest directions (lesson 02), where r is the largest rank of the parts.
+# - `linear` adds A to A and B to B, each with the factor √(wᵢ sᵢ). The rank stays. Look at the product, with factors of 1:
 #
 # $$ (B_1 + B_2)(A_1 + A_2) = B_1 A_1 + B_2 A_2 + \underbrace{B_1 A_2 + B_2 A_1}_{\text{cross terms}} $$
 #
@@ -601,8 +601,8 @@ report.show(
 )  # fmt: skip
 
 # %% [markdown]
-# Left: the cross terms of `linear` destroy what the adapters learned. `cat` and `svd` keep most of `sentiment`, but `describe` loses a part. Your guess is in black. Right: none of these weights brings `describe` back to its score alone. The
-# smallest loses it, and the largest damages `sentiment`. Now take all ten pairs.
+# Left: the cross terms of `linear` destroy what the adapters learned. `cat` and `svd` keep most of `sentiment`, but `describe` loses a part. Right, with equal weights: `describe` always scores lower than alone. At the
+# smallest weight it scores 0 (alone, at this strength, it does too), and the largest damages `sentiment`. Now take all ten pairs.
 
 # %%
 REVIEWS = {"sentiment", "colors"}
@@ -656,11 +656,11 @@ claim(max(map(max, losses["different prompts"])) > 0.8, "there too, a skill can 
 #
 # ## Summary
 #
-# - An adapter is two files: tensors with the names of their layers, and a config with r and α.
+# - A LoRA adapter is two files: tensors with the names of their layers, and a config with r and α.
 # - Switching and disabling never write into W, so the base comes back exactly.
 # - minipeft keeps W when it merges. peft overwrites W and subtracts later: rounding errors remain.
 # - `cat` is exact, `svd` has the smallest squared error for its rank, and `linear` has cross terms.
-# - Even an exact sum of two adapters often damages one of the two skills: measure it.
+# - Even an exact sum of two adapters often damaged one of the two skills here: measure it.
 #
 # **Do you remember?** Answer first, then open.
 #

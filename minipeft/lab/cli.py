@@ -199,7 +199,9 @@ def parser() -> argparse.ArgumentParser:
     add_option(command, "--seeds", 1, "seeds per method", SEEDS.parse)
     add_option(command, "--targets", None, "put adapters there, with equal numbers of parameters; "
                f"a list from {', '.join(TARGETS)}", listed(place.parse))  # fmt: skip
-    add_option(command, "--full", False, "the README's run: 3M base, three seeds, the whole test")
+    add_option(
+        command, "--full", False, "the first edition's run: 3M base, three seeds, the whole test"
+    )
     add_option(command, "--output", "out/compare", "the folder to write")
 
     command = add_command("finetune", "train one method and save the result", job)

@@ -169,7 +169,9 @@ class RunConfig:
     )
     batch_size: int = option(16, "examples per step", EXAMPLES)
     accumulation: int = option(1, "micro-batches per step", EXAMPLES)
-    weight_decay: float = option(0.0, "decoupled weight decay, as in AdamW", Bounds(float, 0, 10_000))
+    weight_decay: float = option(
+        0.0, "decoupled weight decay, as in AdamW", Bounds(float, 0, 10_000)
+    )
     decay_to: str = option(
         "zero", "what weights decay towards: zero, or start (initial weights)",
         Choice(("zero", "start")),
