@@ -38,12 +38,14 @@ def table() -> str:
             [statistics.mean(row[key] for row in rows) for rows in pair]
             for key in ("score", "forgetting")
         )
-        lines.append([
-            report.NAMES[method], f"{trained:,} ({trained / everything:.1%})".replace("%", " %"),
-            f"{scores[-1]:.2f}", f"{forgetting[0]:.2f}",
-            f"{forgetting[1]:.2f}" if len(pair) > 1 else "–",
-        ])  # fmt: skip
-    head = ["method", "trained parameters", "test score", "forgets, no decay", "with decay"]
+        cells = [
+            f"{score:.2f} | {forgot:.2f}" for score, forgot in zip(scores, forgetting, strict=True)
+        ]
+        cells += ["– | –"] * (2 - len(cells))
+        share = f"{trained / everything:.1%}".replace("%", " %")
+        lines.append([report.NAMES[method], f"{trained:,} ({share})", *cells])
+    head = ["method", "trained parameters", "test score, no decay", "forgets, no decay",
+            "test score, with decay", "forgets, with decay"]  # fmt: skip
     return report.markdown_table(head, lines)
 
 

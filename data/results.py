@@ -372,9 +372,9 @@ def page() -> str:
     return f"""# Results
 
 Written by `python -m data.results` from the runs of `python -m data.experiments`.
-[PROTOCOL.md](PROTOCOL.md) says how everything was measured: read it first. All results here are
-for one base with 1M parameters and tasks that we made, mostly `describe`: they may not generalise
-to others. The other experiments of `python -m data.experiments` are not complete.
+[PROTOCOL.md](PROTOCOL.md) says how everything was measured: read it first. Most results are for
+one base with 1M parameters and tasks that we made, mostly `describe`: they may not generalise to
+others. The last section compares them with a larger base and a real model.
 
 *Weight decay* on this page means decay towards the values at step 0, and not towards zero. It is
 the decoupled form of L2-SP ([arXiv 1802.01483](https://arxiv.org/abs/1802.01483)).

@@ -374,6 +374,21 @@ def test_only_prefix_tuning_learns_describe_in_300_steps():
         assert told in CLAIMS["prompt-methods"]["interval"]
 
 
+def test_sentiment_cannot_rank_the_methods():
+    rows, finals = experiments.load("sentiment"), experiments.load("finals-sentiment")
+    runs = transfer.runs_of(rows, finals)
+    assert len(runs) == 7
+    for pair in runs.values():
+        for mine, most in zip(pair, (0.06, 0.02), strict=True):
+            assert len(mine) == 5
+            assert min(values(mine, "score")) == 1
+            assert statistics.mean(values(mine, "forgetting")) < most + 0.005
+    gap = sections.paired(runs["lora"][1], runs["full"][1], "forgetting")
+    told = sections.with_interval(gap, "+.3f")
+    assert told in CLAIMS["sentiment-level"]["interval"]
+    assert told in sections.what_sentiment_shows(rows, finals)
+
+
 def test_the_larger_base_shows_what_the_1m_base_shows():
     rows, finals = experiments.load("3m"), experiments.load("finals-3m")
     runs = transfer.runs_of(rows, finals)

@@ -57,7 +57,7 @@ def test_counts_are_integers_within_bounds(name):
     [
         ("learning_rate", "positive", 1e-12, 1000),
         ("max_grad_norm", "positive", 1e-12, 10**12),
-        ("weight_decay", "non-negative", 0, 1000),
+        ("weight_decay", "non-negative", 0, 10_000),
         ("lr_end", "non-negative", 0, 1),
         ("beta2", "non-negative", 0, 0.999999),
     ],

@@ -69,7 +69,8 @@ total = 3  # each of the 3 rows sums to 1
 check("00.softmax", total)
 
 # %% [markdown]
-# If an answer is wrong, call `hint(1)`, `hint(2)` or `solution()` in a new cell.
+# If an answer is wrong, call `hint(1)`, `hint(2)` or `solution()` in a new cell. You need not read lines with `claim`: they test that the text fits your results. You can
+# run a long cell first, and read its code later.
 #
 # ## How does a skill appear?
 #
@@ -114,7 +115,7 @@ check("00.to_text", to_text)
 
 # %% [markdown]
 # Our *base models* were trained on ten million tokens about a small invented world. This is called *pretraining*.
-# Here are three documents. Names are pairs of words, and one pair in eight is *held out*: it occurs nowhere in these texts.
+# Here are three documents. Names are pairs of words, and one pair in eight is *held out*: it never occurs in the ten million tokens. Each of its two words does occur, in other names.
 
 # %%
 for seed in (13, 34, 20):
@@ -153,7 +154,7 @@ claim(by_hand[-3] < by_hand[4] / 2, "the second time, “golden” is easier to 
 # Look at "golden key": the second time, the model can read it. A surprise, such as "What", costs many nats.
 #
 # **Exercise 2.** A model that knows nothing gives each of the 2,048 tokens the same probability. What is its loss in nats? And if it only knows that
-# one of 24 first names comes next?
+# one of 24 tokens comes next, all equally likely?
 
 # %% tags=["exercise"]
 nothing = None  # a number, or an expression
@@ -199,8 +200,8 @@ check("00.my_loss", my_loss)
 # %% [markdown]
 # ## A loss curve
 #
-# We do the first 250 steps of a pretraining, with a smaller GPT. A loss means little alone, so we compare with models that only count. One counts single tokens. A *5-gram model* counts which token follows each group of four.
-# The losses of these models are on held-out text, so compare roughly.
+# We do the first 250 steps of a pretraining, with a smaller GPT. A loss means little alone, so we compare with models that only count. One gives each token its share of the training text. A *5-gram model* counts which token follows each group of four.
+# Their losses are on held-out text, and the curve shows the training loss, so compare roughly.
 
 # %%
 known = json.loads((DATA / "results" / "bases.json").read_text())
@@ -275,7 +276,7 @@ for prompt in (
 # - The *MLP* works on each position by itself: linear layer, nonlinear function, linear layer.
 # - Only *attention* carries information from one position to another.
 #
-# At the end, after one more LN, the logit of each token of the vocabulary is the dot product of x with its vector.
+# At the end, after one more LN, the logit of each token of the vocabulary is the dot product of x with that token's input vector.
 
 # %%
 parts = {"tokens": "wte", "positions": "wpe", "attention": ".attn.", "MLP": ".mlp.", "LN": "ln_"}
@@ -373,12 +374,12 @@ claim(people[0] < people[1] < people[2], "larger bases tell people apart better"
 claim(min(p[key] for p in columns.values() for key in list(titles)[:2]) > 0.95, "all bases copy")
 
 # %% [markdown]
-# All bases copy. But look at the last two rows. If only one person is named, "who?" has one possible answer. If three are named, a guess is
-# right one time in three. The smaller bases do better than that, but worse than in the row before.
+# All bases copy. But look at the last two rows. If a text names only one person, there is a possible shortcut: name that person. With three people there is none, and a guess is
+# right one time in three. All bases do better than that, but not as well as with one person.
 #
 # ## Watch it learn to copy
 #
-# Now test your guess. A *twin* sees lists in which other names follow "Again:".
+# Now test your guess. A second tiny GPT, the *twin*, sees lists in which other names follow "Again:".
 
 # %%
 firsts, lasts = (sorted({name.split()[i] for name in PEOPLE})[:24] for i in (0, 1))
@@ -412,11 +413,9 @@ test = list_rows(new, True, 150, seed=99)
 
 
 def to_small(ids):
-    """The ids of the base's tokenizer as ids of the small vocabulary."""
-    return torch.searchsorted(used, ids)
+    return torch.searchsorted(used, ids)  # the ids of the small vocabulary
 
 
-# %%
 def is_name_again(ids):
     """For one text, whether each token belongs to a name after "Again:"."""
     marks, after = [], False
@@ -469,7 +468,7 @@ for found, color, style, label in (
 axis.plot([half], [dict(points)[half]], "o", color=BLUE, markersize=9, label=f"step {half}")
 if guess is not None:
     axis.axvline(guess, color="black", linestyle=":", label="your guess")
-axis.set(xlabel="step", ylabel="share of names copied", ylim=(-0.03, 1.03))
+axis.set(xlabel="step", ylabel="share of name tokens copied", ylim=(-0.03, 1.03))
 axis.legend(frameon=False, loc="center right")
 report.show(
     figure,
@@ -486,7 +485,7 @@ claim(max(share for _, share in twin_points) < 0.15, "the twin never copies")
 # ## Look inside
 #
 # How could a model copy? Say it read A B … A. A head could find the earlier A, and attend to the token *after* it: B. Such a head is an *induction head*
-# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). We measure each head's mean weight on the earlier copy of the name that must come next.
+# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). Just before each word of a name after "Again:", we measure the weight of each head on the same word in the first list.
 
 
 # %%
@@ -562,9 +561,59 @@ report.show(
 )
 
 # %% [markdown]
-# Orange boxes mark the name that must come next. Both models have a head that looks there. Is it an induction head?
+# Orange boxes mark the word that must come next. Both models have a head that looks there. Is it an induction head? It could also follow a rule about
+# positions, such as "look 10 back". Read a list back in *reverse order*: then such a rule finds the wrong name.
 #
-# Now add an *offset* of one to all positions: the same tokens, but the first has position 1 instead of 0.
+# **Your guess:** in which of the two models does the head still find the right name?
+
+# %%
+guess_still = None  # "base", "tiny", "both" or "neither"
+reason = ""
+
+# %%
+same, reverse = [], []
+for one, ids in zip(lists, texts, strict=True):
+    names = one.removeprefix("The names: ").split(". Again")[0].split(", ")
+    if len(names) != 3:  # of three, the middle name would stay in the middle
+        back = f"The names: {', '.join(names)}. Again: {', '.join(names[::-1])}."
+        same.append(ids)
+        reverse.append(torch.tensor(base.tokenizer.encode(back).ids))
+after = {}
+for name, one in (("1M base", model), ("tiny GPT", tiny)):
+    head = head_scores(one, texts).argmax()  # its best head, on all lists in the same order
+    kept = [head_scores(one, ids, second=True).flatten()[head] for ids in (same, reverse)]
+    after[name] = kept
+    print(f"{name:8}  weight on the second word: same order {kept[0]:.2f}, reverse {kept[1]:.2f}")
+claim(after["1M base"][1] > 0.5 * after["1M base"][0], "the base's head looks for the token")
+claim(after["tiny GPT"][1] < 0.5 * after["tiny GPT"][0], "the tiny GPT's head does not")
+
+# %% [markdown]
+# The base's head keeps most of its weight on the right word, as an induction head does. The tiny GPT's does not. Its lists are much alike, so a simpler
+# rule can be enough, and the share of copied names does not show the difference. ("Going further" looks for that rule.)
+#
+# ## Summary
+#
+# - A tokenizer turns text into ids, and a GPT predicts the next one.
+# - The loss is the mean of −log p, in nats per token. The labels are the text, shifted by one.
+# - Every block adds to the residual stream. Only attention connects positions.
+# - In our run, copying appeared suddenly. It did not appear where names never return.
+# - A high score can come from a skill or from a shortcut. Change the test so that the shortcut fails.
+#
+# **Do you remember?** Answer first, then open.
+#
+# <details><summary>1. A model has a loss of 0 nats on a text. What are its perplexity and its probability of each next token?</summary>Both are 1.</details>
+#
+# <details><summary>2. You forgot to shift the labels, and train. The loss quickly falls to nearly 0. What did the model learn?</summary>To repeat the token that it has just read.</details>
+#
+# <details><summary>3. A head puts a high weight on the name that comes next. Why is this not yet an induction head?</summary>It may follow a rule about positions. In reverse order, an induction head still finds the name.</details>
+#
+# **To read:** [Olsson et al. 2022](https://arxiv.org/abs/2209.11895) on induction heads, and [data/README.md](../data/README.md) on our texts and bases.
+#
+# # Going further
+#
+# ## What did the tiny GPT learn?
+#
+# Perhaps a rule about positions. Add an *offset* of one to all positions: the same tokens, but the first has position 1 instead of 0.
 #
 # **Your guess:** what share of the names will the tiny GPT copy then?
 
@@ -589,7 +638,7 @@ claim(min(bases) > 0.7 and min(apart["1M base"]) > 0.7, "the base copies in all 
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-titles = ("share of names copied", "weight of the best head on the next name")
+titles = ("share of name tokens copied", "weight of the best head on the next name")
 labels = ("offset of all positions", "offset from “Again” on")
 for axis, found, title, label in zip(axes, (shares, apart), titles, labels, strict=True):
     for (name, values), color, style in zip(
@@ -608,51 +657,11 @@ report.show(
 )  # fmt: skip
 
 # %% [markdown]
-# With an offset of one, the tiny GPT has lost its skill. It had learned at which *positions* to look, not for which token. The score without an offset hid this.
-# Our lists have three lengths, so a rule about positions can work. (Three and six hurt less, perhaps as a name with comma takes three tokens.)
+# With an offset of one, the tiny GPT has lost its skill, and its best head too. So it needs the positions that it was trained with. A rule about positions is possible because
+# our lists have only three lengths. (Three and six hurt less, perhaps as a name with its comma takes three tokens.)
 #
-# The base loses almost nothing at an offset of one, and more at larger ones. On the right, only "Again" and what follows get an offset: the distance to the copy changes. A head of the base still finds
-# names. But does it look for the *token*? Read a list back in reverse order: then a rule about positions fails.
-
-# %%
-same, reverse = [], []
-for one, ids in zip(lists, texts, strict=True):
-    names = one.removeprefix("The names: ").split(". Again")[0].split(", ")
-    if len(names) != 3:  # of three, the middle name would stay in the middle
-        back = f"The names: {', '.join(names)}. Again: {', '.join(names[::-1])}."
-        same.append(ids)
-        reverse.append(torch.tensor(base.tokenizer.encode(back).ids))
-after = {}
-for name, one in (("1M base", model), ("tiny GPT", tiny)):
-    head = head_scores(one, texts).argmax()  # its best head, on all lists in the same order
-    kept = [head_scores(one, ids, second=True).flatten()[head] for ids in (same, reverse)]
-    after[name] = kept
-    print(f"{name:8}  weight on the second word: same order {kept[0]:.2f}, reverse {kept[1]:.2f}")
-claim(after["1M base"][1] > 0.5 * after["1M base"][0], "the base's head looks for the token")
-claim(after["tiny GPT"][1] < 0.5 * after["tiny GPT"][0], "the tiny GPT's head does not")
-
-# %% [markdown]
-# The base's head keeps most of its weight on the right word, like an induction head. The tiny GPT's does not.
-#
-# ## Summary
-#
-# - A tokenizer turns text into ids, and a GPT predicts the next one.
-# - The loss is the mean of −log p, in nats per token. The labels are the text, shifted by one.
-# - Every block adds to the residual stream. Only attention connects positions.
-# - In our run, copying appeared suddenly. It did not appear where names never return.
-# - The same score can come from a skill or from a shortcut. Change the test so that the shortcut fails.
-#
-# **Do you remember?** Answer first, then open.
-#
-# <details><summary>1. A model has a loss of 0 nats on a text. What are its perplexity and its probability of each next token?</summary>Both are 1.</details>
-#
-# <details><summary>2. You forgot to shift the labels, and train. The loss quickly falls to nearly 0. What did the model learn?</summary>To repeat the token that it has just read.</details>
-#
-# <details><summary>3. A head puts a high weight on the name that comes next. Why is this not yet an induction head?</summary>It may have learned positions. Change positions and order: an induction head still finds the name.</details>
-#
-# **To read:** [Olsson et al. 2022](https://arxiv.org/abs/2209.11895) on induction heads, and [data/README.md](../data/README.md) on our texts and bases.
-#
-# # Going further
+# The base loses almost nothing at an offset of one, and more at larger ones. On the right, only "Again" and what follows get an offset, so the distance to the copy changes. A head of the base still finds
+# the names.
 #
 # ## Is one layer enough?
 #

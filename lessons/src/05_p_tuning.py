@@ -101,14 +101,14 @@ print("(measured in an earlier edition, on other test examples of the same task)
 #
 # $$ P = \text{MLP}(H) \quad \text{or} \quad P = \text{MLP}(\text{BiLSTM}(H)), \qquad \text{logits} = \text{model}([P;\, E(x)]) $$
 #
-# E(x) are the embeddings of the text x, and H starts as noise. The MLP has three linear layers with ReLU between them. An LSTM reads the rows of H one after the other, and each output depends on all rows read so far; a BiLSTM reads in both directions. H and the network are trained together; the model is frozen.
+# E(x) are the embeddings of the text x, and H starts as noise. The MLP has three linear layers with ReLU between them (two after a BiLSTM). An LSTM reads the rows of H one after the other, and each output depends on all rows read so far; a BiLSTM reads in both directions. H and the network are trained together; the model is frozen.
 #
 # The paper expects two things of the network: virtual tokens that depend on each other, and an easier optimization.
 #
 #     H  ->  network  ->  P          [P; text]  ->  frozen GPT
 #     trained, then removed   kept
 #
-# After training, H and the network are constant, so P is too. We keep P and remove the rest.
+# P does not depend on the text. So after training we compute it once, keep it, and remove the rest.
 #
 # **Exercise 1.** GPT-2 has width 768. With 20 virtual tokens and an MLP whose three layers all map 768 numbers to 768, how many parameters are trained? How many are kept? Each linear layer has a bias.
 
@@ -155,7 +155,7 @@ class MyPTuning(nn.Module):
 check("05.my_p_tuning", MyPTuning)
 
 # %% [markdown]
-# **Exercise 3.** After training: write `keep(H, network)`. It returns the P that the model needs from now on, as a tensor that needs no gradient. The network may contain dropout.
+# **Exercise 3.** After training: write `keep(H, network)`. It returns the P that the model needs from now on, as a tensor that needs no gradient. The network may contain dropout, and may stay in eval mode.
 
 
 # %% tags=["exercise"]
@@ -173,7 +173,7 @@ check("05.keep", keep)
 
 # %% [markdown]
 # Now minipeft's class. With the same weights, it gives the logits of the equation, and after `keep_output` the logits are identical. The file is
-# [minipeft/methods/p_tuning.py](../minipeft/methods/p_tuning.py); its comment `# (1)` stands for the equation above. The paper also puts virtual tokens between the words of a prompt. Here, as in Hugging Face peft, they all come first.
+# [minipeft/methods/p_tuning.py](../minipeft/methods/p_tuning.py) (the line with `# (1)` computes P). The paper also puts virtual tokens between the words of a prompt. Here, as in Hugging Face peft, they all come first.
 
 # %%
 torch.manual_seed(0)
@@ -247,7 +247,7 @@ check("05.rows", mlp_rows, lstm_rows)
 # What else does the network change?
 #
 # - **The start.** At step 0, P is the output of an untrained network. The numbers in this output are much smaller than noise.
-# - **The step.** A training step changes all weights of the network, and each virtual token is computed with all of them. So at the same learning rate, a step moves the virtual tokens further.
+# - **The step.** A step changes each weight of the network, and all these changes add up in each virtual token. At the same learning rate, it moves further.
 #
 # We train three kinds for 50 steps: `plain` is prompt tuning from noise, `small noise` is prompt tuning from noise divided by 10, and `MLP` is P-tuning.
 
@@ -325,7 +325,7 @@ claim(max(seeds["MLP"]) < 0.05, "with the network, all four seeds learn the task
 claim(max(seeds["small noise"]) < 2 * max(seeds["MLP"]), "and without it, from small noise, too")
 
 # %% [markdown]
-# With these four seeds, prompt tuning from small noise does about as well as the MLP. So in 50 steps, small noise with a suitable learning rate reaches about the same loss. Four seeds cannot rule out a smaller help of the network.
+# With these four seeds, prompt tuning from small noise does about as well as the MLP. Four seeds cannot rule out a smaller help of the network.
 #
 # When a trick helps, ask what else it changes, and give that to the other side too.
 #
@@ -365,11 +365,13 @@ plain, ours = runs["prompt_tuning"], runs["p_tuning"]
 for name, record in (("prompt tuning", plain), ("P-tuning", ours)):
     print(f"{name:14}", [example["generated"] for example in record.examples])
 claim(ours.score > 0.95, "P-tuning learns the task")
-claim(ours.forgot("start") < plain.forgot("start"), "a small start disturbs the model less")
+claim(
+    ours.forgot("start") < plain.forgot("start"), "at step 0 too, P-tuning disturbs the model less"
+)
 assert ours.forgot("off") == 0  # without the virtual tokens, the model is the base
 
 # %% [markdown]
-# In this seed P-tuning also forgets less, and about half of the difference is there at step 0: a smaller start disturbs the model less. (minipeft also saves the network, so that training can continue.)
+# In this seed P-tuning also forgets less, and about half of the difference is there at step 0, before training. (minipeft also saves the network, so that training can continue.)
 #
 # With more seeds, and on two bases (runs that come with minipeft, scored on other examples, so seed 0 differs a little):
 
@@ -418,8 +420,8 @@ print("P-tuning", *(f"{s:.2f}" for s in both[1]))
 claim(max(both[0] + both[1]) < 0.1, "on describe, both are near zero")
 
 # %% [markdown]
-# On `sentiment`, P-tuning is ahead with each seed, on both bases, and none of its seeds fails. That is the best evidence for it. On the 1M base the interval of the mean difference includes zero all the same:
-# one seed of prompt tuning fails, so its four differences vary widely. That failure also makes most of the mean difference there. The comparison is with noise of full size, and we have not run small noise here.
+# On `sentiment`, P-tuning is ahead with each seed, on both bases, and none of its seeds fails. That is the best evidence for it. On the 1M base the interval of the mean difference includes zero:
+# one seed of prompt tuning fails, so the four differences vary widely. That failure also makes most of the mean difference there. The comparison is with noise of full size, and we have not run small noise here.
 # <!-- claim: p-tuning-sentiment -->
 #
 # On `describe`, the other task of lesson 04, neither method learns much in 100 steps. If both score near zero, a task cannot rank them.
@@ -439,7 +441,7 @@ for name, (accuracy, number, rate) in published.items():
     print(f"{name:42} {accuracy:.0%} right, {number:10,} trained, learning rate {rate:g}")
 
 # %% [markdown]
-# P-tuning trains three times as many parameters as this LoRA, and solves fewer problems. But look at the rates. Both runs of prompt tuning have the same one, and noise needs a larger one than embeddings (lesson 04).
+# P-tuning trains three times as many parameters as this LoRA, and solves fewer problems. Now compare the two runs of prompt tuning. They used the same rate, and noise needs a larger one than embeddings (lesson 04).
 # So the difference between the two starts may come from the rate. Our advice: LoRA first. If you need virtual tokens, start them small, and try several rates, before you add a network.
 #
 # ## Summary

@@ -202,9 +202,9 @@ claim(
 
 # %% [markdown]
 # The surprise is the light grey part, the activations. LoRA removes almost all gradients and optimizer state, and the float32 copy of the weights. QLoRA also removes most bytes of the weights. Neither
-# removes activations: to reach the lowest adapter, the gradient passes through all frozen layers above it, and each needs its activations for this. Checkpointing removes most of them.
+# removes activations: to reach the lowest adapter, the gradient passes through all blocks above it, and their attention, norms and nonlinear functions need activations for this. Checkpointing removes most of them.
 #
-# The formula is a lower bound for activations. QLoRA's bar on the left ends just below 24 GiB, so it will not fit. `python -m minipeft memory --base NAME` prints this table for your model.
+# QLoRA's bar on the left ends just below 24 GiB. Real activations are above the formula, so it will probably not fit. `python -m minipeft memory --base NAME` prints this table for your model.
 #
 # **Exercise 2.** A model has 32 blocks. Adapters are in the last 8 only, and there is no checkpointing. How many blocks must keep activations?
 
@@ -223,7 +223,7 @@ check("10.blocks", blocks)
 # Start with LoRA on all linear layers, and take QLoRA if that does not fit. Full fine-tuning is for those who have the memory and serve one model.
 # [HYPERPARAMETERS.md](HYPERPARAMETERS.md) has learning rates and ranks, with sources.
 #
-# Each family of models names its layers differently. minipeft finds attention and MLP from the modules. In the table, *rank 1 adapters* times your rank is the number of trained parameters.
+# Each family of models names its layers differently. minipeft finds attention and MLP from the model's structure. In the table, *rank 1 adapters* times your rank is the number of trained parameters.
 
 
 # %%
@@ -265,7 +265,7 @@ for place in ("attention", "mlp", "all-linear"):
     model = adapted.unload()
 
 # %% [markdown]
-# **Exercise 3.** In peft, an entry of `target_modules` matches a layer whose full name, or last part after a dot, equals it. Peft ignores entries that match nothing if another one does (minipeft raises an error). A colleague copies `["q_proj",
+# **Exercise 3.** In peft, an entry of `target_modules` matches a layer whose full name, or last part after a dot, equals it. If at least one entry matches, peft silently ignores the others (minipeft raises an error). A colleague copies `["q_proj",
 # "v_proj", "dense"]` to a model with the layers `attention.query_key_value`, `attention.dense`, `mlp.dense_h_to_4h` and `mlp.dense_4h_to_h`. Which of them get an adapter?
 
 # %% tags=["exercise"]
@@ -322,7 +322,7 @@ assert labelled.tolist() == first.completion_ids
 assert labelled[-1] == base.end
 
 # %% [markdown]
-# Look at this print before each training run. It shows another model's template, a missing end token, or a question that is trained on.
+# Look at this print before each training run. It would reveal another model's template, a missing end token, or a question that is trained on.
 #
 # ## Train
 #
@@ -374,8 +374,8 @@ report.show(
 
 # %% [markdown]
 # Look at the first loss. A model that knows nothing has the logarithm of the vocabulary's size, about 11 nats for 50 thousand tokens. A
-# chat model on plain English has a few. Three patterns are bad. The loss starts near 11, or does not fall: the template, the labels or the rate are wrong. It jumps
-# up: the rate is too high. The training loss falls, and the validation loss rises: stop earlier, or get more data.
+# chat model on plain English has a few nats. Three patterns are bad. (1) The loss starts near 11, or does not fall: the template, the labels or the rate are wrong. (2) It jumps
+# up: the rate is too high. (3) The training loss falls, and the validation loss rises: stop earlier, or get more data.
 #
 # **Exercise 5.** Three runs of a chat model are below. What do you do about each: `"check the template"`, `"lower the rate"` or `"stop earlier"`?
 
@@ -448,7 +448,7 @@ error = (8 / 20 * (1 - 8 / 20) / 20) ** 0.5  # about two answers of twenty
 check("10.error", error)
 
 # %% [markdown]
-# So two answers may be chance. Measure both sides of this trade: learning and forgetting. ("Going further": five seeds.)
+# So two answers may be chance. Measure both learning and forgetting.
 #
 # ## Merge, load, serve
 #
@@ -481,7 +481,7 @@ del others, other
 # For one customer, serve the merged folder: `vllm serve out/10/merged`. For several, serve one base with adapters: `vllm serve BASE --enable-lora
 # --lora-modules library=out/10/adapter`. (We have not tried these commands.)
 #
-# A QLoRA adapter was trained with rounded weights; `merge --4bit` adds it to these. If you merge it into the original weights, evaluate again (lesson 07).
+# A QLoRA adapter was trained with rounded weights; `python -m minipeft merge --4bit` adds it to these. If you merge it into the original weights, evaluate again (lesson 07).
 #
 # **Exercise 7.** Twenty customers share a base of 14 GB. Each adapter takes 40 MB. How many GB are twenty merged models? And one base with twenty adapters?
 
@@ -507,7 +507,7 @@ check("10.serve", as_merged, as_adapters)
 #
 # **Do you remember?** Answer first, then open.
 #
-# <details><summary>1. LoRA trains few parameters. Why does it keep nearly all activations?</summary>The gradient must reach the lowest adapter through all frozen layers above it, and each of these needs its activations.</details>
+# <details><summary>1. LoRA trains few parameters. Why does it keep nearly all activations?</summary>The gradient must reach the lowest adapter through all blocks above it, and these need their activations.</details>
 #
 # <details><summary>2. What happens if answers are trained without their end token?</summary>The model does not learn to stop: it goes on writing after the answer.</details>
 #
@@ -536,8 +536,8 @@ display(Markdown(report.markdown_table(["finding", *on_bases], transfer.findings
 report.show(
     transfer.figure(on_bases),
     "Three panels: the 1M base, the 3M base and SmolLM2. Each shows what full fine-tuning, LoRA and "
-    "QLoRA forget. With weight decay, all forget several times less on every base. Full "
-    "fine-tuning forgets least in each panel.",
+    "QLoRA forget. With weight decay, all forget less: about a tenth on the small bases, less "
+    "than half on SmolLM2. Full fine-tuning forgets least in each panel.",
 )
 means = {m: transfer.mean(runs[1], "forgetting") for m, runs in on_bases["SmolLM2"].items()}
 del means["prompt_tuning"]
@@ -548,10 +548,10 @@ claim(least == "full", "full fine-tuning forgets least")
 claim(most == "qlora", "QLoRA forgets most")
 
 # %% [markdown]
-# Three findings hold. Decay towards the start at least halves forgetting, and we see no loss in the score. LoRA forgets more than full fine-tuning at the same score. On four bits,
-# LoRA scores as much as before and forgets a little more. One finding does not hold. On our bases, LoRA without decay has many
+# Three findings hold on SmolLM2. Decay towards the start at least halves forgetting, and we see no loss in the score. LoRA forgets more than full fine-tuning. On four bits,
+# LoRA scores as much as before; only on SmolLM2 it also forgets more. One finding does not hold. On our bases, LoRA without decay has many
 # intruder dimensions (lesson 09); on SmolLM2 it has almost none, and forgets just as much. So there they cannot be the cause. And one is weaker: even with decay, SmolLM2
-# forgets at least half a nat. A sharper comparison needs more decays, more tasks, and larger models: this is one model, one task, and short runs.
+# forgets more than half a nat on average. A sharper comparison needs more decays, more tasks, and larger models: this is one model, one task, and short runs.
 # <!-- claim: real-findings -->
 #
 # ## The commands
@@ -768,7 +768,7 @@ print(f"llama-2-7b, computed: full {full} (in 16 bits), LoRA {lora} (in 32 bits)
 
 # %% [markdown]
 # If the model does not fit on one card, `--shard` (for full fine-tuning and LoRA) splits every tensor over the processes. Weights, gradients and optimizer state are divided by
-# their number. Activations are not: each process has texts of its own.
+# their number. Activations are not, if each process has as many texts as one had before.
 #
 # **Exercise 9.** Write `cards(divided, activations, card)`: the smallest number of cards (any positive integer) on which it fits. All three are in bytes: `divided` is the sum of the parts that are divided, `card` is
 # the memory of one card. Exactly full still fits. Return 0 if no number of cards is enough.
