@@ -433,7 +433,7 @@ fewer = 20 * (runs[2]["exact match"] - runs[3]["exact match"])
 claim(round(fewer) == 2, "with decay, two right answers fewer of twenty")
 
 # %% [markdown]
-# At 0.0002, a common rate for LoRA, the model learned too little in so few steps. With five times that rate, about half of the answers are right, but the model forgot. The last run decays the adapter
+# At the common rate for LoRA, the model learned too little. With five times that rate, about half of the answers are right, but the model forgot. The last run decays the adapter
 # towards its start (ηλ is rate times decay). It forgot less, and has two right answers fewer.
 #
 # **Exercise 6.** Can two answers be chance? A share p of n independent answers has the standard error √(p (1 − p) / n). Compute it for 8 right answers of 20.
