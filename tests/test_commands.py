@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -220,7 +221,7 @@ def test_an_empty_value_is_refused_for_every_flag(monkeypatch, capfd, command):
     [
         ("", "minipeft: error: the following arguments are required: COMMAND (see minipeft"),
         ("finetun", "minipeft: error: argument COMMAND: invalid choice: 'finetun'"),
-        ("compare --stpes 3", "minipeft compare: error: unrecognized arguments: --stpes 3 (see "),
+        ("compare --stpes 3", "minipeft compare: error: unrecognized arguments: --stpes 3, did"),
         ("compare --seed 3", "minipeft compare: error: unrecognized arguments: --seed 3"),
         ("finetune", "the following arguments are required: --output"),
         ("compare --methods full,lroa", "must be one of frozen, full, lora, adalora"),
@@ -264,6 +265,28 @@ def test_wrong_options_are_a_usage_error(monkeypatch, capfd, tmp_path, idle, wor
 def test_control_characters_in_arguments_are_shown_as_escapes(monkeypatch, capfd):
     error = refused(monkeypatch, capfd, "compare", "--a\n\x1b[2J\udcff\u2028é", status=2)
     assert "unrecognized arguments: --a \\x1b[2J\\udcff\\u2028é (see" in error
+
+
+@pytest.mark.parametrize(("words", "meant"), [
+    ("finetun", "finetune"), ("finetune --output o --method lra", "lora"),
+    ("compare --stesp 3", "--steps"), ("compare --methods full,lor", "lora"),
+    ("memory --methods qlra", "qlora"), ("finetune --output o --decay-to strat", "start"),
+])  # fmt: skip
+def test_a_misspelt_name_or_flag_gets_a_suggestion(monkeypatch, capfd, words, meant):
+    error = refused(monkeypatch, capfd, *words.split(), status=2)
+    assert f", did you mean {meant}? (see" in error
+
+
+def test_what_resembles_nothing_gets_no_suggestion(monkeypatch, capfd):
+    assert "did you mean" not in refused(monkeypatch, capfd, "compare", "--zzz", status=2)
+    assert "did you mean" not in refused(monkeypatch, capfd, "compare", "--seeds", "x", status=2)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_of_a_commands_help_are_commands(command):
+    for words in cli.EXAMPLES[command]:
+        assert f"minipeft {command} {words}" in subcommand(command).format_help()
+        cli.parser().parse_args([command, *shlex.split(words)])
 
 
 def test_help_is_printed_without_importing_torch_in_under_a_second():
@@ -540,10 +563,11 @@ def test_with_a_test_file_and_a_learning_rate_only_the_labels_are_announced(
     run(monkeypatch, *f"{JOB} --steps 1 --test test.jsonl --learning-rate 1e-3".split())
     printed, record = capfd.readouterr().out, json.loads((files / "out/record.json").read_text())
     assert printed.startswith("the first example")
-    assert printed.count("\n") == 5
+    assert printed.count("\n") == 6
     losses = [point["loss"] for point in (record["validation"][0], record["validation"][-1])]
     assert "validation loss {:.3f} -> {:.3f}, test loss ".format(*losses) in printed
     assert "wrote out" in printed
+    assert printed.endswith("next: minipeft generate --adapter out --prompt …\n")
     assert not {"split", "learning_rate_origin"} & set(record)
     assert [e["reference"] for e in record["examples"]] == [" Ann"]
 
@@ -868,7 +892,7 @@ def test_compare_prints_its_table_and_writes_its_results_before_it_draws(
     words = ["compare", "--base", str(SMALL), "--output", str(tmp_path / "out")]
     printed, error = failed(monkeypatch, capfd, *words)
     assert error == "error: RuntimeError: no font"
-    assert "| prompt tuning | 10 | 2 | 2.000 | 1.000 | 2.000 | 0.500 |" in printed
+    assert "| prompt tuning | 10 | 2.000 | 0.500 |" in printed
     assert compare.load(tmp_path / "out" / "compare.json") == records
 
 

@@ -1,5 +1,6 @@
 """The training loop: accumulation, weight decay, and what stops a run."""
 
+import sys
 from contextlib import nullcontext
 from itertools import count
 from types import SimpleNamespace
@@ -184,6 +185,7 @@ def test_a_training_run_by_hand(monkeypatch, capfd):
     # every step takes one second more than the one before: 0, 1, 2, … and the median skips step 1
     ticks = (t for n in count() for t in (100.0 * n, 101.0 * n))
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(module, "is_piped", lambda: False)
     batches = [[{"labels": torch.ones(1, 4)}, {"labels": torch.ones(1, 2)}]] * 11
     run = RunConfig(
         steps=10, learning_rate=0.1, warmup=0, lr_end=1.0, beta2=0.9, weight_decay=0.0,
@@ -209,6 +211,9 @@ def test_a_training_run_by_hand(monkeypatch, capfd):
     train(model, batches, RunConfig(steps=1, learning_rate=0.1))
     assert "training: 100%" in capfd.readouterr().err
     train(model, batches, RunConfig(steps=1, learning_rate=0.1, quiet=True))
+    assert capfd.readouterr().err == ""
+    monkeypatch.undo()
+    train(model, batches, RunConfig(steps=1, learning_rate=0.1))  # into pytest's file
     assert capfd.readouterr().err == ""
 
 
@@ -269,3 +274,12 @@ def test_gradients_are_exchanged_once_per_step_and_only_one_process_shows_a_bar(
     assert found.bytes_sent_per_step == 25
     assert synced == [False, False, True] * 4
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_bars_are_for_terminals_and_notebooks(monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    assert module.is_piped() is not terminal
+    monkeypatch.setitem(sys.modules, "ipykernel", object())
+    assert not module.is_piped()

@@ -1,9 +1,11 @@
 """The commands: their options, and what each does. torch is imported only to do work."""
 
 import argparse
+import difflib
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -56,11 +58,33 @@ SHAPE = {  # of a GPT to pretrain: default, bounds, help
 }
 
 
+EXAMPLES = {  # shown at the end of a command's --help
+    "compare": ("--methods full,lora,qlora --seeds 3", "--task sentiment --output out/sentiment"),
+    "finetune": ("--output out/lora", "--method qlora --size 16 --steps 300 --output out/qlora",
+                 "--base smollm2 --train data/chat/train.jsonl "
+                 "--validation data/chat/validation.jsonl --output out/chat"),
+    "sweep": ("--method lora --sizes 2,8 --learning-rates 5e-3,1e-2,2e-2",),
+    "pretrain": ("--text my_text.txt --output out/base",),
+    "generate": ('--adapter out/lora --prompt "The name is Olive Mill. owner is Clara Stone."',
+                 '--base smollm2 --chat "When do you open?"'),
+    "evaluate": ("--adapter out/lora --test my_test.jsonl", "--base smollm2 --text my_text.txt"),
+    "memory": ("--shapes llama-3.1-8b --methods full,lora,qlora --rank 16 --length 1024",),
+    "targets": ("--base smollm2",),
+    "build": ("start lora my", "check my"),
+    "merge": ("--adapter out/lora --output out/merged",),
+}  # fmt: skip
+
+
 class Parser(argparse.ArgumentParser):
     """Flags are written in full and must go together; an error is one line."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, allow_abbrev=False, **options)
+
+    def group(self, title: str):
+        """The group of options with this title, which a parent may have added."""
+        known = {group.title: group for group in self._action_groups}
+        return known.get(title) or self.add_argument_group(title)
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
@@ -74,7 +98,20 @@ class Parser(argparse.ArgumentParser):
         return found, unknown
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
+        near = self.suggestion(message)
+        hint = f", did you mean {near}?" if near else ""
+        self.exit(2, f"{self.prog}: error: {one_line(message)}{hint} (see {self.prog} --help)\n")
+
+    def suggestion(self, message: str) -> str | None:
+        """The flag or name that was probably meant, if an error is about an unknown one."""
+        wrong = re.search(
+            r"(?:unrecognized arguments: |invalid choice: '|, got ')([\w-]+)", message
+        )
+        if wrong is None:
+            return None
+        choices = re.search(r"(?:choose from|must be one of) (.*?)(?:\)|, got )", message)
+        known = re.findall(r"[\w-]+", choices[1]) if choices else self._option_string_actions
+        return next(iter(difflib.get_close_matches(wrong[1], known, 1, 0.7)), None)
 
 
 def check(args, given: set[str]) -> None:
@@ -148,6 +185,10 @@ def add_option(
         return
     if default is not None:
         help += " (default: %(default)s)"
+    if more.get("required"):
+        help += " (required)"
+    if "choices" in more:
+        help, more["metavar"] = f"{help}; one of {', '.join(more['choices'])}", "NAME"
     parser.add_argument(flag, default=default, help=help, type=parse, **more)
 
 
@@ -169,27 +210,36 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add_command(name: str, help: str, *parents) -> argparse.ArgumentParser:
-        return commands.add_parser(name, parents=parents, help=help, description=help.capitalize())
+        lines = "".join(f"\n  minipeft {name} {words}" for words in EXAMPLES[name])
+        return commands.add_parser(
+            name, parents=parents, help=help, description=f"{help.capitalize()}.",
+            usage=f"minipeft {name} {'COMMAND …' if name == 'build' else '[options]'}",
+            epilog=f"examples:{lines}", formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
 
-    base = argparse.ArgumentParser(add_help=False)
-    add_option(base, "--base", str(DATA / "base" / "1m"), "a GPT-2 folder; with transformers, a "
+    base = Parser(add_help=False)
+    model = base.group("the base model")
+    add_option(model, "--base", str(DATA / "base" / "1m"), "a GPT-2 folder; with transformers, a "
                "folder or GGUF file of any causal model, or a name on the Hugging Face Hub",
                metavar="FOLDER_OR_NAME")  # fmt: skip
-    add_option(base, "--dtype", "float32", "of the weights of a transformers model",
+    add_option(model, "--dtype", "float32", "of the weights of a transformers model",
                choices=("float32", "bfloat16"))  # fmt: skip
-    any_base = argparse.ArgumentParser(add_help=False, parents=[base])
-    add_option(any_base, "--4bit", False, "quantize the base first, as QLoRA does")
-    job = argparse.ArgumentParser(add_help=False, parents=[base])
-    add_option(job, "--task", None, "a shipped task; without it and --train, describe")
-    add_option(job, "--train", None, "your own task: JSONL of prompt and completion, or of "
+    any_base = Parser(add_help=False, parents=[base])
+    add_option(
+        any_base.group("the base model"), "--4bit", False, "quantize the base first, as QLoRA does"
+    )
+    job = Parser(add_help=False, parents=[base])
+    data = job.group("the task")
+    add_option(data, "--task", None, "a shipped task; without it and --train, describe")
+    add_option(data, "--train", None, "your own task: JSONL of prompt and completion, or of "
                "messages", metavar="FILE")  # fmt: skip
-    add_option(job, "--validation", None, "its validation examples", metavar="FILE")
-    add_option(job, "--test", None, "its test examples; without this file, every second validation "
-               "example is kept for the test", metavar="FILE")  # fmt: skip
-    add_option(job, "--max-length", None, "leave out examples with more tokens; without it, those "
+    add_option(data, "--validation", None, "its validation examples", metavar="FILE")
+    add_option(data, "--test", None, "its test examples; without this file, every second "
+               "validation example is kept for the test", metavar="FILE")  # fmt: skip
+    add_option(data, "--max-length", None, "leave out examples with more tokens; without it, those "
                "that the context does not hold", Bounds(int, 2, 2**31).parse)  # fmt: skip
     common = {field.name for field in fields(RunConfig)} - ONE_RUN
-    add_fields(job, common, steps=os.environ.get("MINIPEFT_STEPS") or 100)
+    add_fields(job.group("training"), common, steps=os.environ.get("MINIPEFT_STEPS") or 100)
     trainable = [method for method in RECIPES if method != "frozen"]
     place, name = Choice(tuple(TARGETS)), Choice(tuple(swept_methods()))
 
@@ -203,12 +253,14 @@ def parser() -> argparse.ArgumentParser:
         command, "--full", False, "the first edition's run: 3M base, three seeds, the whole test"
     )
     add_option(command, "--output", "out/compare", "the folder to write")
+    add_option(command, "--wide", False, "print all columns; they are also in compare.json")
 
     command = add_command("finetune", "train one method and save the result", job)
     add_option(command, "--method", "lora", "the method", choices=trainable)
     add_option(command, "--size", None, "rank, width or virtual tokens", SIZE.parse)
     add_option(command, "--targets", None, "where a weight method's adapters go", choices=TARGETS)
-    add_fields(command, ONE_RUN)
+    add_fields(command.group("training"), ONE_RUN - {"output"})
+    add_fields(command, {"output"})
 
     command = add_command("sweep", "learning rates and sizes of a method, on a grid", job)
     add_option(command, "--method", "lora", "the method", choices=trainable)
@@ -323,10 +375,11 @@ def compare(args) -> None:
     records = compare.compare(base, task, recipes, run_config(args, output=None), args.seeds)
     try:
         print(compare.show_examples(records))
-        print(f"\n{compare.table(records, task)}\n")
+        print(f"\n{compare.table(records, task, args.wide)}\n")
     finally:  # also if nobody reads them
         compare.save(records, task, args.output)
     print(f"wrote {args.output}/compare.json and compare.png")
+    print("next: minipeft finetune --method lora --output out/lora")
 
 
 def finetune(args) -> None:
@@ -348,6 +401,8 @@ def finetune(args) -> None:
         first, last = (point["loss"] for point in (record.validation[0], record.validation[-1]))
         print(f"validation loss {first:.3f} -> {last:.3f}, test loss {record.test_loss:.3f}")
         print(f"{task.metric} {record.score:.3f}; wrote {args.output}")
+        what = "base" if args.method == "full" else "adapter"
+        print(f"next: minipeft generate --{what} {shlex.quote(args.output)} --prompt …")
     parallel.stop()
 
 

@@ -84,10 +84,21 @@ def in_spread(record: Record, others: list[Record], name="score", margin: float 
     return abs(getattr(record, name) - statistics.mean(values)) <= allowed
 
 
-def table(records: list[Record], task: Task) -> str:
-    """A Markdown table with one line per method; columns without any value are left out."""
+NARROW = (  # columns for a terminal, next to the score
+    "method", "learning rate", "trainable", "s / step", "validation loss", "share of gap",
+    "forgetting",
+)  # fmt: skip
+
+
+def table(records: list[Record], task: Task, wide: bool = True) -> str:
+    """A Markdown table with one line per method; columns without any value are left out.
+
+    wide: all columns. Otherwise those eight that fit into a terminal.
+    """
     lines = [cells(name, row, records, task.metric) for name, row in rows(records).items()]
     used = [column for column in lines[0] if any(line[column] != "–" for line in lines)]
+    if not wide:
+        used = [column for column in used if column in {*NARROW, task.metric}]
     return report.markdown_table(used, [[line[column] for column in used] for line in lines])
 
 

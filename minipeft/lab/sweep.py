@@ -22,6 +22,7 @@ from minipeft.lab.finetune import finetune
 from minipeft.lab.recipes import Recipe, RunConfig
 from minipeft.lab.report import selection_loss
 from minipeft.lab.tasks import Task
+from minipeft.lab.train import is_piped
 
 FIRST_SEED = 100
 ENTRY = {  # the types of what an entry must have
@@ -45,7 +46,9 @@ def sweep(base: Base, task: Task, recipe: Recipe, run: RunConfig, grid: Grid) ->
     judged = replace(task, test=task.validation)  # never the test examples
     run = replace(run, n_evaluations=1, quiet=True)
     points: dict[int | None, list[dict]] = {size: [] for size in grid.sizes or [recipe.size]}
-    for size, rate in tqdm(list(product(points, sorted(grid.learning_rates))), desc="sweep"):
+    for size, rate in tqdm(
+        list(product(points, sorted(grid.learning_rates))), "sweep", disable=is_piped()
+    ):
         sized = recipe if size == recipe.size else recipe.with_size(size)
         runs = [
             replace(run, learning_rate=rate, seed=FIRST_SEED + seed) for seed in range(grid.seeds)

@@ -6,6 +6,7 @@ for several processes (parallel.py), checkpoints (checkpoint.py), AdaLoRA and a 
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -75,7 +76,7 @@ def train(
         checkpoint.lists |= {"losses": losses, "seconds": seconds}  # `load` fills them
         done = checkpoint.load(model, optimizer)
     device = parameters[0].device
-    no_bar = {"disable": True} if run.quiet or parallel.rank() != 0 else {}
+    no_bar = {"disable": True} if run.quiet or parallel.rank() != 0 or is_piped() else {}
     remaining = islice(batches, done, run.steps)
     bar = tqdm(remaining, title, run.steps, initial=done, mininterval=0.5, **no_bar)
     model.train()
@@ -179,6 +180,11 @@ def pick_device(name: str | None = None) -> torch.device:
         except Exception as error:  # every kind of device has its own
             reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise ValueError(f"device {name!r} cannot be used: {reason:.200}")
+
+
+def is_piped() -> bool:
+    """Whether a progress bar would fill a file or a pipe. (A notebook shows it.)"""
+    return not (sys.stderr and sys.stderr.isatty()) and "ipykernel" not in sys.modules
 
 
 def autocast(device: torch.device):
