@@ -10,7 +10,11 @@ from minipeft.lab import DATA
 ROOT = DATA.parent
 README = (ROOT / "README.md").read_text()
 FOLDERS = (ROOT / "data", ROOT / "data" / "results", ROOT / "lessons")
-PAGES = ["README.md", *(str(p.relative_to(ROOT)) for f in FOLDERS for p in f.glob("*.md"))]
+PAGES = [
+    "README.md",
+    "README.tr.md",
+    *(str(p.relative_to(ROOT)) for f in FOLDERS for p in f.glob("*.md")),
+]
 
 
 def anchors(text: str) -> set[str]:
@@ -51,6 +55,38 @@ def test_the_readme_counts_the_lines_of_each_file():
 
 def test_the_readme_shows_the_table_of_the_committed_runs():
     assert overview.readme() == README, "run python -m data.results"
+
+
+def rows(page: str, heading: str) -> list[tuple[list[str], list[str]]]:
+    """The links and the numbers in each row of the table below a heading."""
+    table = page.split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    return [
+        (re.findall(r"\]\(([^)]+)\)", line), re.findall(r"\b\d+\b", re.sub(r"\([^)]*\)", "", line)))
+        for line in lines
+    ]
+
+
+def test_the_turkish_page_has_the_links_and_numbers_of_the_english_one():
+    turkish = (ROOT / "README.tr.md").read_text()
+    assert rows(turkish, "Yöntemler") == rows(README, "The methods")
+    first, theirs = (page.split("\n## ")[0] for page in (README, turkish))
+    links = [set(re.findall(r"\]\(([^)]+)\)", text)) for text in (first, theirs)]
+    assert links[0] ^ links[1] == {"README.tr.md", "README.md", "README.md#use-it-like-peft"}
+    command = re.compile(r"^pip install.*$", re.M)
+    assert command.findall(first) == command.findall(theirs)
+    lessons = (ROOT / "lessons" / "README.md").read_text()
+    links = [link[0] for link, _ in rows(turkish, "Dersler")]
+    assert links == [
+        f"lessons/{name}" for name in re.findall(r"^\| \[\d\d\]\((.*?)\)", lessons, re.M)
+    ]
+    english = {word for line in re.findall(r"^\| ([^|]+) \|", lessons.split("## Glossary")[1], re.M)
+               for word in line.split(", ")}  # fmt: skip
+    words = re.findall(r"^\| ([^|]+) \|", turkish.split("## Sözlük")[1], re.M)[2:]
+    known = {*english, "embedding", "fine-tuning", "gradient checkpointing", "layer", "prompt"}
+    known |= {"learning rate", "loss"}
+    for word in (part for line in words for part in line.split(", ")):
+        assert any(word in e or e.startswith(word[:8]) for e in known), word
 
 
 def test_everything_in_the_table_of_the_survey_exists():

@@ -359,8 +359,6 @@ report.show(
 )
 
 # %%
-others = [r for r in shipped["sentiment"]["prompt_tuning"] if r.seed != ours.seed]
-claim(compare.in_spread(ours, others), "this run scores like the other seeds")
 steered, taught = scores["sentiment"]["prompt_tuning"], scores["describe"]["prompt_tuning"]
 claim(sorted(steered)[1] > chance + 0.2, "three seeds are far above chance on sentiment")
 claim(min(steered) < 0.7, "one seed stays near chance")
