@@ -49,7 +49,7 @@ FACTORS = (0.5, 0.0)  # for singular values of intruder dimensions
 TRIALS = (100, 101, 102)  # seeds for choosing settings; the finals have others
 RANKS = (1, 4, 16, 64)
 ROUNDED = ("int3", "int2")  # codes of a base that LoRA is trained on
-STEPS = (33, 100, 300, 1000)
+STEPS = (33, 100, 300)
 
 
 @dataclass(frozen=True)

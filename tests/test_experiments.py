@@ -389,6 +389,20 @@ def test_sentiment_cannot_rank_the_methods():
     assert told in sections.what_sentiment_shows(rows, finals)
 
 
+def test_a_random_base_learns_nothing_of_describe_in_300_steps():
+    best = sections.best_by_steps(experiments.load("steps"))
+    last = {key[:2]: values(runs, "score") for key, runs in best.items() if key[2] == 300}
+    assert all(len(scores) == 3 for scores in last.values())
+    for (method, random), scores in last.items():
+        assert not random or max(scores) < 0.005, method
+    assert min(last["full", False] + last["lora", False]) > 0.98
+    for method, low, high in (("bitfit", 0.36, 0.43), ("prompt_tuning", 0, 0.14)):
+        assert (round(min(last[method, False]), 2), round(max(last[method, False]), 2)) == (
+            low,
+            high,
+        )
+
+
 def test_the_larger_base_shows_what_the_1m_base_shows():
     rows, finals = experiments.load("3m"), experiments.load("finals-3m")
     runs = transfer.runs_of(rows, finals)
