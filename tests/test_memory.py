@@ -44,7 +44,7 @@ def test_fine_tuning_65_billion_parameters_takes_780_gb_and_qlora_fits_into_48()
     assert sum(full.values()) > 780e9
     assert sum(qlora.values()) < 48e9
     rank_64 = memory.memory(memory.SHAPES["llama-65b"], "qlora", r=64, tokens=256)
-    assert 48e9 < sum(rank_64.values()) < 50e9  # as the README says
+    assert 48e9 < sum(rank_64.values()) < 50e9  # as results/README.md says
 
 
 @pytest.mark.parametrize(("method", "each"), [("full-8", 8), ("full", 12), ("full-16", 16)])

@@ -39,7 +39,7 @@ def test_two_processes_give_the_same_losses_as_one(tmp_path, method, words):
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-6)
     assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-5)
     if not words:
-        sent = {"full": 1_384_992, "lora": 110_592}[method]  # as the README says
+        sent = {"full": 1_384_992, "lora": 110_592}[method]  # as COMMANDS.md says
         assert two["bytes_sent_per_step"] == 4 * two["trainable"] == sent
     assert two["disk_bytes"] == one["disk_bytes"]
 
