@@ -218,7 +218,7 @@ print("torch.optim.AdamW moves them by", [round(value, 4) for value in w.data.to
 # Training holds four things: the weights, a gradient for each weight, AdamW's two averages, and the *activations*. Activations are all results of
 # the forward pass that the backward pass needs. Their size grows with the number of tokens in a batch.
 #
-# **Your guess:** our GPT, in float32, is trained on 16 texts of 64 tokens. Divide the memory of training by the memory of the weights: what do you get? And a model with 7 billion parameters in bfloat16, with float32 averages and the same texts?
+# **Your guess:** our GPT, in float32, is trained on 16 texts of 64 tokens. Divide the memory of training by the memory of the weights: what do you get? And what do you get for 7 billion parameters in bfloat16, with AdamW's averages in float32, on the same texts?
 
 # %%
 guess_small, guess_7b = None, None  # times the weights
@@ -276,7 +276,7 @@ check("01.gigabytes", gigabytes)
 # A prompt has four *facts*, such as "near is Black Oven", and the *value* of this fact is "Black Oven". In a completion, the tokens of the values are *slot tokens*. All others are *template tokens*: "This is the story of" begins half of all completions.
 # *Slot accuracy* is the share of facts that the generated text states in one of the known phrasings, with the right value. To save time, it is measured on 32 of the validation examples here.
 #
-# **Your guess:** at which of 100 steps is the loss on template tokens one tenth of what it was? And the loss on slot tokens?
+# **Your guess:** after how many of 100 steps is the loss on template tokens a tenth of its value at the start? And the loss on slot tokens?
 
 # %%
 guess_template, guess_slot = None, None  # steps
@@ -321,8 +321,8 @@ report.show(
 # %% [markdown]
 # ## Has it learned the task?
 #
-# A falling loss does not answer this. Suppose a model ignores all values in the prompt. What would it score? We train such a *blind* model: each training prompt gets the values of other examples, and its completion stays. The
-# completion can no longer be read off the prompt, so the model learns not to try.
+# A falling loss does not answer this. Suppose a model ignores all values in the prompt. What would it score? We train such a *blind* model: in each training prompt, the values are replaced by those of other examples, and the completion is kept. So
+# the prompt does not tell the completion, and the model learns not to try.
 
 
 # %%

@@ -2,7 +2,7 @@
 # # 02 · LoRA
 #
 # You have one graphics card with 24 GB of memory, and a language model with 7 billion parameters. In bfloat16 its weights
-# take 14 GB. Full fine-tuning also needs gradients and optimizer states, 84 GB in all (lesson 01), so it does not fit.
+# take 14 GB. With gradients and optimizer states, full fine-tuning needs 84 GB, weights included (lesson 01), so it does not fit.
 # And if twenty customers each want a model of their own, you must store twenty models of 14 GB. LoRA trains a small addition
 # to each weight matrix and stores only that: about 40 MB per customer at rank 8.
 #
@@ -74,7 +74,7 @@ check("02.clearest", clearest)
 # ## What does full fine-tuning change?
 #
 # Full fine-tuning turns each weight matrix W into W + ΔW. A matrix whose shorter side is 128 is a sum of 128 simple matrices, each with one input direction and one output direction. Each
-# of them has a strength, its *singular value*. The squared strengths add up to the sum of all squared entries of ΔW, its squared *Frobenius norm*. So we can ask which share of it the strongest directions hold.
+# of them has a strength, its *singular value*. The squared strengths add up to the sum of all squared entries of ΔW, its squared *Frobenius norm*. Each simple matrix counts as one *direction*: which share of this sum do the strongest hold?
 #
 # **Your guess:** how many of the 128 directions hold 90 % of the squared norm of ΔW, averaged over the layers? And why?
 
@@ -356,7 +356,7 @@ claim(ours.score > 0.85 * full.score, "LoRA comes close to full fine-tuning")
 # run had *weight decay*.
 #
 # The next figure adds weight decay towards the start: each step moves every trained number (for LoRA, the entries of A and B) back towards its value at step 0, by a fraction of the distance (learning rate × decay). Settings were chosen on validation
-# examples: among those with nearly the best score, the one that forgets least. Without decay only the learning rate was varied, with decay both. Bars are means of ten seeds on test examples.
+# examples: among those with nearly the best score, the one that forgets least. Without decay, several learning rates were tried; with decay, pairs of rate and decay. Values are means of ten seeds.
 
 # %%
 # (method, learning rate, learning rate × decay), from data/RESULTS.md
@@ -389,7 +389,7 @@ report.show(
 claim(max(means[2:]) < 0.3 < min(means[:2]), "with weight decay, both forget much less")
 
 # %% [markdown]
-# With weight decay, and a learning rate that suits it, both methods forget about a tenth of what they forgot before, at the same score. As a ratio, this is more than the difference between the two methods. LoRA still forgets
+# With weight decay, and a learning rate that suits it, both methods forget about a tenth of what they forgot before, at the same score. Between the methods, the factor is only about two. LoRA still forgets
 # more than full fine-tuning here. A study of large models found that LoRA forgets less, and learns less ([Biderman et al.](https://arxiv.org/abs/2405.09673)), so this may not generalize. Lesson 09 comes back to it.
 # <!-- claim: finals-forgetting -->
 #
@@ -434,7 +434,7 @@ print(f"{type(merged).__name__}; logits differ by {difference:.0e} of the larges
 # - The update of full fine-tuning is more concentrated than a random matrix, and has a long tail.
 # - LoRA freezes W and trains (α/r) B A: r · (in + out) parameters per layer, and it starts as the base.
 # - Here it comes close to full fine-tuning with a fraction of the parameters.
-# - It forgets, and weight decay towards the start makes that small. With the adapter disabled, the base is back exactly.
+# - It forgets; here, weight decay towards the start, with a suitable rate, makes that small. With the adapter disabled, the base is back exactly.
 # - Merging adds the update to W, so that nothing is slower afterwards.
 #
 # **Do you remember?** Answer first, then open.

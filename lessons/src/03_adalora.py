@@ -107,7 +107,7 @@ def update(P, E, Q, s):
 check("03.update", update)
 
 # %% [markdown]
-# minipeft and peft call P, Λ and Q `lora_B`, `lora_E` and `lora_A`. The entries of Λ are the singular values (up to signs) only if the columns of P and
+# minipeft and peft call P, Λ and Q `lora_B`, `lora_E` and `lora_A`. The entries of Λ, times s, are the singular values (up to signs) if the columns of P and
 # the rows of Q are *orthonormal*: of length 1, and at right angles. A penalty in the loss pulls them there.
 
 # %%
@@ -447,12 +447,12 @@ claim(all(m < a for m, a in pairs), "the MLPs alone score less than attention al
 
 # %% [markdown]
 # LoRA on attention alone scores higher than on the MLPs alone: the opposite of what the ranks suggest. AdaLoRA scores
-# single triplets, and never a model without attention's. Perhaps attention needs few directions to copy names, but cannot do without them. So here, ranks do not tell which layers are needed.
+# each triplet alone, and never tests a model without attention's. Perhaps attention needs few directions to copy names, but cannot do without them. So here, ranks do not tell which layers are needed.
 # <!-- claim: placement-rates -->
 #
 # ## Do the ranks matter? A control
 #
-# The next cell replaces the scores by random numbers, drawn once per run (so no pruned triplet comes back), with three seeds. **Your guess:** how much slot accuracy will that cost?
+# The next cell replaces the scores by random numbers, with three seeds. They stay fixed, so no pruned triplet comes back. **Your guess:** how much slot accuracy will that cost?
 
 # %%
 guess_difference = None  # slot accuracy with AdaLoRA's ranks, minus that with random ranks
@@ -528,10 +528,10 @@ claim(abs(mean(scores["AdaLoRA"]) - mean(scores["LoRA"])) < 0.08, "AdaLoRA and L
 # Not as a first choice. Take LoRA, and spend your time on its learning rate and weight decay.
 #
 # - **Score:** no advantage here. In peft's [comparison on a 3B model](https://github.com/huggingface/peft/tree/main/method_comparison) (one run per method), AdaLoRA scored less than LoRA.
-# - **Forgetting:** without weight decay, AdaLoRA forgets much less than LoRA. If its penalty is removed too, it forgets nearly as much. With weight decay, the differences are small. <!-- claim: finals-forgetting -->
+# - **Forgetting:** without weight decay, AdaLoRA forgets much less than LoRA. Without its penalty too, it forgets nearly as much as LoRA. With weight decay, the differences are small. <!-- claim: finals-forgetting -->
 # - **Cost:** it trains more parameters than it keeps, computes the penalty, and must know the number of steps in advance.
 #
-# The paper reports gains over LoRA, especially with small budgets. If every parameter counts, try it, with the control.
+# The paper reports gains over LoRA, especially with small budgets. If every parameter counts, try it.
 #
 # ## Summary
 #

@@ -292,7 +292,7 @@ claim(ratios[0] > 1.5 * ratios[2], "their lead is smaller at the largest rate")
 
 # %% [markdown]
 # At each rate, embeddings get further in 50 steps. How far ahead they are depends on the rate. So compare two starts
-# only if each has its own best learning rate. This figure only shows that the lead depends on the rate: both starts are best at the edge of what we tried.
+# only if each has its own best learning rate. The figure cannot show which start is better: for both, the best rate is the largest that we tried.
 #
 # | setting | here | on a large model | what it does |
 # |---|---|---|---|
@@ -327,7 +327,7 @@ for name, record in runs.items():
     print(f"{report.NAMES[name]:14}", record.examples[0]["generated"].strip()[:60])
 
 # %% [markdown]
-# And with four seeds, both tasks. (These runs come with minipeft, and were scored on other examples of the same kind. Intervals are cut at 0 and 1.)
+# And with four seeds, both tasks. (These runs come with minipeft. Their test examples differ from those above. Intervals are cut at 0 and 1.)
 
 # %%
 METHODS = ("full", "lora", "prompt_tuning")
@@ -370,7 +370,7 @@ claim(min(r.score for r in larger["prompt_tuning"]) > 0.9, "on the 3M base, thre
 
 # %% [markdown]
 # On `sentiment`, three of four seeds learn to answer with the right word; one stays near chance. On `describe`, prompt tuning states
-# almost no fact right after 100 steps; LoRA and full fine-tuning learn the task. A possible reason, not tested here: virtual tokens change what the layers read, not what they compute.
+# almost no fact right after 100 steps; LoRA and full fine-tuning learn the task. A possible reason, not tested here: virtual tokens change the input of the layers, but not their weights.
 #
 # But these runs start from noise. In the first figure, embeddings are ahead, so the weak seed may be due to this start. And 100 steps may be too few: "Going further" tries more.
 # The paper finds that prompt tuning comes closer to full fine-tuning the larger the model is. Our 3M base fits that, but three seeds prove little.
@@ -416,8 +416,8 @@ for name, accuracy in published.items():
     print(f"{name:18} {accuracy:.0%} of the test problems right (one seed)")
 
 # %% [markdown]
-# The embeddings were those of random tokens. Both runs with P had the learning rate 10⁻³, so noise may not have had its best rate. Still, embeddings seem safer: at equal rates
-# they got further here, too (one seed).
+# The embeddings were those of random tokens. Both runs with P had the learning rate 10⁻³, so noise may not have had its best rate. At equal rates embeddings
+# got further here, too (one seed); at their best rates, see below.
 #
 # ## Summary
 #
@@ -431,7 +431,7 @@ for name, accuracy in published.items():
 #
 # <details><summary>1. Why do virtual tokens have the label -100?</summary>There is no word to predict at their positions, so they must not count in the loss.</details>
 #
-# <details><summary>2. You append the virtual tokens to the prompt instead. Which tokens can attend to them?</summary>Only themselves and what is generated after them. No token of the prompt can.</details>
+# <details><summary>2. You put the virtual tokens between prompt and answer. Which tokens can attend to them?</summary>Only themselves and what is generated after them. No token of the prompt can.</details>
 #
 # <details><summary>3. Two starts are compared at one learning rate. What is wrong?</summary>It may suit one of them better. Each start needs its own.</details>
 #

@@ -92,7 +92,7 @@ reason = ""
 # it computes only one query, key and value per head, and reads the earlier keys and values from the cache.
 #
 # Prefix tuning puts trained keys and values into the cache, in front of those of the text. Nothing else is trained. One
-# key and one value per layer and head form a *virtual token*, and p of them the *prefix*. In each head, attention becomes
+# key and one value per layer and head form a *virtual token*; p virtual tokens form the *prefix*. In each head, attention becomes
 #
 # $$ y = \mathrm{softmax}\!\left( \frac{q\,[K_P;\, k]^\top}{\sqrt{w}} + \mathrm{mask} \right) [V_P;\, v] $$
 #
@@ -259,7 +259,7 @@ if not solved("06.my_prefix"):  # until yours is right, the lesson uses minipeft
 
 
 # %% [markdown]
-# Here is minipeft's `past`, in [minipeft/methods/prefix_tuning.py](../minipeft/methods/prefix_tuning.py). With your module's numbers copied into it, it gives the same logits.
+# Here is minipeft's `past`, in [minipeft/methods/prefix_tuning.py](../minipeft/methods/prefix_tuning.py). With your module's numbers, minipeft's prefix gives the same logits as yours.
 
 
 # %%
@@ -357,8 +357,8 @@ print({name: f"{found.mean():.2f}" for name, found in shares.items()}, f"your gu
 claim(0.4 < shares["zeros"].mean() < 0.65, "zero keys get about half of the attention")
 
 # %% [markdown]
-# Here, 20 zero keys get about half of the attention: early tokens see little text. A score of 0 does not mean "no attention", since exp(0) is 1: only minus infinity means that. The share of the text
-# is smaller, so the output of each head shrinks.
+# Here, 20 zero keys get about half of the attention: early tokens see little text. A score of 0 does not mean "no attention", since exp(0) is 1: only minus infinity means that. The text gets
+# a share below 1, so the output of each head shrinks.
 #
 # ## How should it start?
 #
@@ -420,7 +420,7 @@ print({name: f"{value:.2f}" for name, value in real.items()})
 # ## Against full fine-tuning
 #
 # Now the random start, full fine-tuning and the frozen base, on the same examples. Each method has its swept learning rate, and no
-# weight decay. The figure shows this run (hollow) and the mean of four runs that come with minipeft (filled). The shipped runs measured forgetting on another text, so compare it roughly.
+# weight decay. The figure shows this run (hollow) and the mean of four runs that come with minipeft (filled). The shipped runs measured forgetting on another text, so compare roughly.
 
 # %%
 prefix = finetune(base, task, RECIPES["prefix_tuning"], replace(run, output=OUT / "prefix"))
@@ -491,7 +491,7 @@ print("adapter disabled: exactly the logits of the base model")
 
 # %% [markdown]
 # In 100 steps, prefix tuning learns much more than prompt tuning, with eight times as many trained numbers. It stays behind full fine-tuning and
-# LoRA. (Li and Liang, with larger models and longer training, report better results.) In the generated text some values are invented.
+# LoRA. (With larger models and longer training, Li and Liang come close to full fine-tuning.) In the generated text, some facts are invented.
 #
 # Of these methods, prefix tuning forgets the most, and much of it is there before training. In this run, the start from
 # real text scores about the same and forgets less. **One seed**, so only a hint.

@@ -150,8 +150,8 @@ check("07.quantize", quantize)
 # near ±1. *NF4* (4-bit normal float) takes *quantiles*. The quantile Φ⁻¹(p) is the value below which a share p of normally
 # distributed numbers (mean 0, variance 1) lies.
 #
-# For n positive levels, p goes from p_max towards ½ in n equal steps. We use each point but ½, because Φ⁻¹(½) = 0
-# is a level already. (p_max is below one because Φ⁻¹(1) is infinite.) The negative levels are made in the same way, with a minus sign. Then divide all by Φ⁻¹(p_max), so that they
+# For n positive levels, p goes from p_max down to ½ in n equal steps. We use all points, p_max too, but not ½: Φ⁻¹(½) = 0
+# is a level already. (p_max is below one because Φ⁻¹(1) is infinite.) The negative levels are made in the same way, with their n, and negated. Then divide all by Φ⁻¹(p_max), so that they
 # lie between −1 and 1. NF4 has 7 negative levels, zero, and 8 positive ones.
 #
 # **Exercise 3.** Write `make_levels(n_negative, n_positive, p_max)`. It returns all levels in a tensor, in ascending order.
@@ -454,7 +454,7 @@ claim(runs["LoRA on int2"].score > 0.6, "LoRA learns most of the task on int2")
 #
 # One run each is too few to compare. The figure has ten seeds per point, on validation examples,
 # without weight decay and with decay towards the start.
-# Forgetting counts from the float32 base, so it includes what rounding destroyed before training (triangles).
+# Forgetting counts from the float32 base. It contains what rounding destroyed (triangles) and what training changed.
 
 # %%
 lines = (DATA / "results" / "bits.jsonl").read_text().splitlines()
@@ -507,10 +507,10 @@ report.show(figure, alt)
 claim(values("int2", 0, "score").mean() > 0.8 and start[3] > 3, "int2 is damaged, and still learns")
 
 # %% [markdown]
-# On NF4, LoRA scores at most a little less than on float32, and forgets hardly more. On int3 we see no difference in the score, but it
-# forgets more, even beyond the damage by rounding. The scores do not rank NF4 and int3. <!-- claim: few-bits -->
+# On NF4, LoRA scores at most a little less than on float32, and forgets hardly more. On int3 we see no difference in the score, but LoRA
+# forgets more than on float32, by more than rounding alone had cost. We did not compare NF4 and int3. <!-- claim: few-bits -->
 #
-# On int2, rounding destroyed most of what the base knew, and still LoRA learned most of the task. It did not repair the base: on text like that
+# On int2, rounding destroyed most of what the base knew, and still LoRA learned most of the task. The base did not come back: on text like that
 # of pretraining, the model is as bad as before training, or worse. So a good score on your task does not show that the model is good at anything else. Measure both.
 #
 # ## Summary

@@ -361,8 +361,8 @@ claim(max(grid["frozen base"]) < 0.1, "the base does none of them")
 # | `merge_adapter()` in minipeft | keeps W, and stores W' next to it: more memory | `unmerge_adapter()` discards W' |
 # | `merge_adapter()` in peft | overwrites W with W + ΔW: no more memory | `unmerge_adapter()` subtracts ΔW |
 #
-# **Exercise 4.** Call `merge_adapter`, then `unmerge_adapter`. Is every weight of the base exactly the old one, in `"minipeft"` and in `"peft"`? And
-# with `"disable"`, if you only activate an adapter and disable it? Answer `True` or `False`.
+# **Exercise 4.** Call `merge_adapter`, then `unmerge_adapter`. Is every weight of the base exactly as before: after this in `"minipeft"`, after this in
+# `"peft"`, and after only activating and disabling an adapter (`"disable"`)? Answer `True` or `False`.
 
 # %% tags=["exercise"]
 back = {"disable": None, "minipeft": None, "peft": None}
@@ -403,7 +403,7 @@ claim(abs(shares[0] - shares[1]) < 0.1, "the share of weights is similar in both
 #
 # Full fine-tuning and LoRA learn `describe` from the same examples in the same order, for 100 steps, each at its own best learning rate. Is a merged LoRA
 # the same model as a fully fine-tuned one? The last column of the table compares each model with the LoRA of seed 0. It is the mean *Kullback-Leibler divergence* of their predictions, in nats per token, on text like that of
-# pretraining: 0 for equal predictions. A LoRA with another seed is the control.
+# pretraining: 0 for equal predictions. The control, a LoRA with another seed, shows how far two LoRAs differ.
 
 # %%
 rows = [json.loads(line) for line in (DATA / "results" / "finals.jsonl").read_text().splitlines()]
@@ -470,7 +470,7 @@ report.show(figure, "Left: twenty full copies take 280 GB, one base with adapter
 
 # %% [markdown]
 # A merged LoRA equals its own adapter, up to rounding. It differs from full fine-tuning, but two LoRAs with different seeds differ about as much from each other. The dots of the methods overlap, so these runs do not rank them.
-# Our LoRA run (upper diamond) was scored on fewer prompts.
+# Both diamonds are scores on fewer prompts.
 #
 # ## Add adapters
 #
@@ -602,7 +602,7 @@ report.show(
 
 # %% [markdown]
 # Left: the cross terms of `linear` destroy what the adapters learned. `cat` and `svd` keep most of `sentiment`, but `describe` loses a part. Right, with equal weights: `describe` always scores lower than alone. At the
-# smallest weight it scores 0 (alone, at this strength, it does too), and the largest damages `sentiment`. Now take all ten pairs.
+# smallest weight it scores 0 (alone with this weight, it does too), and the largest damages `sentiment`. Now take all ten pairs.
 
 # %%
 REVIEWS = {"sentiment", "colors"}
@@ -652,7 +652,7 @@ claim(max(map(max, losses["different prompts"])) > 0.8, "there too, a skill can 
 
 # %% [markdown]
 # A sum of updates is not a sum of skills: most damage at least one of the two. Adapters for different prompts lose less on average, but some of
-# these sums lose one skill completely. (We did not test why.) Test a combined adapter on every task.
+# these sums lose one skill completely. (Two of these tasks even want different answers to the same prompt.) Test a combined adapter on every task.
 #
 # ## Summary
 #

@@ -184,7 +184,7 @@ check("09.best_rate", best_rate)
 # $$ \min_{\eta,\, \lambda}\ \text{forgetting}(\eta, \lambda) \quad \text{such that} \quad \text{score}(\eta, \lambda) \ge s $$
 #
 # Each setting is a point (score, forgetting). A different point *beats* it if it is at least as good in both numbers. The points that no other point beats are
-# the *front* of the method. For every s, one of its points is the answer.
+# the *front* of the method. For every s that is reached, one point is the answer.
 #
 # **Exercise 2.** Write `front(points)`. It gets a list of pairs (score, forgetting), and returns those that no other pair beats, in any order. High scores and low
 # forgetting are good.
@@ -264,7 +264,7 @@ claim(all(b["forgetting"] < a["forgetting"] / 1.5 for a, b in both), "decay move
 # Up and to the left is better. Weight decay moves the fronts of LoRA and full fine-tuning by far more than the distance that is left between the methods. With decay, full fine-tuning
 # forgets least here, and the others lie close. AdaLoRA needs decay least: its penalty is a regularizer too. Without the penalty, it forgets about as much as LoRA ([RESULTS.md](../data/RESULTS.md)). <!-- claim: decay-decides -->
 #
-# The printed scores differ: rates are a factor of two apart, so the fronts have gaps. Differences in forgetting may come partly from these gaps.
+# The printed scores are not exactly equal: rates are a factor of two apart. Differences in forgetting may come partly from these gaps.
 #
 # ## Choose on validation, report on test
 #
@@ -312,7 +312,7 @@ check("09.differs", differs)
 # ## A decision table
 #
 # The table chooses on *validation* examples (three seeds), and measures scores on *test* examples and forgetting on new text, with ten new seeds. The bar is a
-# score of 90 %. For *high score*, take each method's settings within two hundredths of its best score; the one that forgets least enters.
+# score of 90 %. For *high score*, each method enters with one setting: of those within two hundredths of its best score, the one that forgets least.
 
 # %%
 tried = [sum(point["method"] == method for point in points) for method in least]
@@ -363,10 +363,10 @@ claim(verdicts["little forgetting at score 0.9"] == "differs", "by forgetting, t
 claim(verdicts["small file at score 0.9"].count("not sure") == 2, "both may miss the bar")
 
 # %% [markdown]
-# *Level*: the interval of the difference contains zero. Take the simpler method. By score, nothing here clearly beats plain LoRA. *Not sure*: the interval of a score contains the bar.
+# *Level*: the interval of the difference contains zero. Then take the one easier to use. By score, nothing here clearly beats plain LoRA. *Not sure*: the interval of a score contains the bar.
 #
-# *Bottleneck adapters* are small networks after the layers. They have the smallest file, but neither they nor LoRA at this setting are sure to pass. LoRA's setting in row two passes. (*Memory*: weights, gradients, optimizer states.) Prompt methods are missing: they
-# scored far less (lessons 04 to 06).
+# *Bottleneck adapters* are small networks after the layers. They have the smallest file of these, but with this row's settings neither they nor LoRA surely pass. LoRA's setting in row two passes. (*Memory*: weights, gradients, optimizer states.) (Prompt methods
+# scored far less: lessons 04 to 06.)
 #
 # ## What does α do?
 #
