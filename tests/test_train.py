@@ -185,7 +185,7 @@ def test_a_training_run_by_hand(monkeypatch, capfd):
     # every step takes one second more than the one before: 0, 1, 2, … and the median skips step 1
     ticks = (t for n in count() for t in (100.0 * n, 101.0 * n))
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    monkeypatch.setattr(module, "is_piped", lambda: False)
+    monkeypatch.setitem(sys.modules, "ipykernel", module)  # as in a notebook
     batches = [[{"labels": torch.ones(1, 4)}, {"labels": torch.ones(1, 2)}]] * 11
     run = RunConfig(
         steps=10, learning_rate=0.1, warmup=0, lr_end=1.0, beta2=0.9, weight_decay=0.0,
@@ -280,6 +280,7 @@ def test_gradients_are_exchanged_once_per_step_and_only_one_process_shows_a_bar(
 def test_progress_bars_are_for_terminals_and_notebooks(monkeypatch, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
-    assert module.is_piped() is not terminal
+    assert module.bar_options() == ({} if terminal else {"disable": True})
     monkeypatch.setitem(sys.modules, "ipykernel", object())
-    assert not module.is_piped()
+    assert module.bar_options() == {}
+    assert module.bar_options(quiet=True) == {"disable": True}

@@ -199,7 +199,7 @@ check("00.my_loss", my_loss)
 # %% [markdown]
 # ## A loss curve
 #
-# We do the first 250 steps of a pretraining, with a smaller GPT. A loss means little alone, so we compare with models that only count. One always predicts each token's share of the training text. A *5-gram model* counts which token follows each group of four.
+# We do the first 250 steps of a pretraining, with a smaller GPT. A loss means little alone, so we compare with models that only count. One gives each token its share of the training text as probability, always. A *5-gram model* counts which token follows each group of four.
 # Their losses are on held-out text, and the curve shows the training loss, so compare roughly.
 
 # %%
@@ -484,7 +484,7 @@ claim(max(share for _, share in twin_points) < 0.15, "the twin never copies")
 # ## Look inside
 #
 # How could a model copy? Say it read A B … A. A head could find the earlier A, and attend to the token *after* it: B. Such a head is an *induction head*
-# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). Take a word of a name after "Again:". At the position before it, how much weight does each head put on the same word in the first list?
+# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). Take a word of a name after "Again:". One position earlier, how much weight does each head put on this word's place before "Again"?
 
 
 # %%
@@ -561,7 +561,7 @@ report.show(
 
 # %% [markdown]
 # Orange boxes mark the word that must come next. Both models have a head that looks there. Is it an induction head? It could also follow a rule about
-# positions, such as "look 10 back". Read a list back in *reverse order*: then such a rule finds the wrong name. (We measure the second word: the first one tells which name it is.)
+# positions, such as "look 10 back". Read a list back in *reverse order*: then such a rule finds the wrong name. (We measure only second words: the first one tells a model which name it is.)
 #
 # **Your guess:** in which of the two models does the head still find the right name?
 
@@ -588,7 +588,7 @@ claim(after["tiny GPT"][1] < 0.5 * after["tiny GPT"][0], "the tiny GPT's head do
 
 # %% [markdown]
 # The base's head keeps most of its weight on the right word, as an induction head does. The tiny GPT's does not. Its lists are much alike, so a simpler
-# rule can be enough, and a high share does not show which rule a model uses. ("Going further" looks for that rule.)
+# rule can be enough. Even if many names are copied, we do not know by which rule. ("Going further" looks for that rule.)
 #
 # ## Summary
 #

@@ -101,7 +101,7 @@ print("(measured in an earlier edition, on other test examples of the same task)
 #
 # $$ P = \text{MLP}(H) \quad \text{or} \quad P = \text{MLP}(\text{BiLSTM}(H)), \qquad \text{logits} = \text{model}([P;\, E(x)]) $$
 #
-# E(x) are the embeddings of the text x, and H starts as noise. The MLP has three linear layers with ReLU between them (two after a BiLSTM). An LSTM reads the rows of H one after the other, and each output depends on all rows read so far; a BiLSTM reads in both directions. H and the network are trained together; the model is frozen.
+# E(x) are the embeddings of the text x, and H starts as noise. The MLP has three linear layers (only two after a BiLSTM), with ReLU between them. An LSTM reads the rows of H one after the other, and each output depends on all rows read so far; a BiLSTM reads in both directions. H and the network are trained together; the model is frozen.
 #
 # The paper expects two things of the network: virtual tokens that depend on each other, and an easier optimization.
 #
@@ -155,7 +155,7 @@ class MyPTuning(nn.Module):
 check("05.my_p_tuning", MyPTuning)
 
 # %% [markdown]
-# **Exercise 3.** After training: write `keep(H, network)`. It returns the P that the model needs from now on, as a tensor that needs no gradient. The network may contain dropout; you may leave it in eval mode.
+# **Exercise 3.** After training: write `keep(H, network)`. It returns the P that the model needs from now on, as a tensor that needs no gradient. The network may contain dropout. You need not switch it back to train mode.
 
 
 # %% tags=["exercise"]
@@ -371,7 +371,7 @@ claim(
 assert ours.forgot("off") == 0  # without the virtual tokens, the model is the base
 
 # %% [markdown]
-# In this seed P-tuning also forgets less. About half of the difference is there before training: untrained virtual tokens disturb the model too. (minipeft also saves the network, so that training can continue.)
+# In this seed P-tuning also forgets less. About half of the difference is there at step 0: untrained virtual tokens disturb the model too. (minipeft also saves the network, so that training can continue.)
 #
 # With more seeds, and on two bases (runs that come with minipeft, scored on other examples, so seed 0 differs a little):
 
@@ -421,7 +421,7 @@ claim(max(both[0] + both[1]) < 0.1, "on describe, both are near zero")
 
 # %% [markdown]
 # On `sentiment`, P-tuning is ahead with each seed, on both bases, and none of its seeds fails. That is the best evidence for it. On the 1M base the interval of the mean difference includes zero:
-# one seed of prompt tuning fails, so the four differences vary widely. Most of the mean difference comes from it too. The comparison is with noise of full size, and we have not run small noise here.
+# one seed of prompt tuning fails, so the four differences vary widely. This failing seed also causes most of the mean difference. The comparison is with noise of full size, and we have not run small noise here.
 # <!-- claim: p-tuning-sentiment -->
 #
 # On `describe`, the other task of lesson 04, neither method learns much in 100 steps. If both score near zero, a task cannot rank them.
@@ -449,7 +449,7 @@ for name, (accuracy, number, rate) in published.items():
 # - P-tuning trains a network that computes the virtual tokens. After training, only P is kept; the output is identical.
 # - The network can have far more parameters than P.
 # - On `sentiment` no seed of it fails, and it is ahead of prompt tuning from noise with each seed.
-# - It also changes the start and the step. Prompt tuning from small noise, at its own rate, did about as well in 50 steps. The paper's first reason, virtual tokens that depend on each other, does not explain our result: with the MLP they do not see each other. Its second reason, an easier optimization, stays open.
+# - It also changes the start and the step. Prompt tuning from small noise, at its own rate, did about as well in 50 steps. The paper's first reason, virtual tokens that depend on each other, hardly explains our result: with the MLP they do not see each other. Its second reason, an easier optimization, stays open.
 # - P-tuning v2 is another method: prefix tuning (lesson 06, and "Going further").
 #
 # **Do you remember?** Answer first, then open.

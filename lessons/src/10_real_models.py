@@ -121,7 +121,7 @@ lora_bytes = 3e9 * 2 + 10e6 * (4 + 4 + 8)  # the adapter: weights, gradients, op
 check("10.bytes", lora_bytes)
 
 # %% [markdown]
-# In a Llama, each block has seven linear layers: queries, keys, values, output, and three in its MLP. Each keeps its input (queries, keys and values share theirs), and so do the block's two
+# In a Llama, each block has seven linear layers: queries, keys, values, output, and three in its MLP. Each keeps its input (queries, keys and values share one, as do two of the MLP's layers), and so do the two
 # norms. *Gradient checkpointing* keeps only each block's input, and computes the rest again in the backward pass.
 
 
@@ -220,10 +220,10 @@ check("10.blocks", blocks)
 # %% [markdown]
 # ## Which method, on which layers?
 #
-# Start with LoRA on all linear layers, and take QLoRA if that does not fit. Full fine-tuning is for those who have the memory and serve one model.
+# Start with LoRA on all linear layers, then add checkpointing, then take QLoRA. Full fine-tuning is for those who have the memory and serve one model.
 # [HYPERPARAMETERS.md](HYPERPARAMETERS.md) has learning rates and ranks, with sources.
 #
-# Each family of models names its layers differently. minipeft finds attention and MLP from the model's structure. *Rank 1 adapters*, added up over your layers, times your rank is the number of trained parameters.
+# Each family of models names its layers differently. minipeft finds attention and MLP from the model's structure. For the trained parameters, add up the last column over your layers, and multiply by your rank.
 
 
 # %%
@@ -419,7 +419,7 @@ claim(match < 0.5, "most answers are still wrong")
 
 # %% [markdown]
 # The test loss has fallen, but most of these answers are still wrong. The loss falls long before the facts are learned, so read answers. Here are longer runs on
-# SmolLM2, with 75 steps and twenty test questions:
+# SmolLM2, with 75 steps and more text:
 
 # %%
 runs = json.loads((DATA / "results" / "library.json").read_text())
@@ -481,7 +481,7 @@ del others, other
 # For one customer, serve the merged folder: `vllm serve out/10/merged`. For several, serve one base with adapters: `vllm serve BASE --enable-lora
 # --lora-modules library=out/10/adapter`. (We have not tried these commands.)
 #
-# A QLoRA adapter was trained with rounded weights; `python -m minipeft merge --4bit` adds it to the rounded weights. If you merge it into the original weights, evaluate again (lesson 07).
+# A QLoRA adapter was trained with rounded weights; `merge --4bit` rounds the base first; the result is in 32 bits. If you merge it into the original weights, evaluate again (lesson 07).
 #
 # **Exercise 7.** Twenty customers share a base of 14 GB. Each adapter takes 40 MB. How many GB are twenty merged models? And one base with twenty adapters?
 

@@ -15,7 +15,7 @@ from minipeft.base_model import checkpoint_activations, context_length
 from minipeft.lab import tasks
 from minipeft.lab.base import Base
 from minipeft.lab.tasks import Example
-from minipeft.lab.train import autocast, is_piped
+from minipeft.lab.train import autocast, bar_options
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def continue_ids(model: nn.Module, base: Base, ids: Tensor, mask: Tensor, **opti
 
 def progress(items, title: str):
     """A progress bar, once something has taken three seconds."""
-    return tqdm(items, title, delay=3, leave=False, disable=is_piped())
+    return tqdm(items, title, delay=3, leave=False, **bar_options())
 
 
 def virtual_tokens(model: nn.Module) -> int:

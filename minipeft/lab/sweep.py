@@ -22,7 +22,7 @@ from minipeft.lab.finetune import finetune
 from minipeft.lab.recipes import Recipe, RunConfig
 from minipeft.lab.report import selection_loss
 from minipeft.lab.tasks import Task
-from minipeft.lab.train import is_piped
+from minipeft.lab.train import bar_options
 
 FIRST_SEED = 100
 ENTRY = {  # the types of what an entry must have
@@ -47,7 +47,7 @@ def sweep(base: Base, task: Task, recipe: Recipe, run: RunConfig, grid: Grid) ->
     run = replace(run, n_evaluations=1, quiet=True)
     points: dict[int | None, list[dict]] = {size: [] for size in grid.sizes or [recipe.size]}
     for size, rate in tqdm(
-        list(product(points, sorted(grid.learning_rates))), "sweep", disable=is_piped()
+        list(product(points, sorted(grid.learning_rates))), "sweep", **bar_options()
     ):
         sized = recipe if size == recipe.size else recipe.with_size(size)
         runs = [

@@ -76,7 +76,7 @@ def train(
         checkpoint.lists |= {"losses": losses, "seconds": seconds}  # `load` fills them
         done = checkpoint.load(model, optimizer)
     device = parameters[0].device
-    no_bar = {"disable": True} if run.quiet or parallel.rank() != 0 or is_piped() else {}
+    no_bar = bar_options(run.quiet or parallel.rank() != 0)
     remaining = islice(batches, done, run.steps)
     bar = tqdm(remaining, title, run.steps, initial=done, mininterval=0.5, **no_bar)
     model.train()
@@ -182,9 +182,10 @@ def pick_device(name: str | None = None) -> torch.device:
     raise ValueError(f"device {name!r} cannot be used: {reason:.200}")
 
 
-def is_piped() -> bool:
-    """Whether a progress bar would fill a file or a pipe. (A notebook shows it.)"""
-    return not (sys.stderr and sys.stderr.isatty()) and "ipykernel" not in sys.modules
+def bar_options(quiet: bool = False) -> dict:
+    """For tqdm: no progress bar if it would fill a file or a pipe. (A notebook shows it.)"""
+    shown = (sys.stderr and sys.stderr.isatty()) or "ipykernel" in sys.modules
+    return {} if shown and not quiet else {"disable": True}
 
 
 def autocast(device: torch.device):
