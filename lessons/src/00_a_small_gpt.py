@@ -199,7 +199,7 @@ check("00.my_loss", my_loss)
 # %% [markdown]
 # ## A loss curve
 #
-# We do the first 250 steps of a pretraining, with a smaller GPT. A loss means little alone, so we compare with models that only count. One gives each token its share of the training text as probability, always. A *5-gram model* counts which token follows each group of four.
+# We do the first 250 steps of a pretraining, with a smaller GPT. A loss means little alone, so we compare with models that only count. One ignores the context: a token's probability is its share of the training text. A *5-gram model* counts which token follows each group of four.
 # Their losses are on held-out text, and the curve shows the training loss, so compare roughly.
 
 # %%
@@ -373,7 +373,7 @@ claim(people[0] < people[1] < people[2], "larger bases tell people apart better"
 claim(min(p[key] for p in columns.values() for key in list(titles)[:2]) > 0.95, "all bases copy")
 
 # %% [markdown]
-# All bases copy. But look at the last two rows. If a text names only one person, there is a possible shortcut: name that person. With three people, it is
+# All bases copy. But look at the last two rows. If a text names only one person, there is a possible shortcut: name that person. With three people, naming one of them is
 # right one time in three. All bases do better than that, but not as well as with one person.
 #
 # ## Watch it learn to copy
@@ -484,7 +484,7 @@ claim(max(share for _, share in twin_points) < 0.15, "the twin never copies")
 # ## Look inside
 #
 # How could a model copy? Say it read A B … A. A head could find the earlier A, and attend to the token *after* it: B. Such a head is an *induction head*
-# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). Take a word of a name after "Again:". One position earlier, how much weight does each head put on this word's place before "Again"?
+# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). Take a word of a name after "Again:". At the position just before it, how much weight does each head put on the same word in the first list?
 
 
 # %%
@@ -561,7 +561,7 @@ report.show(
 
 # %% [markdown]
 # Orange boxes mark the word that must come next. Both models have a head that looks there. Is it an induction head? It could also follow a rule about
-# positions, such as "look 10 back". Read a list back in *reverse order*: then such a rule finds the wrong name. (We measure only second words: the first one tells a model which name it is.)
+# positions, such as "look 10 back". Read a list back in *reverse order*: then such a rule finds the wrong name. (We measure second words: the first tells the name.)
 #
 # **Your guess:** in which of the two models does the head still find the right name?
 

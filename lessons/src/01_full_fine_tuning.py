@@ -322,7 +322,7 @@ report.show(
 # ## Has it learned the task?
 #
 # A falling loss does not answer this. Suppose a model ignores all values in the prompt. What would it score? We train such a *blind* model: in each training prompt, the values are replaced by those of other examples, and the completion is kept. So
-# the prompt does not tell the completion, and the model learns not to try.
+# the prompt's values do not tell the completion's, and the model learns to ignore them.
 
 
 # %%

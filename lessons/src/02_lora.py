@@ -74,7 +74,7 @@ check("02.clearest", clearest)
 # ## What does full fine-tuning change?
 #
 # Full fine-tuning turns each weight matrix W into W + ΔW. A matrix whose shorter side is 128 is a sum of 128 simple matrices, each with one input direction and one output direction. Each
-# of them has a strength, its *singular value*. The squared strengths add up to the sum of all squared entries of ΔW, its squared *Frobenius norm*. Each simple matrix counts as one *direction*: which share of this sum do the strongest hold?
+# of them has a strength, its *singular value*. The squared strengths add up to the sum of all squared entries of ΔW, its squared *Frobenius norm*. We call each simple matrix one *direction*. Which share of this sum do the strongest directions hold?
 #
 # **Your guess:** how many of the 128 directions hold 90 % of the squared norm of ΔW, averaged over the layers? And why?
 
@@ -356,7 +356,7 @@ claim(ours.score > 0.85 * full.score, "LoRA comes close to full fine-tuning")
 # run had *weight decay*.
 #
 # The next figure adds weight decay towards the start: each step moves every trained number (for LoRA, the entries of A and B) back towards its value at step 0, by a fraction of the distance (learning rate × decay). Settings were chosen on validation
-# examples: among those with nearly the best score, the one that forgets least. Without decay, several learning rates were tried; with decay, pairs of rate and decay. Values are means of ten seeds.
+# examples: of those settings with nearly the best score, the one that forgets least. Without decay, several learning rates were tried; with decay, pairs of rate and decay. Values are means of ten seeds.
 
 # %%
 # (method, learning rate, learning rate × decay), from data/RESULTS.md
@@ -389,8 +389,8 @@ report.show(
 claim(max(means[2:]) < 0.3 < min(means[:2]), "with weight decay, both forget much less")
 
 # %% [markdown]
-# With weight decay, and a learning rate that suits it, both methods forget about a tenth of what they forgot before, at the same score. Between the methods, the factor is only about two. LoRA still forgets
-# more than full fine-tuning here. A study of large models found that LoRA forgets less, and learns less ([Biderman et al.](https://arxiv.org/abs/2405.09673)), so this may not generalize. Lesson 09 comes back to it.
+# With weight decay, and a learning rate that suits it, both methods forget about a tenth of what they forgot before, at the same score. LoRA forgets about twice as much as full fine-tuning, with or without decay.
+# A study of large models found that LoRA forgets less, and learns less ([Biderman et al.](https://arxiv.org/abs/2405.09673)), so this may not generalize. Lesson 09 comes back to it.
 # <!-- claim: finals-forgetting -->
 #
 # And LoRA keeps the base: disable the adapter, and the model is exactly the base again, without the task.

@@ -452,7 +452,7 @@ claim(all(m < a for m, a in pairs), "the MLPs alone score less than attention al
 #
 # ## Do the ranks matter? A control
 #
-# The next cell replaces the scores by random numbers, with three seeds. They stay fixed, so no pruned triplet comes back. **Your guess:** how much slot accuracy will that cost?
+# The next cell replaces the scores by random numbers, with three seeds. These never change, so no pruned triplet comes back. **Your guess:** how much slot accuracy will that cost?
 
 # %%
 guess_difference = None  # slot accuracy with AdaLoRA's ranks, minus that with random ranks
@@ -528,10 +528,10 @@ claim(abs(mean(scores["AdaLoRA"]) - mean(scores["LoRA"])) < 0.08, "AdaLoRA and L
 # Not as a first choice. Take LoRA, and spend your time on its learning rate and weight decay.
 #
 # - **Score:** no advantage here. In peft's [comparison on a 3B model](https://github.com/huggingface/peft/tree/main/method_comparison) (one run per method), AdaLoRA scored less than LoRA.
-# - **Forgetting:** without weight decay, AdaLoRA forgets much less than LoRA. Without its penalty too, it forgets nearly as much as LoRA. With weight decay, the differences are small. <!-- claim: finals-forgetting -->
+# - **Forgetting:** without weight decay, AdaLoRA forgets much less than LoRA. With neither decay nor penalty, it forgets nearly as much as LoRA. With weight decay, the differences are small. <!-- claim: finals-forgetting -->
 # - **Cost:** it trains more parameters than it keeps, computes the penalty, and must know the number of steps in advance.
 #
-# The paper reports gains over LoRA, especially with small budgets. If every parameter counts, try it.
+# The paper reports gains over LoRA, especially with small budgets. If parameters are scarce, try it.
 #
 # ## Summary
 #

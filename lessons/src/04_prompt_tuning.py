@@ -3,7 +3,7 @@
 #
 # You serve one model with 7 billion parameters to twenty customers, and each wants answers in another style. Their requests arrive mixed.
 # A batch with twenty different LoRAs needs special code in every layer. Prompt tuning leaves the layers as they are: it learns a
-# few vectors per customer and puts them in front of the text. Twenty vectors of width 4,096 take 328 kB in float32.
+# few vectors per customer and puts them in front of the text. Twenty vectors of width 4,096, for one customer, take 328 kB.
 #
 # After this lesson you can
 # - write prompt tuning, and count its parameters;
@@ -287,11 +287,11 @@ report.show(
 by_noise, by_embeddings = losses["RANDOM"], losses["SAMPLE_VOCAB"]
 ratios = [n / e for n, e in zip(by_noise, by_embeddings, strict=True)]
 print("loss from noise, divided by loss from embeddings:", [f"{ratio:.1f}" for ratio in ratios])
-claim(min(ratios) > 1, "at each rate, embeddings are ahead")
+claim(min(ratios[:2]) > 1, "at the lower rates, embeddings are ahead")
 claim(ratios[0] > 1.5 * ratios[2], "their lead is smaller at the largest rate")
 
 # %% [markdown]
-# At each rate, embeddings get further in 50 steps. How far ahead they are depends on the rate. So compare two starts
+# Embeddings get further in 50 steps. How far ahead depends on the rate, and at the largest one on the seed. So compare two starts
 # only if each has its own best learning rate. The figure cannot show which start is better: for both, the best rate is the largest that we tried.
 #
 # | setting | here | on a large model | what it does |
@@ -424,7 +424,7 @@ for name, accuracy in published.items():
 # - Prompt tuning trains p · d numbers in front of the text. The model is frozen, and there is nothing to merge.
 # - Virtual tokens change only what comes after them. They need a mask of 1 and the label -100.
 # - At equal learning rates, embeddings get further than noise here, most of all at small rates.
-# - Here, from noise, it learns in 100 steps to choose the right known word (three of four seeds), and not to write descriptions with the right facts.
+# - Here, from noise, it learns in 100 steps to choose the right known word (three of four seeds), but not to describe with the right facts.
 # - It forgets while it is enabled. Rows of one batch can have different prompts.
 #
 # **Do you remember?** Answer first, then open.

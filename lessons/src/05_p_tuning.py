@@ -246,7 +246,7 @@ check("05.rows", mlp_rows, lstm_rows)
 #
 # What else does the network change?
 #
-# - **The start.** At step 0, P is the output of an untrained network. The numbers in this output are much smaller than noise.
+# - **The start.** At step 0, P is the output of an untrained network. These numbers are much smaller than prompt tuning's noise.
 # - **The step.** A step changes every weight of the network a little, and each virtual token depends on many weights. At the same learning rate, P moves further than in prompt tuning.
 #
 # We train three kinds for 50 steps: `plain` is prompt tuning from noise, `small noise` is prompt tuning from noise divided by 10, and `MLP` is P-tuning.
@@ -371,7 +371,7 @@ claim(
 assert ours.forgot("off") == 0  # without the virtual tokens, the model is the base
 
 # %% [markdown]
-# In this seed P-tuning also forgets less. About half of the difference is there at step 0: untrained virtual tokens disturb the model too. (minipeft also saves the network, so that training can continue.)
+# In this seed P-tuning also forgets less. About half of the difference is there at step 0: untrained virtual tokens disturb the model too. (The file includes the network, so that training can continue.)
 #
 # With more seeds, and on two bases (runs that come with minipeft, scored on other examples, so seed 0 differs a little):
 

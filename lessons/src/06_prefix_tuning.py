@@ -259,7 +259,7 @@ if not solved("06.my_prefix"):  # until yours is right, the lesson uses minipeft
 
 
 # %% [markdown]
-# Here is minipeft's `past`, in [minipeft/methods/prefix_tuning.py](../minipeft/methods/prefix_tuning.py). With your module's numbers, minipeft's prefix gives the same logits as yours.
+# Here is minipeft's `past`, in [minipeft/methods/prefix_tuning.py](../minipeft/methods/prefix_tuning.py). With your module's numbers in it, minipeft's prefix gives the same logits.
 
 
 # %%
@@ -357,7 +357,7 @@ print({name: f"{found.mean():.2f}" for name, found in shares.items()}, f"your gu
 claim(0.4 < shares["zeros"].mean() < 0.65, "zero keys get about half of the attention")
 
 # %% [markdown]
-# Here, 20 zero keys get about half of the attention: early tokens see little text. A score of 0 does not mean "no attention", since exp(0) is 1: only minus infinity means that. The text gets
+# Here, 20 zero keys get about half of the attention: most tokens see little text. A score of 0 does not mean "no attention", since exp(0) is 1: only minus infinity means that. The text gets
 # a share below 1, so the output of each head shrinks.
 #
 # ## How should it start?

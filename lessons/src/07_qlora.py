@@ -150,7 +150,7 @@ check("07.quantize", quantize)
 # near ±1. *NF4* (4-bit normal float) takes *quantiles*. The quantile Φ⁻¹(p) is the value below which a share p of normally
 # distributed numbers (mean 0, variance 1) lies.
 #
-# For n positive levels, p goes from p_max down to ½ in n equal steps. We use all points, p_max too, but not ½: Φ⁻¹(½) = 0
+# For n positive levels, go from p_max down to ½ in n equal steps: n + 1 values of p. Drop ½, as Φ⁻¹(½) = 0
 # is a level already. (p_max is below one because Φ⁻¹(1) is infinite.) The negative levels are made in the same way, with their n, and negated. Then divide all by Φ⁻¹(p_max), so that they
 # lie between −1 and 1. NF4 has 7 negative levels, zero, and 8 positive ones.
 #
