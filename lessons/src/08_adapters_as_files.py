@@ -602,7 +602,7 @@ report.show(
 
 # %% [markdown]
 # Left: the cross terms of `linear` destroy what the adapters learned. `cat` and `svd` keep most of `sentiment`, but `describe` loses a part. Right, with equal weights: `describe` always scores lower than alone. At the
-# smallest weight it scores 0 (alone with this weight, it does too), and the largest damages `sentiment`. Now take all ten pairs.
+# smallest weight it scores 0, as it does without `sentiment`; the largest weight damages `sentiment`. Now take all ten pairs.
 
 # %%
 REVIEWS = {"sentiment", "colors"}
@@ -668,7 +668,7 @@ claim(max(map(max, losses["different prompts"])) > 0.8, "there too, a skill can 
 #
 # <details><summary>2. You merged and unmerged an adapter with peft. Why is the base not exactly the old one?</summary>W + ΔW was rounded. Subtracting ΔW leaves the error.</details>
 #
-# <details><summary>3. Two adapters of rank 8: which rank has their sum with cat, svd and linear, and which is exact?</summary>16, 8 and 8. Only cat is exact.</details>
+# <details><summary>3. You combine two adapters of rank 8. Which rank do cat, svd and linear give, and which is exact?</summary>16, 8 and 8. Only cat is exact.</details>
 #
 # **To read:** [Editing Models with Task Arithmetic](https://arxiv.org/abs/2212.04089) (2022) adds and subtracts updates. [S-LoRA](https://arxiv.org/abs/2311.03285) serves
 # many adapters in one batch.

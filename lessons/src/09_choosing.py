@@ -184,7 +184,7 @@ check("09.best_rate", best_rate)
 # $$ \min_{\eta,\, \lambda}\ \text{forgetting}(\eta, \lambda) \quad \text{such that} \quad \text{score}(\eta, \lambda) \ge s $$
 #
 # Each setting is a point (score, forgetting). A different point *beats* it if it is at least as good in both numbers. The points that no other point beats are
-# the *front* of the method. For every s that is reached, one point is the answer.
+# the *front* of the method. For every s that some setting reaches, one point is the answer.
 #
 # **Exercise 2.** Write `front(points)`. It gets a list of pairs (score, forgetting), and returns those that no other pair beats, in any order. High scores and low
 # forgetting are good.
