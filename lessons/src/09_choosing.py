@@ -230,7 +230,7 @@ for method in ("full", "lora", "adalora"):
 print("the least forgetting on the front is what choosing.equal_score finds")
 
 # %% [markdown]
-# The figure shows the fronts on validation examples. The crosses are the settings that forget least at a score of at least 90 %, on test
+# The figure shows the fronts on validation examples. The crosses are the settings chosen there at a score of 90 %, measured again on test
 # examples and new text, with ten seeds.
 
 # %%

@@ -220,7 +220,7 @@ check("10.blocks", blocks)
 # %% [markdown]
 # ## Which method, on which layers?
 #
-# Start with LoRA on all linear layers. If it does not fit, add checkpointing, then take QLoRA. Full fine-tuning is for those who have the memory and serve one model.
+# Start with LoRA on all linear layers. If it does not fit: checkpointing, then QLoRA. Full fine-tuning is for those who have the memory and serve one model.
 # [HYPERPARAMETERS.md](HYPERPARAMETERS.md) has learning rates and ranks, with sources.
 #
 # Each family of models names its layers differently. minipeft finds attention and MLP from the model's structure. For the trained parameters, add up the last column over your layers, and multiply by your rank.
@@ -419,7 +419,7 @@ claim(match < 0.5, "most answers are still wrong")
 
 # %% [markdown]
 # The test loss has fallen, but most of these answers are still wrong. The loss falls long before the facts are learned, so read answers. Here are longer runs on
-# SmolLM2, 75 steps, and more test questions:
+# SmolLM2, with 75 steps and more questions:
 
 # %%
 runs = json.loads((DATA / "results" / "library.json").read_text())
