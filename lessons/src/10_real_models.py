@@ -220,7 +220,7 @@ check("10.blocks", blocks)
 # %% [markdown]
 # ## Which method, on which layers?
 #
-# Start with LoRA on all linear layers. If it does not fit: checkpointing, then QLoRA. Full fine-tuning is for those who have the memory and serve one model.
+# Start with LoRA on all linear layers, and add checkpointing if needed; then QLoRA. Full fine-tuning is for those with the memory who serve one model.
 # [HYPERPARAMETERS.md](HYPERPARAMETERS.md) has learning rates and ranks, with sources.
 #
 # Each family of models names its layers differently. minipeft finds attention and MLP from the model's structure. For the trained parameters, add up the last column over your layers, and multiply by your rank.
