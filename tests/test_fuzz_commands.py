@@ -278,6 +278,7 @@ def fuzz(run, world: Path, n: int) -> None:
     assert state(DATA / "base") == shipped
 
 
+@pytest.mark.slow
 def test_a_random_command_line_ends_well(monkeypatch, tmp_path, stand_ins):
     monkeypatch.chdir(tmp_path)  # and back, in the end
     fuzz(end_of, make_world(tmp_path), 50)

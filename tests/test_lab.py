@@ -313,6 +313,7 @@ def test_bytes_of_weights_in_memory_and_on_disk():
 # --- compare ---
 
 
+@pytest.mark.slow
 def test_compare_end_to_end(base, task, tmp_path):
     run = RunConfig(steps=2, n_generate=4, quiet=True, batch_size=4)
     short = replace(task, validation=task.validation[:8], test=task.test[:8])

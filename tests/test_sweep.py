@@ -58,6 +58,7 @@ def test_a_file_of_something_else_is_not_overwritten(tmp_path):
     assert sweep.load(tmp_path / "missing.json") == []
 
 
+@pytest.mark.slow
 def test_a_sweep_end_to_end(base, task):
     blind = replace(task, test=[])  # a sweep must not look at the test examples
     grid = Grid([1e-4, 3e-3], [1, 4])
