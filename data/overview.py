@@ -5,10 +5,14 @@ import statistics
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from minipeft.lab import DATA, compare, report
+from minipeft.lab import DATA, report
+from minipeft.lab.base import load_base
+from minipeft.lab.finetune import build_model
+from minipeft.lab.recipes import RunConfig
 
 from .choosing import operating_point, points
-from .experiments import RESULTS, load
+from .experiments import METHODS as METHODS_OF_RUNS
+from .experiments import load
 from .sections import at, two_points, where
 
 README = DATA.parent / "README.md"
@@ -30,10 +34,11 @@ def runs() -> dict[str, list[list[dict]]]:
 
 def table() -> str:
     """A line per method."""
-    records = compare.rows(compare.load(RESULTS / "1m" / "compare.json"))
-    lines, everything = [], records["full"][0].trainable
+    base, lines = load_base(DATA / "base" / "1m"), []
+    everything = sum(p.numel() for p in base.pretrained.parameters())
     for method, pair in runs().items():
-        trained = records[method][0].trainable
+        model = build_model(base, METHODS_OF_RUNS[method], RunConfig())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         scores, forgetting = (
             [statistics.mean(row[key] for row in rows) for rows in pair]
             for key in ("score", "forgetting")
