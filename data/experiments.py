@@ -174,6 +174,10 @@ SENTIMENT = {
     "adalora": around(0.01), "adalora, no penalty": around(0.01), "bitfit": around(0.003),
     "bottleneck": around(0.0025),
 }  # fmt: skip
+SUCCESSORS = {  # of LoRA
+    "rslora": around(0.005), "lora_plus": around(0.0025), "pissa": around(0.0025),
+    "dora": around(0.01), "vera": around(0.1), "ia3": around(0.1),
+}  # fmt: skip
 WIDE = (*DECAYS, 0.08, 0.16)  # LOG.md says why
 WIDER = {
     "full": around(0.002)[1:4], "lora": around(0.04)[1:4], "qlora": around(0.04)[1:4],
@@ -200,6 +204,8 @@ EXPERIMENTS = {
         for rates in (PROMPT_METHODS, HIGHER_PROMPT_RATES)
     )),
     "sentiment": Grid(SENTIMENT, decays=(0.0, 0.02, 0.04), common={"task": "sentiment"}),
+    "tournament": Grid(SUCCESSORS, (0.0, 0.04, 0.16)),
+    "finals-tournament": Chosen("tournament", tuple(range(5)), {"part": "test"}),
     "finals": Chosen("forgetting", tuple(range(10)), {"part": "test"}),
     "finals-sentiment": Chosen("sentiment", tuple(range(5)), {"part": "test"}),
     "finals-prompts": Chosen("prompts", tuple(range(5)), {"part": "test"}),
@@ -254,7 +260,9 @@ def measure(setting: Setting) -> dict:
     row["forgetting_at_start"] = evaluate.text_loss(model, base.held_out) - before
     try:
         batches = micro_batches(task, run, base.end, model.device)
-        row["training_loss"] = train(model, batches, run, recipe.optimizer).losses[-1]
+        groups = recipe.groups and recipe.groups(model, run.learning_rate)
+        training = train(model, batches, run, recipe.optimizer, groups=groups)
+        row["training_loss"] = training.losses[-1]
     except FloatingPointError:
         return row
     examples = getattr(task, setting.part)

@@ -9,7 +9,7 @@ __version__ = "0.2.0"
 
 _METHOD_FILES = (
     "lora", "adalora", "qlora", "paged_adamw", "prompt_tuning", "p_tuning", "prefix_tuning",
-    "bitfit", "bottleneck",
+    "bitfit", "bottleneck", "dora", "ia3", "vera", "pissa", "lora_plus",
 )  # fmt: skip
 _NAMES = {
     "gpt": ("GPT", "GPTConfig"),
@@ -27,6 +27,11 @@ _NAMES = {
     "methods.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
     "methods.bitfit": ("BitFitConfig", "BitFitLayer", "add_bitfit"),
     "methods.bottleneck": ("BottleneckConfig", "BottleneckLayer", "add_bottleneck"),
+    "methods.dora": ("DoraLinear", "add_dora"),
+    "methods.ia3": ("IA3Config", "IA3Linear", "add_ia3"),
+    "methods.vera": ("VeraConfig", "VeraLinear", "add_vera"),
+    "methods.pissa": ("PissaLinear", "add_pissa"),
+    "methods.lora_plus": ("lora_plus_groups",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [*_HOME, *_METHOD_FILES]

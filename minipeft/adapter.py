@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ class Adapter:
     """Interface of an adapter. This base class is the null adapter, which changes nothing and
     cannot be saved. It is no nn.Module: its `modules` and `parameters` return dictionaries."""
 
-    config = None  # the method's config
+    config: Any = None  # the method's config
     encoder: nn.Module | None = None  # prompt methods only
     layers: Mapping[str, nn.Module] = MappingProxyType({})  # weight methods only, by layer name
     allocator: RankAllocator | None = None  # AdaLoRA only, while its ranks can still move
@@ -89,6 +90,10 @@ class Adapter:
     def places(self) -> dict[str, Tensor]:
         """The tensors of a new adapter that saved ones are copied to, under peft's keys."""
         raise NotImplementedError
+
+    def saved_config(self):
+        """The config that is saved with `tensors`."""
+        return self.config
 
     def state(self) -> dict[str, Tensor]:
         """All tensors needed to continue training."""

@@ -1,14 +1,16 @@
 """Adapters of the weight methods, and the table of all methods.
 
-An adapter is what a method adds to a model (adapter.py). Weight methods (LoRA, AdaLoRA, BitFit,
-bottleneck) wrap layers of the model. Prompt methods (prompt, P- and prefix tuning) have an encoder
-that computes extra inputs (prompt_adapter.py). QLoRA has no entry of its own: it is LoRA on 4-bit
-layers. The base is frozen by `PeftModel`, not here. A new method is one file in methods/ and one
-line in METHODS, if it fits one of these families.
+An adapter is what a method adds to a model (adapter.py). Weight methods (LoRA, AdaLoRA, VeRA,
+(IA)³, BitFit, bottleneck) wrap layers of the model. Prompt methods (prompt, P- and prefix tuning)
+have an encoder that computes extra inputs (prompt_adapter.py). QLoRA, DoRA and PiSSA have no
+entries of their own: they are LoRA with other layers. The base is frozen by `PeftModel`, not here.
+A new method is one file in methods/ and one line in METHODS, if it fits one of these families.
 """
 
+import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,11 +20,15 @@ from minipeft.adapter import Adapter
 from minipeft.methods.adalora import AdaLoraConfig, RankAllocator, SVDLinear, orthogonality
 from minipeft.methods.bitfit import BitFitConfig, BitFitLayer
 from minipeft.methods.bottleneck import BottleneckConfig, BottleneckLayer
+from minipeft.methods.dora import DoraLinear
+from minipeft.methods.ia3 import IA3Config, IA3Linear
 from minipeft.methods.lora import LoraConfig, LoraLinear
 from minipeft.methods.p_tuning import PromptEncoder, PromptEncoderConfig
+from minipeft.methods.pissa import PissaLinear
 from minipeft.methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from minipeft.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig
 from minipeft.methods.qlora import Linear4bit, QLoraLinear, QuantizedLinear
+from minipeft.methods.vera import VeraConfig, VeraLinear, vera_layers
 from minipeft.prompt_adapter import PromptAdapter
 from minipeft.targets import find_targets
 from minipeft.token_rows import token_rows
@@ -37,22 +43,27 @@ class WeightAdapter(Adapter):
         self.config, self.layer_class = config, layer_class
         part = "bias" if config.peft_type == "BITFIT" else "weight"  # which is adapted
         targets = find_targets(model, config.target_modules, part)
-        self.layers = {name: self.new_layer(name, base) for name, base in targets.items()}
+        self.layers = self.new_layers(targets)
         if getattr(config, "trainable_token_indices", None) is not None:
             self.layers |= token_rows(model, config.trainable_token_indices)
         for parameter in self.parameters().values():
             parameter.requires_grad_(not config.inference_mode)
 
+    def new_layers(self, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        return {name: self.new_layer(name, base) for name, base in targets.items()}
+
     def new_layer(self, name: str, base_layer: nn.Module) -> nn.Module:
+        self.check_layer(name, base_layer)
+        return self.layer_class(base_layer, self.config)
+
+    def check_layer(self, name: str, base_layer: nn.Module) -> None:
+        """Raises ValueError for a quantized layer that the method cannot adapt."""
         kind = self.config.peft_type
-        if kind == "LORA" and isinstance(base_layer, Linear4bit):
-            return QLoraLinear(base_layer, self.config)
         if kind != "BITFIT" and isinstance(base_layer, QuantizedLinear):
             raise ValueError(
                 f"target {name} is a {type(base_layer).__name__}, which {kind} cannot adapt: LoRA "
                 "works on 4-bit layers, BitFit on all quantized layers"
             )
-        return self.layer_class(base_layer, self.config)
 
     def check_mergeable(self) -> None:
         if self.config.peft_type == "BOTTLENECK":
@@ -64,6 +75,65 @@ class WeightAdapter(Adapter):
 
     def places(self) -> dict[str, Tensor]:
         return WeightAdapter.tensors(self)  # they share memory with the layers
+
+
+class LoraAdapter(WeightAdapter):
+    """LoRA; on 4-bit layers QLoRA; DoRA and PiSSA."""
+
+    def new_layer(self, name: str, base_layer: nn.Module) -> nn.Module:
+        is_dora, is_pissa = self.config.use_dora, self.config.init_lora_weights == "pissa"
+        if isinstance(base_layer, Linear4bit) and not (is_dora or is_pissa):
+            return QLoraLinear(base_layer, self.config)
+        self.check_layer(name, base_layer)
+        layer_class = DoraLinear if is_dora else PissaLinear if is_pissa else LoraLinear
+        return layer_class(base_layer, self.config)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """PiSSA is saved as an ordinary LoRA of twice the rank."""
+        found = super().tensors()
+        for name, layer in self.layers.items():
+            if isinstance(layer, PissaLinear):
+                for letter, tensor in zip("AB", layer.as_lora(), strict=True):
+                    found[f"base_model.model.{name}.lora_{letter}.weight"] = tensor.detach()
+        return found
+
+    def saved_config(self) -> LoraConfig:
+        if self.config.init_lora_weights != "pissa":
+            return self.config
+        factor = math.sqrt(2) if self.config.use_rslora else 2  # so that s stays the same
+        return replace(
+            self.config, r=2 * self.config.r, lora_alpha=factor * self.config.lora_alpha,
+            init_lora_weights=True,
+        )  # fmt: skip
+
+
+class IA3Adapter(WeightAdapter):
+    """(IA)³: some layers have their inputs multiplied, others their outputs."""
+
+    def new_layers(self, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        endings = tuple(f".{ending}" for ending in self.config.feedforward_modules)
+        for name, base_layer in targets.items():
+            self.check_layer(name, base_layer)
+        return {
+            name: IA3Linear(base_layer, self.config, f".{name}".endswith(endings))
+            for name, base_layer in targets.items()
+        }
+
+
+class VeraAdapter(WeightAdapter):
+    """VeRA: all layers share two random matrices."""
+
+    def new_layers(self, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        for name, base_layer in targets.items():
+            self.check_layer(name, base_layer)
+        return vera_layers(targets, self.config)
+
+    def tensors(self) -> dict[str, Tensor]:
+        projections = next(iter(self.layers.values())).projections
+        shared = dict(projections.named_buffers()) if self.config.save_projection else {}
+        return super().tensors() | {f"base_model.{name}": tensor for name, tensor in shared.items()}
+
+    places = tensors
 
 
 class AdaLoraAdapter(WeightAdapter):
@@ -215,8 +285,10 @@ class Method(NamedTuple):
 
 
 METHODS = {  # by peft_type
-    "LORA": Method(LoraConfig, WeightAdapter, LoraLinear),
+    "LORA": Method(LoraConfig, LoraAdapter, LoraLinear),
     "ADALORA": Method(AdaLoraConfig, AdaLoraAdapter, SVDLinear),
+    "VERA": Method(VeraConfig, VeraAdapter, VeraLinear),
+    "IA3": Method(IA3Config, IA3Adapter, IA3Linear),
     "BITFIT": Method(BitFitConfig, WeightAdapter, BitFitLayer),
     "BOTTLENECK": Method(BottleneckConfig, WeightAdapter, BottleneckLayer),
     "PROMPT_TUNING": Method(PromptTuningConfig, PromptAdapter, PromptEmbedding),

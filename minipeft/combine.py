@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.adapter import Adapter
-from minipeft.adapters import WeightAdapter, make_adapter
+from minipeft.adapters import make_adapter
 
 Lora = tuple[float, float, Tensor, Tensor]  # wᵢ, sᵢ, Aᵢ, Bᵢ
 
@@ -40,8 +40,8 @@ def svd(loras: list[Lora], r: int) -> tuple[Tensor, Tensor]:
 
 def linear(loras: list[Lora], r: int) -> tuple[Tensor, Tensor]:
     total_a = total_b = 0.0
-    for w, s, *pair in loras:
-        a, b = padded(*pair, r)
+    for w, s, a, b in loras:
+        a, b = padded(a, b, r)
         root = abs(w * s) ** 0.5
         total_a = total_a + math.copysign(root, w * s) * a  # (3)
         total_b = total_b + root * b
@@ -63,7 +63,7 @@ def weighted_adapter(
     weights: list[float],
     combination_type: str,
     svd_rank: int | None,
-) -> WeightAdapter:
+) -> Adapter:
     """A frozen LoRA for a bare model: the weighted sum of other LoRAs.
 
     Raises ValueError for other methods, an unknown combination, weights that are not numbers or
@@ -73,6 +73,9 @@ def weighted_adapter(
     for config in configs:
         if config.peft_type != "LORA":
             raise ValueError(f"{config.peft_type} has no weighted sum: only LoRAs can be added")
+        if config.use_dora or config.init_lora_weights == "pissa":
+            what = "DoRA" if config.use_dora else "PiSSA"
+            raise ValueError(f"{what} has no weighted sum (a saved PiSSA that is loaded is a LoRA)")
         if config.trainable_token_indices:
             raise ValueError("a LoRA with trained token rows has no weighted sum")
     if combination_type not in COMBINATIONS:

@@ -43,11 +43,13 @@ FREE_KEYS = {
 }  # fmt: skip
 DEFAULTS = {
     "bias": "none", "num_transformer_submodules": 1, "r": 8, "init_lora_weights": True,
-    "megatron_core": "megatron.core", "qalora_group_size": 16,
+    "init_ia3_weights": True, "init_weights": True, "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
 }  # fmt: skip
 # Settings that do not change the output of a saved adapter:
 TRAINING_ONLY = (
     "task_type", "inference_mode", "lora_dropout", "encoder_dropout", "init_weights",
+    "vera_dropout", "d_initial",
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "target_r",
     "total_step", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
 )  # fmt: skip
@@ -121,7 +123,7 @@ def read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter:
             empty = make_adapter(on_meta(model), copy.copy(config))
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder / CONFIG}: {one_line(error)}") from error
-    if wrong := mismatch(shapes, empty.tensors()):
+    if wrong := mismatch(shapes, empty.tensors() if is_prompt else empty.places()):
         raise ValueError(f"{file}: adapter does not match this model: {wrong}")
     check_digest(header, wanted, file, folder / CONFIG)
     tensors = read_tensors(file)
@@ -185,9 +187,10 @@ def on_meta(model: nn.Module) -> nn.Module:
 def write_adapter(folder: Path, adapter: Adapter, tensors: dict[str, Tensor], base: str | None):
     """Write an adapter as peft does. base: the name or folder of the model it was trained on."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = asdict(adapter.config) | getattr(adapter.config, "other_keys", {})
+    config = adapter.saved_config()
+    settings = asdict(config) | getattr(adapter.config, "other_keys", {})
     settings["base_model_name_or_path"] = base or settings.get("base_model_name_or_path")
     settings["inference_mode"] = True
     text = json.dumps(settings, indent=2, sort_keys=True, default=sorted) + "\n"  # sorts a set
-    write_tensors(folder / WEIGHTS, tensors, digest(adapter.config, TRAINING_ONLY))
+    write_tensors(folder / WEIGHTS, tensors, digest(config, TRAINING_ONLY))
     write_text(folder / CONFIG, text)

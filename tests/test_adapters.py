@@ -12,10 +12,12 @@ from minipeft import (
     AdaLoraConfig,
     BitFitConfig,
     BottleneckConfig,
+    IA3Config,
     LoraConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    VeraConfig,
     get_peft_model,
     quantize_model,
 )
@@ -28,12 +30,17 @@ CONFIGS = {
     "adalora": lambda: AdaLoraConfig(target_modules=["c_attn"], **SCHEDULE),
     "bitfit": lambda: BitFitConfig(),
     "bottleneck": lambda: BottleneckConfig(["mlp.c_proj"], bottleneck_size=3),
+    "dora": lambda: LoraConfig(r=2, use_dora=True, target_modules=["c_attn"]),
+    "pissa": lambda: LoraConfig(r=2, init_lora_weights="pissa", target_modules=["c_attn"]),
+    "vera": lambda: VeraConfig(r=5, target_modules=["c_attn", "c_fc"]),
+    "ia3": lambda: IA3Config(["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
     "prompt": lambda: PromptTuningConfig(num_virtual_tokens=2),
     "p_tuning": lambda: PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=4),
     "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=2),
     "prefix_projection": lambda: PrefixTuningConfig(num_virtual_tokens=2, prefix_projection=True),
 }
-MERGEABLE = ("LORA", "ADALORA", "BITFIT")
+MERGEABLE = ("LORA", "ADALORA", "VERA", "IA3", "BITFIT")
+NOT_ON_4_BITS = ("adalora", "bottleneck", "dora", "pissa", "vera", "ia3")
 IDS = torch.randint(1, 61, (2, 6), generator=torch.Generator().manual_seed(1))
 
 
@@ -70,7 +77,7 @@ class Walk:
     def config(self):
         names = list(CONFIGS)
         if any("codes" in key for key in self.base.state_dict()):
-            for name in ("adalora", "bottleneck"):  # refused on 4-bit layers
+            for name in NOT_ON_4_BITS:
                 names.remove(name)
         return CONFIGS[self.random.choice(names)]()
 
@@ -146,7 +153,9 @@ class Walk:
         loras = [
             name
             for name, config in self.model.peft_config.items()
-            if config.peft_type == "LORA" and not getattr(config, "trainable_token_indices", None)
+            if config.peft_type == "LORA"
+            and not (config.trainable_token_indices or config.use_dora)
+            and config.init_lora_weights is True
         ]
         if not loras:
             return

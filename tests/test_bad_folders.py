@@ -175,7 +175,7 @@ def wrong_setting(folder, chance, others):
 def not_implemented(folder, chance, others):
     """Use a setting of peft that is not implemented here."""
     found = json.loads((folder / CONFIG).read_text())
-    wrong = [("use_dora", True), ("bias", "all"), ("modules_to_save", ["lm_head"]), ("x", 1),
+    wrong = [("use_qalora", True), ("bias", "all"), ("modules_to_save", ["lm_head"]), ("x", 1),
              ("layers_to_transform", [0]), ("eva_config", {"rho": 2})]  # fmt: skip
     key, value = chance.choice(wrong)
     (folder / CONFIG).write_text(json.dumps(found | {key: value}))

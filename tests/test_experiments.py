@@ -179,7 +179,9 @@ def test_one_run_is_measured_against_the_untouched_base(monkeypatch, base):
     monkeypatch.setattr(experiments.tasks, "load_task", lambda *_: task)
     settings, train = [], experiments.train
     monkeypatch.setattr(
-        experiments, "train", lambda m, b, run, o: settings.append(run) or train(m, b, run, o)
+        experiments,
+        "train",
+        lambda m, b, run, *o, **g: settings.append(run) or train(m, b, run, *o, **g),
     )
     found = experiments.measure(Setting("lora", 0.01, 0.02, 100, task="sentiment", steps=1))
     (run,) = settings
@@ -209,7 +211,7 @@ def test_a_base_in_few_bits_keeps_its_embeddings_and_has_few_levels(base):
 def test_a_run_that_diverges_has_no_measurements(monkeypatch, base):
     monkeypatch.setattr(experiments, "opened", lambda *_: (base, 1.0))
 
-    def fail(*_):
+    def fail(*_, **__):
         raise FloatingPointError("the loss is nan at step 3")
 
     monkeypatch.setattr(experiments, "train", fail)

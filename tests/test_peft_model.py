@@ -16,6 +16,7 @@ from minipeft import (
     AdaLoraConfig,
     BitFitConfig,
     BottleneckConfig,
+    IA3Config,
     LoraConfig,
     PeftConfig,
     PeftModel,
@@ -23,6 +24,7 @@ from minipeft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     TaskType,
+    VeraConfig,
     get_peft_model,
     quantize_model,
 )
@@ -162,19 +164,18 @@ def test_a_config_of_peft_is_loaded_or_refused_by_the_setting(gpt, tmp_path):
     found = json.loads(file.read_text())
     assert found["task_type"] == "CAUSAL_LM"
     file.write_text(
-        json.dumps(found | {"use_dora": False, "bias": "none", "peft_version": "0.21.2"})
+        json.dumps(found | {"use_qalora": False, "bias": "none", "peft_version": "0.21.2"})
     )
     config = PeftConfig.from_pretrained(tmp_path)
     assert isinstance(config, PeftConfig)
-    assert config.other_keys["use_dora"] is False
+    assert config.other_keys["use_qalora"] is False
     again = PeftModel.from_pretrained(GPT(gpt.config), tmp_path, is_trainable=True)
     assert not again.peft_config["default"].inference_mode
     again.save_pretrained(tmp_path / "again")
     written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert written == json.loads(file.read_text())
     for key, value in [
-        ("use_dora", True),
-        ("init_lora_weights", False),
+        ("use_qalora", True),
         ("rank_pattern", {"c_fc": 2}),
         ("alpha_pattern", {"c_fc": 32}),
     ]:
@@ -1103,6 +1104,7 @@ TARGETED = SHARED | {"target_modules": None}
         (
             LoraConfig(),
             TARGETED | {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False,
+                        "use_dora": False, "init_lora_weights": True,
                         "trainable_token_indices": None, "bias": "none", "peft_type": "LORA"},
         ),
         (
@@ -1111,6 +1113,15 @@ TARGETED = SHARED | {"target_modules": None}
                         "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5, "total_step": 9,
                         "lora_alpha": 8, "lora_dropout": 0.0, "rank_pattern": None,
                         "bias": "none", "peft_type": "ADALORA"},
+        ),
+        (
+            VeraConfig(),
+            TARGETED | {"r": 256, "projection_prng_key": 0, "save_projection": True,
+                        "vera_dropout": 0.0, "d_initial": 0.1, "peft_type": "VERA"},
+        ),
+        (
+            IA3Config(feedforward_modules=[]),  # peft's default, None, depends on the model
+            TARGETED | {"feedforward_modules": [], "peft_type": "IA3"},
         ),
         (BitFitConfig(), TARGETED | {"peft_type": "BITFIT"}),
         (

@@ -38,6 +38,14 @@ def test_rows_have_readable_names_and_their_methods_color():
     assert report.color_of("lora, attention") == report.COLORS["lora"] != report.COLORS["full"]
 
 
+def test_a_figure_is_shown_with_its_alt_text_also_before_pyplot_is_imported(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.delattr("matplotlib.pyplot", raising=False)
+    report.show(report.panels(2, 2, 1, 1)[0], "an empty panel")
+    assert shown[0].alt == "an empty panel"
+
+
 def records(method: str, scores: list[float], **changes) -> list[Record]:
     common = {"base": "1m", "task": "toy", "steps": 10, "n_train": 4, "trainable": 1_000}
     common |= {"weight_bytes": 4_000, "test_loss": 1.0} | changes

@@ -17,10 +17,12 @@ import torch
 from hypothesis import HealthCheck, Phase, seed, settings, stateful
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
-from test_adapters import CONFIGS, IDS, MERGEABLE, small_base
+from test_adapters import CONFIGS, IDS, MERGEABLE, NOT_ON_4_BITS, small_base
 from torch import Tensor
 
 from minipeft import GPT, AdaLoraConfig, BitFitConfig, LoraConfig, PeftModel, PromptEncoderConfig
+from minipeft.methods.lora import LoraLinear
+from minipeft.methods.qlora import QLoraLinear
 
 SCHEDULE = {"init_r": 6, "target_r": 1, "total_step": 2}  # not finished after one step
 CONFIGS = CONFIGS | {
@@ -67,6 +69,7 @@ class Expected:
 
     kind: str  # its peft_type
     trainable: bool
+    summable: bool = False  # in a weighted sum
     steps: int = 0  # how often it was trained
     merged: float = 0.0  # the error that merging may cause; 0 while it is not merged
     logits: Tensor | None = None  # while it is not merged
@@ -80,10 +83,6 @@ class Expected:
     @property
     def mergeable(self) -> bool:
         return self.kind in MERGEABLE and not self.unfinished
-
-    @property
-    def summable(self) -> bool:
-        return self.kind == "LORA" and "trainable_tokens" not in str(self.keys)
 
     def check_loaded(self, old: "Expected") -> None:
         assert close(self.logits, old.logits), f"a loaded {self.kind} has other logits"
@@ -127,7 +126,9 @@ class Calls(stateful.RuleBasedStateMachine):
         """Remember one adapter that is new or changed. The others must be as before."""
         adapter = self.model.adapters[name]
         if name not in self.adapters:
-            self.adapters[name] = Expected(adapter.config.peft_type, trainable, steps)
+            kinds = {type(layer) for layer in adapter.layers.values()}
+            summable = bool(kinds) and kinds <= {LoraLinear, QLoraLinear}
+            self.adapters[name] = Expected(adapter.config.peft_type, trainable, summable, steps)
             self.active = self.active or name
         tensors, expected = cloned(self.model.state_dict()), self.adapters[name]
         self.tensors |= {k: t for k, t in tensors.items() if k.startswith(f"{name}.")}
@@ -204,7 +205,7 @@ class Calls(stateful.RuleBasedStateMachine):
         if len(self.adapters) == ROOM:
             return
         four_bits = any("codes" in key for key in self.pristine.state_dict())
-        if four_bits and kind in ("adalora", "bottleneck"):  # which are refused
+        if four_bits and kind in NOT_ON_4_BITS:
             kind = "lora"
         name = self.new_name()
         self.model.add_adapter(name, CONFIGS[kind]())

@@ -23,6 +23,7 @@ from minipeft.lab.recipes import (
     Choice,
     RunConfig,
     common_recipe,
+    compared_methods,
     swept_methods,
 )
 
@@ -209,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"minipeft {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add_command(name: str, help: str, *parents) -> argparse.ArgumentParser:
+    def add_command(name: str, help: str, *parents) -> Parser:
         lines = "".join(f"\n  minipeft {name} {words}" for words in EXAMPLES[name])
         return commands.add_parser(
             name, parents=parents, help=help, description=f"{help.capitalize()}.",
@@ -241,11 +242,11 @@ def parser() -> argparse.ArgumentParser:
     common = {field.name for field in fields(RunConfig)} - ONE_RUN
     add_fields(job.group("training"), common, steps=os.environ.get("MINIPEFT_STEPS") or 100)
     trainable = [method for method in RECIPES if method != "frozen"]
-    place, name = Choice(tuple(TARGETS)), Choice(tuple(swept_methods()))
+    place, method = Choice(tuple(TARGETS)), Choice(tuple(swept_methods()))
 
     command = add_command("compare", "methods against full fine-tuning", job)
-    add_option(command, "--methods", ",".join(swept_methods()), "a list of methods",
-               listed(name.parse))  # fmt: skip
+    add_option(command, "--methods", ",".join(compared_methods()), "a list of methods",
+               listed(method.parse))  # fmt: skip
     add_option(command, "--seeds", 1, "seeds per method", SEEDS.parse)
     add_option(command, "--targets", None, "put adapters there, with equal numbers of parameters; "
                f"a list from {', '.join(TARGETS)}", listed(place.parse))  # fmt: skip
@@ -379,6 +380,8 @@ def compare(args) -> None:
     finally:  # also if nobody reads them
         compare.save(records, task, args.output)
     print(f"wrote {args.output}/compare.json and compare.png")
+    if left_out := [method for method in swept_methods() if method not in args.methods]:
+        print(f"not compared: {', '.join(left_out)}; name methods with --methods")
     print("next: minipeft finetune --method lora --output out/lora")
 
 

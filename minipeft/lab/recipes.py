@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
 import minipeft
 from minipeft.lab import DATA
@@ -29,6 +30,7 @@ class Recipe:
     same_size: bool = False  # with as many parameters as on all linear layers: another rank
     bits: int | None = None  # quantize the base first
     optimizer: Callable | None = None  # (groups, lr=…, betas=…) -> optimizer; None: AdamW
+    groups: Callable | None = None  # (model, lr) -> parameter groups; None: one learning rate
 
     @property
     def size_name(self) -> str:
@@ -56,8 +58,10 @@ def _adalora(r: int, steps: int):
     )  # fmt: skip
 
 
-def _lora(r: int, steps: int):
-    return minipeft.LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", **CAUSAL)
+def _lora(r: int, steps: int, **options):
+    return minipeft.LoraConfig(
+        r=r, lora_alpha=2 * r, target_modules="all-linear", **options, **CAUSAL
+    )
 
 
 def _paged_adamw(groups, **options):
@@ -65,7 +69,12 @@ def _paged_adamw(groups, **options):
     return minipeft.PagedAdamW(groups, page_bytes=2**16, device_budget_bytes=9 * 2**16, **options)
 
 
+def _lora_plus_groups(model, lr: float):
+    return minipeft.lora_plus_groups(model, lr, ratio=16)
+
+
 CAUSAL = {"task_type": "CAUSAL_LM"}
+MLP_ENDS = ["mlp.c_proj", "mlp.down_proj"]  # GPT-2's and Llama's name of the layer
 RECIPES = {
     recipe.method: recipe
     for recipe in (
@@ -84,13 +93,22 @@ RECIPES = {
             16,
             place="ends",
         ),
+        Recipe("rslora", partial(_lora, use_rslora=True), 8, has_rank=True),
+        Recipe("lora_plus", _lora, 8, has_rank=True, groups=_lora_plus_groups),
+        Recipe("pissa", partial(_lora, init_lora_weights="pissa"), 8, has_rank=True),
+        Recipe("dora", partial(_lora, use_dora=True), 8, has_rank=True),
+        Recipe("vera", lambda r, _: minipeft.VeraConfig(r, "all-linear", **CAUSAL), 256),
+        Recipe("ia3", lambda *_: minipeft.IA3Config("all-linear", MLP_ENDS, **CAUSAL)),
     )
 }
+SUCCESSORS = ("rslora", "lora_plus", "pissa", "dora", "vera", "ia3")  # of LoRA; lesson 11
 # For bases without a sweep: learning rate, and size. lessons/HYPERPARAMETERS.md has the sources.
 COMMON = {
     "full": (2e-5, None), "lora": (2e-4, 16), "qlora": (2e-4, 16), "adalora": (1e-3, 8),
     "prompt_tuning": (3e-2, 20), "p_tuning": (1e-3, 20), "prefix_tuning": (1e-2, 20),
-    "bitfit": (1e-3, None), "bottleneck": (3e-4, 64),
+    "bitfit": (1e-3, None), "bottleneck": (3e-4, 64), "rslora": (1e-4, 16),
+    "lora_plus": (5e-5, 16), "pissa": (2e-5, 16), "dora": (2e-4, 16), "vera": (4e-3, 256),
+    "ia3": (3e-3, None),
 }  # fmt: skip
 COMMON_WARMUP = 0.03  # of the steps
 NO_SWEEP = "the common recipe, as no sweep of this base is known"
@@ -233,6 +251,12 @@ def swept_methods() -> list[str]:
     """The methods that `compare` can run: those with a swept learning rate, and the frozen base."""
     found = {"frozen"} | {entry["method"] for entry in load_sweeps()}
     return [method for method in RECIPES if method in found]
+
+
+def compared_methods() -> list[str]:
+    """The methods that `compare` runs if none are named: the swept ones without LoRA's successors,
+    which would take it past three minutes."""
+    return [method for method in swept_methods() if method not in SUCCESSORS]
 
 
 def default_learning_rate(

@@ -16,12 +16,15 @@ from minipeft.files import write_file
 NAMES = {
     "frozen": "frozen base", "full": "full", "lora": "LoRA", "adalora": "AdaLoRA",
     "prompt_tuning": "prompt tuning", "p_tuning": "P-tuning", "prefix_tuning": "prefix tuning",
-    "qlora": "QLoRA", "bitfit": "BitFit", "bottleneck": "bottleneck",
+    "qlora": "QLoRA", "bitfit": "BitFit", "bottleneck": "bottleneck", "rslora": "rsLoRA",
+    "lora_plus": "LoRA+", "pissa": "PiSSA", "dora": "DoRA", "vera": "VeRA", "ia3": "(IA)³",
 }  # fmt: skip
 COLORS = {
     "frozen": "#777777", "full": "#1b4f8f", "lora": "#d1741f", "adalora": "#8c2d04",
     "prompt_tuning": "#2e7d32", "p_tuning": "#7cb342", "prefix_tuning": "#6a3d9a",
-    "qlora": "#c2185b", "bitfit": "#00acc1", "bottleneck": "#c9a400",
+    "qlora": "#c2185b", "bitfit": "#00acc1", "bottleneck": "#c9a400", "rslora": "#a1887f",
+    "lora_plus": "#e53935", "pissa": "#00695c", "dora": "#5c6bc0", "vera": "#ad1457",
+    "ia3": "#558b2f",
     "full, random base": "#b9b9b9",
 }  # fmt: skip
 STYLES = {"frozen": ":", "full, random base": "--"}
@@ -62,10 +65,11 @@ def save_figure(figure: Figure, path: Path, dpi: int = 100) -> None:
 def show(figure: Figure, alt: str) -> None:
     """Display a figure in a notebook. alt: what it shows, for people who cannot see it."""
     from IPython.display import Image, display
+    from matplotlib import pyplot
 
     to = io.BytesIO()
     figure.savefig(to, format="png", dpi=90, bbox_inches="tight")
-    matplotlib.pyplot.close(figure)
+    pyplot.close(figure)
     display(Image(to.getvalue(), alt=alt))
 
 
@@ -162,7 +166,7 @@ def memory_figure(found: dict[str, dict[str, dict[str, int]]]) -> Figure:
     so on: see memory.py."""
     columns = min(len(found), 4)
     lines = math.ceil(len(found) / columns)
-    figure, axes = panels(2.9 * columns, 2.7 * lines + 0.5, lines, columns)
+    figure, axes = panels(2.4 * columns, 2.7 * lines + 0.5, lines, columns)
     for axis, (name, methods) in zip(axes, found.items(), strict=False):
         largest = max(sum(parts.values()) for parts in methods.values())
         unit, factor = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
@@ -185,7 +189,7 @@ def memory_figure(found: dict[str, dict[str, dict[str, int]]]) -> Figure:
 
 def study_figure(records: list, curves: list[dict]) -> Figure:
     """Full fine-tuning and LoRA: score by steps, by examples, and against forgetting."""
-    figure, axes = panels(13, 4, 1, 3)
+    figure, axes = panels(9.5, 3.4, 1, 3)
     by_steps, by_examples, by_rate = axes
     plot_scores(by_steps, [r for r in records if r.n_train == 400], "steps")
     by_steps.set(xlabel="steps", title="400 training examples")
@@ -196,12 +200,16 @@ def study_figure(records: list, curves: list[dict]) -> Figure:
         name, color = NAMES[entry["method"]], COLORS[entry["method"]]
         by_rate.plot(*zip(*spots, strict=True), "o-", color=color, label=name)
         for point, spot in zip(entry["points"], spots, strict=True):
-            by_rate.annotate(f"{point['learning_rate']:g}", spot, (4, -10), fontsize=8,
-                             textcoords="offset points")  # fmt: skip
-    by_rate.set(xlabel="forgetting (nats per token on pretraining text)", xscale="log")
-    by_rate.set(ylabel="validation slot accuracy", title="by learning rate")
+            above = entry["method"] == "full" or point["score"] < 0.1
+            rate, offset = f"{point['learning_rate']:g}".lstrip("0"), (0, 7 if above else -14)
+            by_rate.annotate(rate, spot, offset, textcoords="offset points", ha="center")
+    by_rate.set(xlabel="forgetting (nats per token)", ylabel="validation slot accuracy")
+    by_rate.set(xscale="log", title="by learning rate")
+    by_rate.set_xticks([0.3, 1, 3], ["0.3", "1", "3"])
+    by_rate.set_xticks([], minor=True)
+    by_rate.margins(x=0.2)
     for axis in axes:
-        axis.set_ylim(0, 1.05)
+        axis.set_ylim(0, 1.1)
         axis.legend(frameon=False)
     return figure
 

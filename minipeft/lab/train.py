@@ -43,6 +43,7 @@ def train(
     after_step: Callable[[dict], None] = lambda row: None,
     checkpoint: Checkpoint | None = None,
     title: str = "training",
+    groups: list[dict] | None = None,
 ) -> TrainingResult:
     """Train all parameters that require a gradient.
 
@@ -51,6 +52,8 @@ def train(
     the gradient of the mean loss per token of the whole batch. make_optimizer: called as
     make_optimizer(groups, lr=…, betas=…); AdamW by default. after_step: called with a dict: step,
     loss, learning_rate, seconds. checkpoint: if it has a saved state, training continues from it.
+    groups: the optimizer's parameter groups, if they have learning rates of their own: these are
+    peaks, and all of them follow the schedule of the run's learning rate.
     Raises ValueError if no parameter is trainable, a micro-batch has no labelled tokens, or weights
     would decay by more than what they are;
     FloatingPointError if a loss is not finite; Stopped after Ctrl-C or SIGTERM, once the step is
@@ -66,8 +69,9 @@ def train(
             "by which weights decay per step: it must be below 1"
         )
     optimizer = (make_optimizer or torch.optim.AdamW)(
-        parameter_groups(parameters, run), lr=run.learning_rate, betas=(0.9, run.beta2)
+        groups or parameter_groups(parameters, run), lr=run.learning_rate, betas=(0.9, run.beta2)
     )
+    ratios = [group["lr"] / run.learning_rate for group in optimizer.param_groups]
     initial = [p.detach().clone() for p in parameters] if run.decay_to == "start" else []
     losses: list[float] = []
     seconds: list[float] = []
@@ -84,8 +88,8 @@ def train(
         for step, micro_batches in enumerate(bar, done + 1):
             began = time.perf_counter()
             learning_rate = run.learning_rate_at(step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+            for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+                group["lr"] = ratio * learning_rate
             loss = 0.0  # of the whole batch
             for micro_batch, weight in zip(micro_batches, weights(micro_batches), strict=True):
                 with replicas.sync_gradients_if(micro_batch is micro_batches[-1]):

@@ -43,7 +43,9 @@ class LoraConfig:
     target_modules: list[str] | str | None = None  # a list of names or endings of names, a
     # regex for the full name, or "all-linear"
     use_rslora: bool = False  # scale by α / √r instead
-    # Only for get_peft_model and adapter_config.json; add_lora refuses the first one:
+    # Only for get_peft_model and adapter_config.json; add_lora refuses the first three:
+    use_dora: bool = False  # DoRA (dora.py)
+    init_lora_weights: bool | str = True  # "pissa": PiSSA (pissa.py); True: B starts at zero
     trainable_token_indices: list[int] | None = None  # tokens whose embeddings are trained too
     bias: str = "none"  # biases stay frozen; bitfit.py trains them
     task_type: str | None = None  # for example "CAUSAL_LM"
@@ -57,6 +59,12 @@ class LoraConfig:
             raise ValueError(f"lora_alpha must be a positive number, got {self.lora_alpha!r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        if self.init_lora_weights not in (True, "pissa"):
+            raise ValueError(
+                f"init_lora_weights must be True or 'pissa', got {self.init_lora_weights!r}"
+            )
+        if self.use_dora and self.init_lora_weights == "pissa":
+            raise ValueError("use_dora and init_lora_weights='pissa' cannot be combined")
         if self.bias != "none":
             raise ValueError(f"bias must be 'none', got {self.bias!r}; BitFit trains biases")
 
@@ -129,8 +137,10 @@ def add_lora(model: nn.Module, config: LoraConfig) -> dict[str, LoraLinear]:
     """Freeze the model and replace each target with a LoraLinear. Return the new layers by name.
 
     Raises ValueError if no linear layer matches `config.target_modules`, for a model that already
-    has an adapter, and for trainable_token_indices.
+    has an adapter, and for use_dora, init_lora_weights and trainable_token_indices.
     """
+    if config.use_dora or config.init_lora_weights == "pissa":
+        raise ValueError("add_lora adds plain LoRA: use add_dora, add_pissa, or get_peft_model")
     if config.trainable_token_indices is not None:
         raise ValueError("add_lora does not support trainable_token_indices: use get_peft_model")
     if any(hasattr(module, "base_layer") for module in model.modules()):

@@ -1,0 +1,161 @@
+"""(IA)³: multiply activations by trained vectors.
+
+(IA)³ multiplies each output of a layer by a trained number, or each input. The numbers start at 1,
+so the adapted model starts out identical to the base model. There are far fewer of them than
+LoRA's numbers, and they can be merged into the weight.
+
+Paper: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
+In-Context Learning", arXiv 2205.05638.
+
+    y = l · (W x + b)            W' = diag(l) W,   b' = l b    (1)  keys and values, section 3.3
+    y = W (l · x) + b            W' = W diag(l)                (2)  `feedforward_modules`
+
+Shapes: W (out, in), b (out,), x (…, in), y (…, out); l (out, 1) in (1), (1, in) in (2).
+Trainable parameters: out in (1), in in (2), summed over the adapted layers.
+
+The paper adapts keys, values, and the activations inside the MLP, which are the input of the
+layer that ends it. In GPT-2 one layer makes queries, keys and values: with "attn.c_attn", the
+queries are multiplied too, as in Hugging Face peft. Difference from peft: both lists of names must
+be given.
+
+>>> names = {"target_modules": ["attn.c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}
+>>> layers = add_ia3(model, IA3Config(**names))
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class IA3Config:
+    """Which layers to adapt. Names are those of peft's IA3Config."""
+
+    target_modules: list[str] | str | None = None  # a list of names or endings of names, a
+    # regex for the full name, or "all-linear"
+    feedforward_modules: list[str] | None = None  # those of them whose input is multiplied
+    task_type: str | None = None  # for example "CAUSAL_LM"
+    inference_mode: bool = False  # load the adapter frozen
+    peft_type: str = field(default="IA3", init=False)
+
+    def __post_init__(self):
+        if not isinstance(self.feedforward_modules, list | set):
+            got = repr(self.feedforward_modules)
+            raise ValueError(f"feedforward_modules must be a list of names (or []), got {got}")
+
+
+class IA3Linear(nn.Module):
+    """A frozen linear layer whose outputs (1), or inputs (2), are multiplied by a vector.
+
+    base_layer: `nn.Linear`, or transformers' `Conv1D`, which stores W transposed.
+    """
+
+    def __init__(self, base_layer: nn.Module, config: IA3Config, is_feedforward: bool = False):
+        super().__init__()
+        w = matrix(base_layer)  # (out, in)
+        self.base_layer, self.is_feedforward = base_layer, is_feedforward
+        self.out_features, self.in_features = w.shape
+        shape = (1, self.in_features) if is_feedforward else (self.out_features, 1)
+        dtype = torch.promote_types(w.dtype, torch.float32)  # float32 even for a half base
+        self.ia3_l = nn.Parameter(torch.ones(shape, dtype=dtype, device=w.device))
+        self.register_buffer("merged_weight", None, persistent=False)  # W' while merged; not saved
+        self.register_buffer("merged_bias", None, persistent=False)  # b' while merged
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged_weight is not None:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError("this layer is merged: call unmerge() to train, or model.eval()")
+            return F.linear(x, self.merged_weight, self.merged_bias)
+        if self.is_feedforward:
+            return self.base_layer((x * self.ia3_l[0]).to(x.dtype))  # (2)
+        y = self.base_layer(x)
+        return (y * self.ia3_l[:, 0]).to(y.dtype)  # (1)
+
+    @property
+    def weight(self) -> Tensor:
+        """W', stored as W is, for code that reads a layer's weight instead of calling the layer."""
+        return self.merged().t() if type(self.base_layer).__name__ == "Conv1D" else self.merged()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b', (out,)."""
+        b = self.base_layer.bias
+        return b if b is None or self.is_feedforward else (b * self.ia3_l[:, 0]).to(b.dtype)
+
+    def merged(self) -> Tensor:
+        """The merged weight W', (out, in), in the dtype of W."""
+        w = matrix(self.base_layer)
+        return (w * self.ia3_l).to(w.dtype)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Store W' and b'; from now on `forward` uses them. W and b do not change."""
+        self.merged_weight, self.merged_bias = self.merged().contiguous(), self.bias
+
+    def unmerge(self) -> None:
+        """Discard W' and b'."""
+        self.merged_weight = self.merged_bias = None
+
+    @torch.no_grad()
+    def merge_into_base(self) -> nn.Module:
+        """Overwrite W and b for good. Return the base layer, to be used in place of this one."""
+        matrix(self.base_layer).copy_(self.merged())
+        if self.bias is not None:
+            self.base_layer.bias.copy_(self.bias)
+        return self.base_layer
+
+
+def add_ia3(model: nn.Module, config: IA3Config) -> dict[str, IA3Linear]:
+    """Freeze the model and replace each target with an IA3Linear. Return the new layers by name.
+
+    Raises ValueError if no linear layer matches `config.target_modules`.
+    """
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model already has an adapter: remove it before adding another")
+    targets = find_targets(model, config.target_modules)
+    if not targets:
+        raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer")
+    feedforward = find_targets(model, config.feedforward_modules)
+    layers = {n: IA3Linear(layer, config, n in feedforward) for n, layer in targets.items()}
+    model.requires_grad_(False)  # the new layers, which stay trainable, are not in it yet
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.train(model.training))
+    return layers
+
+
+def find_targets(model: nn.Module, targets: list[str] | str | None) -> dict[str, nn.Module]:
+    """A dict from name to layer: the linear layers that `targets` selects."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(targets, str):  # "all-linear" is all but the output head
+            chosen = layer is not head if targets == "all-linear" else re.fullmatch(targets, name)
+        else:
+            chosen = any(f".{name}".endswith(f".{ending}") for ending in targets or [])
+        if chosen and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"):
+            found[name] = layer
+    return found
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """The weight as (out, in); a view, not a copy. transformers' `Conv1D` stores (in, out)."""
+    return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
+
+
+if __name__ == "__main__":  # recover numbers that the outputs were multiplied by
+    torch.manual_seed(0)
+    model, factors = nn.Sequential(nn.Linear(20, 30)), torch.rand(30) + 0.5
+    x = torch.randn(256, 20)
+    target = model(x).detach() * factors
+    (layer,) = add_ia3(model, IA3Config(["0"], feedforward_modules=[])).values()
+    optimizer = torch.optim.Adam([layer.ia3_l], lr=0.02)
+    for _ in range(300):
+        F.mse_loss(model(x), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    error = (layer.ia3_l[:, 0] - factors).abs().max().item()
+    assert error < 1e-3
+    print(f"ia3.py: 30 parameters recovered the 30 factors, error {error:.1e}")

@@ -1,0 +1,164 @@
+"""PiSSA: start LoRA's factors at the largest singular directions of the weight.
+
+LoRA starts with an update of zero. PiSSA splits the weight W instead: its r largest singular
+directions go into B₀ and A₀, and what remains is frozen. Training continues from B₀ and A₀, so the
+first steps already change the directions of W that matter most. The adapted model starts out
+identical to the base model, because the two parts add up to W.
+
+Paper: Meng et al. 2024, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
+Language Models", arXiv 2404.02948.
+
+    W = U S Vᵀ,   B₀ = U_r √(S_r / s),   A₀ = √(S_r / s) V_rᵀ  (1)  equations 2 and 3
+    W_res = W - s B₀ A₀                                        (2)  what is frozen
+    y = W_res x + s B A x + b                                  (3)  equation 5
+      = W x + s (B A - B₀ A₀) x + b                            (4)  the same; W stays as it is
+    W' = W + s (B A - B₀ A₀)                                   (5)  merging
+
+Shapes: W (out, in), A and A₀ (r, in), B and B₀ (out, r), x (…, in), y (…, out). U_r and V_r are the
+first r columns of U and V; s = α / r, or α / √r with `use_rslora`.
+Trainable parameters: r · (in + out), summed over the adapted layers.
+
+Difference from Hugging Face peft, which writes W_res into the base model: we compute (4), and W is
+never changed, so that the model without its adapter is exactly the base. (4) also says how to save
+a PiSSA as an ordinary LoRA of rank 2 r: with the factors [B, -B₀] and [A; A₀].
+
+>>> layers = add_pissa(model, LoraConfig(init_lora_weights="pissa", target_modules="all-linear"))
+"""
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PissaLinear(nn.Module):
+    """A frozen linear layer with a LoRA that starts at its largest singular directions, (4).
+
+    base_layer: `nn.Linear`, or transformers' `Conv1D`, which stores W transposed.
+    config: a LoraConfig (lora.py), or any object with its r, lora_alpha, lora_dropout, use_rslora.
+    Raises ValueError if r is larger than a side of W.
+    """
+
+    def __init__(self, base_layer: nn.Module, config):
+        super().__init__()
+        w = matrix(base_layer)  # (out, in)
+        self.base_layer, self.r = base_layer, config.r
+        self.out_features, self.in_features = w.shape
+        if config.r > min(w.shape):
+            raise ValueError(f"a weight of {tuple(w.shape)} has no {config.r} singular values")
+        self.scaling = config.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+        self.lora_dropout = nn.Dropout(config.lora_dropout)
+        self.lora_A = nn.Linear(self.in_features, self.r, bias=False)
+        self.lora_B = nn.Linear(self.r, self.out_features, bias=False)
+        wide = w.detach().to(torch.promote_types(w.dtype, torch.float32))
+        u, s, vh = torch.linalg.svd(wide, full_matrices=False)
+        root = (s[: self.r] / self.scaling).sqrt()  # (r,)
+        self.lora_A.weight = nn.Parameter(root[:, None] * vh[: self.r])  # (1)
+        self.lora_B.weight = nn.Parameter(u[:, : self.r] * root)
+        self.register_buffer("start_A", self.lora_A.weight.detach().clone(), persistent=False)
+        self.register_buffer("start_B", self.lora_B.weight.detach().clone(), persistent=False)
+        self.register_buffer("merged_weight", None, persistent=False)  # W' while merged; not saved
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged_weight is not None:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError("this layer is merged: call unmerge() to train, or model.eval()")
+            return F.linear(x, self.merged_weight, self.bias)
+        y = self.base_layer(x)  # (…, out)
+        x = x.to(self.lora_A.weight.dtype)
+        start = F.linear(F.linear(x, self.start_A), self.start_B)  # B₀ A₀ x
+        return (y + self.scaling * (self.lora_B(self.lora_A(self.lora_dropout(x))) - start)).to(
+            y.dtype
+        )  # (4)
+
+    bias = property(lambda self: self.base_layer.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """W', stored as W is, for code that reads a layer's weight instead of calling the layer."""
+        return self.merged().t() if type(self.base_layer).__name__ == "Conv1D" else self.merged()
+
+    def as_lora(self) -> tuple[Tensor, Tensor]:
+        """The factors of an ordinary LoRA of rank 2 r and the same s: (2 r, in) and (out, 2 r)."""
+        a = torch.cat([self.lora_A.weight, self.start_A])
+        return a, torch.cat([self.lora_B.weight, -self.start_B], dim=1)
+
+    def merged(self) -> Tensor:
+        """The merged weight W', (out, in), in the dtype of W."""
+        w, (a, b) = matrix(self.base_layer), self.as_lora()
+        return (w + self.scaling * (b @ a)).to(w.dtype)  # (5)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Compute W' and store it; from now on `forward` uses it. W, A and B do not change."""
+        self.merged_weight = self.merged().contiguous()
+
+    def unmerge(self) -> None:
+        """Discard W'. Outputs are again exactly those before merging."""
+        self.merged_weight = None
+
+    @torch.no_grad()
+    def merge_into_base(self) -> nn.Module:
+        """Overwrite W with W' for good. Return the base layer, to be used in place of this one."""
+        matrix(self.base_layer).copy_(self.merged())
+        return self.base_layer
+
+
+def add_pissa(model: nn.Module, config) -> dict[str, PissaLinear]:
+    """Freeze the model and replace each target with a PissaLinear. Return the new layers by name.
+
+    Raises ValueError if no linear layer matches `config.target_modules`.
+    """
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model already has an adapter: remove it before adding another")
+    targets = find_targets(model, config.target_modules)
+    layers = {name: PissaLinear(layer, config) for name, layer in targets.items()}
+    if not layers:
+        raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer")
+    model.requires_grad_(False)  # the new layers, which stay trainable, are not in it yet
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.train(model.training))
+    return layers
+
+
+def find_targets(model: nn.Module, targets: list[str] | str | None) -> dict[str, nn.Module]:
+    """A dict from name to layer: the linear layers that `targets` selects."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(targets, str):  # "all-linear" is all but the output head
+            chosen = layer is not head if targets == "all-linear" else re.fullmatch(targets, name)
+        else:
+            chosen = any(f".{name}".endswith(f".{ending}") for ending in targets or [])
+        if chosen and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"):
+            found[name] = layer
+    return found
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """The weight as (out, in); a view, not a copy. transformers' `Conv1D` stores (in, out)."""
+    return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
+
+
+if __name__ == "__main__":  # scale the two largest singular values, which PiSSA starts at
+    from types import SimpleNamespace
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30, bias=False))
+    w = model[0].weight.detach().clone()
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    goal = w + u[:, :2] * s[:2] @ vh[:2]
+    lora = {"r": 2, "lora_alpha": 2, "lora_dropout": 0.0, "use_rslora": False}
+    (layer,) = add_pissa(model, SimpleNamespace(target_modules=["0"], **lora)).values()
+    x = torch.randn(64, 20)
+    assert torch.equal(model(x), x @ w.T), "it must start as the base"
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(300):
+        F.mse_loss(model(x), x @ goal.T).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    error = (layer.merged() - goal).norm() / (goal - w).norm()
+    assert error < 1e-3
+    print(f"pissa.py: rank 2 doubled the two largest singular values, error {error:.1e}")
