@@ -113,7 +113,7 @@ def add_ia3(model: nn.Module, config: IA3Config) -> dict[str, IA3Linear]:
 
     Raises ValueError if no linear layer matches `config.target_modules`.
     """
-    if any(hasattr(module, "base_layer") for module in model.modules()):
+    if any(hasattr(m, "base_layer") for m in model.modules()):
         raise ValueError("the model already has an adapter: remove it before adding another")
     targets = find_targets(model, config.target_modules)
     if not targets:
@@ -127,8 +127,8 @@ def add_ia3(model: nn.Module, config: IA3Config) -> dict[str, IA3Linear]:
 
 
 def find_targets(model: nn.Module, targets: list[str] | str | None) -> dict[str, nn.Module]:
-    """A dict from name to layer: the linear layers that `targets` selects."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    """The linear layers that `targets` selects, by name."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     found = {}
     for name, layer in model.named_modules():
         if isinstance(targets, str):  # "all-linear" is all but the output head

@@ -62,10 +62,7 @@ class Projections(nn.Module):
         generator = torch.Generator().manual_seed(config.projection_prng_key)
         w = matrix(layers[0])
         where = {"device": w.device, "dtype": torch.promote_types(w.dtype, torch.float32)}
-        for name, shape in {
-            "vera_A": (config.r, max(ins)),
-            "vera_B": (max(outs), config.r),
-        }.items():
+        for name, *shape in (("vera_A", config.r, max(ins)), ("vera_B", max(outs), config.r)):
             bound = math.sqrt(6 / shape[1])  # Kaiming uniform
             drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, drawn.to(**where), persistent=False)
@@ -143,7 +140,7 @@ def add_vera(model: nn.Module, config: VeraConfig) -> dict[str, VeraLinear]:
 
     Raises ValueError if no linear layer matches `config.target_modules`.
     """
-    if any(hasattr(module, "base_layer") for module in model.modules()):
+    if any(hasattr(m, "base_layer") for m in model.modules()):
         raise ValueError("the model already has an adapter: remove it before adding another")
     targets = find_targets(model, config.target_modules)
     if not targets:
@@ -156,8 +153,8 @@ def add_vera(model: nn.Module, config: VeraConfig) -> dict[str, VeraLinear]:
 
 
 def find_targets(model: nn.Module, targets: list[str] | str | None) -> dict[str, nn.Module]:
-    """A dict from name to layer: the linear layers that `targets` selects."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    """The linear layers that `targets` selects, by name."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     found = {}
     for name, layer in model.named_modules():
         if isinstance(targets, str):  # "all-linear" is all but the output head
