@@ -317,7 +317,9 @@ def parser() -> argparse.ArgumentParser:
     add_option(command, "--base", None, "a model's folder, or its name on the Hub: one more shape",
                metavar="FOLDER_OR_NAME")  # fmt: skip
     methods = ("full-8", "full", "full-16", "lora", "qlora")  # 8, 12 and 16 bytes per parameter
-    add_option(command, "--methods", None, f"a list from {', '.join(methods)}; without it, all",
+    methods += ("dora", "pissa", "vera", "ia3")
+    add_option(command, "--methods", None, f"a list from {', '.join(methods)}; without it, the "
+               "first five",
                listed(Choice(methods).parse))  # fmt: skip
     add_option(command, "--rank", 8, "of the adapters", SIZE.parse)
     add_option(command, "--batch-size", 1, "sequences", SIZE.parse)

@@ -107,13 +107,13 @@ def virtual_tokens(model: nn.Module) -> int:
 
 
 def activation_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Bytes that one forward pass keeps for the backward pass, without parameters."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """Bytes that one forward pass keeps for the backward pass, without the model's own tensors."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 

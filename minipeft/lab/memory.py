@@ -12,6 +12,9 @@ of them in linear layers, and a in adapters of rank r:
     QLoRA       (0.5 + 1/64 + 1/4096) n       4 a          8 a
                 + 4 (p - n) + 4 a
 
+DoRA, PiSSA, VeRA and (IA)³ are as LoRA; a counts what each of them trains. PiSSA also keeps its
+start, as large as a, and VeRA its two random matrices.
+
 The name says the bytes per parameter. `full-8` is torch's AdamW on a bfloat16 model: small updates
 are rounded away. `full`, 12 bytes, is what "over 780 GB" for a model of 65B parameters counts
 (Dettmers et al. 2023, arXiv 2305.14314). `full-16` is mixed precision, which most people train
@@ -38,7 +41,8 @@ from minipeft.lab.train import train
 
 PARTS = ("weights", "gradients", "optimizer", "activations")
 FULL = {"full-8": (2, 2, 4), "full": (2, 2, 8), "full-16": (6, 2, 8)}  # weights, gradients, moments
-MEASURED = ("full", "lora", "qlora")  # on our own bases
+SUCCESSORS = ("dora", "pissa", "vera", "ia3")  # of LoRA: computed if they are named
+MEASURED = ("full", "lora", "qlora", *SUCCESSORS)  # on our own bases
 METHODS = (*FULL, "lora", "qlora")
 LABELS = {"full-8": "full, 8 bytes", "full": "full, 12 bytes", "full-16": "full, 16 bytes"}
 # Model types with a gated MLP; whether the head is the embedding if the config does not say
@@ -90,9 +94,20 @@ class Shape:
         biases = sum(o for _, o in self.linears)  # a norm has a bias too
         return self.linear + (v + self.positions) * d + self.n_layer * (biases + 4 * d) + 2 * d
 
-    def adapter(self, r: int) -> int:
-        """Parameters of LoRA of rank r on every linear layer."""
-        return self.n_layer * sum(r * (i + o) for i, o in self.linears)
+    def adapter(self, r: int, method: str = "lora") -> int:
+        """Trained parameters of LoRA of rank r, or one of its successors, on every linear layer."""
+        if method == "vera":
+            return self.n_layer * sum(r + o for _, o in self.linears)
+        if method == "ia3":  # of the layer that ends the MLP, the input
+            return self.n_layer * (sum(o for _, o in self.linears[:-1]) + self.linears[-1][0])
+        lengths = sum(o for _, o in self.linears) if method == "dora" else 0
+        return self.n_layer * (sum(r * (i + o) for i, o in self.linears) + lengths)
+
+    def kept_beside(self, r: int, method: str) -> int:
+        """Numbers of an adapter that are not trained, and take memory all the same."""
+        if method == "vera":
+            return r * (max(i for i, _ in self.linears) + max(o for _, o in self.linears))
+        return self.adapter(r) if method == "pissa" else 0
 
 
 SHAPES = {
@@ -163,7 +178,12 @@ def activations(shape: Shape, method: str, r: int, tokens: int, checkpointing: b
         block = 4 * d + 2 * (shape.queries or d) + 2 * shape.keys + 4 * f + shape.heads + 2
     else:  # two norms, three inputs (attention's output is one), q, k, v; before and after GELU
         block = 8 * d + 2 * f + shape.heads + 4
-    block += 0 if method in FULL else r * len(shape.linears)  # A x
+    outputs = [o for _, o in shape.linears]
+    block += {  # LoRA and PiSSA: A x
+        "dora": r * len(outputs) + 2 * sum(outputs),  # W x and B A x too
+        "vera": r * len(outputs) + sum(outputs) - 2 * d - f,  # A is frozen: it needs no inputs
+        "ia3": sum(outputs[:-1]) - 2 * d,  # and of the inputs, one
+    }.get(method, 0 if method in FULL else r * len(outputs))
     kept = block + shape.n_layer * d if checkpointing else shape.n_layer * block
     kept += 2 * d if method in FULL else 0  # inputs of the last norm and the head (LoRA: of
     return tokens * (size * kept + 4 * shape.vocabulary)  # the first norm, none is needed)
@@ -176,9 +196,10 @@ def memory(
 
     Raises ValueError for an unknown method.
     """
-    if method not in METHODS:
-        raise ValueError(f"memory is computed for {', '.join(METHODS)}, not for {method!r}")
-    p, n, a = shape.parameters, shape.linear, shape.adapter(r)
+    if method not in (*METHODS, *SUCCESSORS):
+        known = ", ".join((*METHODS, *SUCCESSORS))
+        raise ValueError(f"memory is computed for {known}, not for {method!r}")
+    p, n, a = shape.parameters, shape.linear, shape.adapter(r, method)
     kept = activations(shape, method, r, tokens, checkpointing and not shape.ours)
     if method in FULL:
         each = (4, 4, 8) if shape.ours else FULL[method]
@@ -186,13 +207,15 @@ def memory(
     frozen = (4 if shape.ours else 2) * p
     if method == "qlora":
         frozen = round(n * (1 / 2 + 1 / 64 + 4 / (64 * 256))) + 4 * (p - n)
+    frozen += 4 * shape.kept_beside(r, method)
     return dict(zip(PARTS, (frozen + 4 * a, 4 * a, 8 * a, kept), strict=True))
 
 
 def measure(base: Base, method: str, r: int, batch_size: int, length: int) -> dict[str, int]:
     """The same four figures, from the tensors of one training step on a base."""
     recipe, run = RECIPES[method], RunConfig(steps=1, learning_rate=1e-4, quiet=True)
-    model = build_model(base, recipe if method == "full" else recipe.with_size(r), run).train()
+    recipe = recipe if recipe.size is None else recipe.with_size(r)
+    model = build_model(base, recipe, run).train()
     ids = torch.randint(model.config.vocab_size, (batch_size, length))
     batch = {"input_ids": ids, "labels": ids}
     kept = activation_bytes(model, batch)

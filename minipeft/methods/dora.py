@@ -79,8 +79,9 @@ class DoraLinear(nn.Module):
 
     def ratio(self) -> Tensor:
         """m / ‖V‖, (out,)."""
-        norm = self.directions().norm(dim=1).detach()  # counts as a constant
-        return self.lora_magnitude_vector / norm.clamp(min=1e-12)  # a row may be 0
+        with torch.no_grad():  # ‖V‖ counts as a constant; a row may be 0
+            norm = self.directions().norm(dim=1).clamp(min=1e-12)
+        return self.lora_magnitude_vector / norm
 
     def merged(self) -> Tensor:
         """The merged weight W', (out, in), in the dtype of W."""
