@@ -121,7 +121,7 @@ def test_memory_writes_a_figure_and_refuses_unknown_shapes_and_methods(tmp_path)
         memory.of(["gpt5"], ["full"], 8, 1, 16, True)
     with pytest.raises(
         ValueError,
-        match="memory is computed for full-8, .*, dora, pissa, vera, ia3, not for 'prefix_tuning'",
+        match=r"memory is computed for full-8, .*, dora, pissa, vera, ia3, not for 'prefix_tuning'",
     ):
         memory.of(["gpt2"], ["prefix_tuning"], 8, 1, 16, True)
 
