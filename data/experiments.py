@@ -66,6 +66,7 @@ class Setting:
     part: str = "validation"  # the examples that are scored, or "test": in the finals alone
     random_base: bool = False  # train a model of the same shape that was never pretrained
     scaled: bool = False  # also measure the model with intruder dimensions scaled down
+    curve: bool = False  # also the score on validation examples after every tenth step
 
 
 def variant(method: str, name: str, **changes) -> Recipe:
@@ -89,6 +90,12 @@ METHODS = RECIPES | {
         *(variant("lora", f"r {r}, α 16", r=r) for r in RANKS),
         *(variant("lora", f"r {r}, rsLoRA", r=r, use_rslora=True) for r in RANKS),
         *(variant("lora", f"{code} base") for code in ROUNDED),
+        *(
+            variant(method, f"r {r}", r=r, lora_alpha=2 * r)
+            for method, r in product(("rslora", "lora_plus", "pissa", "dora"), (1, 32))
+        ),
+        variant("lora", "r 32", r=32, lora_alpha=64),
+        *(variant("vera", f"r {r}", r=r) for r in (1, 8, 32)),
         *(
             replace(RECIPES["lora"].placed(place), method=f"lora, {place}")
             for place in ("attention", "mlp")
@@ -205,7 +212,20 @@ EXPERIMENTS = {
     )),
     "sentiment": Grid(SENTIMENT, decays=(0.0, 0.02, 0.04), common={"task": "sentiment"}),
     "tournament": Grid(SUCCESSORS, (0.0, 0.04, 0.16)),
-    "finals-tournament": Chosen("tournament", tuple(range(5)), {"part": "test"}),
+    "finals-tournament": Chosen("tournament", tuple(range(5)), {"part": "test", "curve": True}),
+    "tournament-ranks": Grid(
+        {
+            f"{method}, r {r}": rates
+            for method, rates in (SUCCESSORS | {"lora": around(0.01)}).items()
+            for r in ((1, 8, 32) if method == "vera" else (1, 32))
+            if method != "ia3"
+        },
+        (0.0, 0.04, 0.16),
+    ),
+    "tournament-sentiment": Grid(
+        {method: tuple(rate / 4 for rate in rates) for method, rates in SUCCESSORS.items()},
+        (0.0, 0.02, 0.04), common={"task": "sentiment"},
+    ),
     "finals": Chosen("forgetting", tuple(range(10)), {"part": "test"}),
     "finals-sentiment": Chosen("sentiment", tuple(range(5)), {"part": "test"}),
     "finals-prompts": Chosen("prompts", tuple(range(5)), {"part": "test"}),
@@ -258,13 +278,21 @@ def measure(setting: Setting) -> dict:
         start_from_text(model, base, task.train[setting.seed])
     row = asdict(setting)
     row["forgetting_at_start"] = evaluate.text_loss(model, base.held_out) - before
+    curve = []
+
+    def after_step(done: dict) -> None:
+        if setting.curve and done["step"] % 10 == 0:
+            texts = evaluate.complete(model, base, task.validation)
+            curve.append(task.score(task.validation, texts))
+
     try:
         batches = micro_batches(task, run, base.end, model.device)
         groups = recipe.groups and recipe.groups(model, run.learning_rate)
-        training = train(model, batches, run, recipe.optimizer, groups=groups)
+        training = train(model, batches, run, recipe.optimizer, after_step, groups=groups)
         row["training_loss"] = training.losses[-1]
     except FloatingPointError:
         return row
+    row |= {"scores": curve} if curve else {}
     examples = getattr(task, setting.part)
 
     def results(model: nn.Module) -> dict:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from minipeft.files import write_text
 from minipeft.lab import report
 
-from . import overview, sections, transfer
+from . import overview, sections, tournament, transfer
 from .choosing import edges, equal_score, operating_points, points
 from .experiments import RESULTS, TRIALS, load
 from .sections import paired, with_interval
@@ -421,7 +421,7 @@ the comparison at equal score), so they do not refute it. LoRA also forgets more
 intruder dimensions ([arXiv 2410.21228](https://arxiv.org/abs/2410.21228)). In the first table,
 settings that forget little have few intruders, but also small updates. The two go together; the
 section on intruder dimensions below takes them apart.
-{finals(found)}{intruders()}{sections.all_sections()}{transfer.section()}"""
+{finals(found)}{intruders()}{sections.all_sections()}{transfer.section()}{tournament.section()}"""
 
 
 if __name__ == "__main__":
