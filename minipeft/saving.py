@@ -123,7 +123,7 @@ def read_adapter(model: nn.Module, folder: Path, is_trainable: bool) -> Adapter:
             empty = make_adapter(on_meta(model), copy.copy(config))
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder / CONFIG}: {one_line(error)}") from error
-    if wrong := mismatch(shapes, empty.tensors() if is_prompt else empty.places()):
+    if wrong := mismatch(shapes, empty.places() if empty.encoder is None else empty.tensors()):
         raise ValueError(f"{file}: adapter does not match this model: {wrong}")
     check_digest(header, wanted, file, folder / CONFIG)
     tensors = read_tensors(file)

@@ -414,6 +414,13 @@ def test_ia3_by_hand():
     assert inputs.bias is linear.bias
 
 
+def test_a_merged_ia3_layer_does_not_register_the_bias_of_its_base():
+    layer = IA3Linear(nn.Linear(6, 8), IA3Config(["0"], []), is_feedforward=True)
+    before = list(layer.state_dict())
+    layer.merge()
+    assert list(layer.state_dict()) == before
+
+
 def test_merging_ia3_into_the_base_multiplies_the_bias_too():
     for is_feedforward in (False, True):
         linear, x = nn.Linear(6, 8), torch.randn(5, 6)

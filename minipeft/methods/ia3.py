@@ -93,7 +93,8 @@ class IA3Linear(nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         """Store W' and b'; from now on `forward` uses them. W and b do not change."""
-        self.merged_weight, self.merged_bias = self.merged().contiguous(), self.bias
+        self.merged_weight = self.merged().contiguous()
+        self.merged_bias = None if self.bias is None else self.bias.detach()  # no Parameter of ours
 
     def unmerge(self) -> None:
         """Discard W' and b'."""
