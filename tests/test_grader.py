@@ -95,8 +95,8 @@ def test_start_writes_a_file_and_never_overwrites_it(tmp_path):
     assert file.read_text() == skeleton_of("lora")
     with pytest.raises(ValueError, match=r"lora\.py exists already"):
         grader.start("lora", tmp_path / "my")
-    with pytest.raises(ValueError, match="no skeleton of 'dora'; there are"):
-        grader.start("dora", tmp_path)
+    with pytest.raises(ValueError, match="no skeleton of 'adalora'; there are"):
+        grader.start("adalora", tmp_path)
 
 
 def test_a_task_has_three_hints():
@@ -327,8 +327,8 @@ def test_check_says_what_there_is_to_check(tmp_path):
         run("check", tmp_path)
     with pytest.raises(ValueError, match=r"has no lora\.py: python -m minipeft build start lora"):
         run("check", tmp_path, "lora")
-    with pytest.raises(ValueError, match="there is no 'dora' to check; there are training, lora"):
-        run("check", tmp_path, "dora")
+    with pytest.raises(ValueError, match="there is no 'adalora' to check; there are training,"):
+        run("check", tmp_path, "adalora")
 
 
 # --- every mistake, and the second track ---

@@ -20,6 +20,7 @@ NEEDED = {
     "prompt_tuning": ["peft", "transformers"],
     "prefix_tuning": ["peft", "transformers"],
     "qlora": ["bitsandbytes", "peft"],
+    "dora": ["peft"],
 }  # packages, by method
 
 
@@ -139,6 +140,43 @@ def qlora(draw: Draw) -> dict:
     y.square().sum().backward()
     return found | {"alpha": alpha, "A": a.detach(), "B": b.detach(), "x": x.detach(), "y": y,
                     "grad": x.grad}  # fmt: skip
+
+
+def dora(draw: Draw) -> dict:
+    """The output of peft's DoRA layer, and the weight that it merges."""
+    from peft import LoraConfig
+
+    alpha = draw.integer(5, 20)
+    config = LoraConfig(r=2, lora_alpha=alpha, target_modules=["0"], use_dora=True)
+    net, (w, b) = adapted(draw, config, (6, 5))
+    (layer,) = net
+    found = {"alpha": alpha, "W": w, "b": b, "x": draw.normal(4, 6)}
+    magnitude = layer.lora_magnitude_vector["default"]
+    found |= {"A": drawn(layer.lora_A["default"], draw), "B": drawn(layer.lora_B["default"], draw),
+              "m": drawn(magnitude, draw)}  # fmt: skip
+    found["y"] = layer(found["x"])
+    layer.merge()
+    return found | {"merged": layer.base_layer.weight}
+
+
+def adapted(draw: Draw, config, *sizes: tuple[int, int]) -> tuple:
+    """peft's layers on top of linear ones of these sizes, and the W and b of each."""
+    from peft import get_peft_model
+    from torch import nn
+
+    net, numbers = nn.Sequential(*(nn.Linear(*size) for size in sizes)), []
+    for linear in net:
+        for parameter in (linear.weight, linear.bias):
+            parameter.data = draw.normal(*parameter.shape)
+            numbers.append(parameter.detach().clone())
+    return get_peft_model(net, config).base_model.model.eval(), numbers
+
+
+def drawn(module, draw: Draw):
+    """Random numbers for a peft layer's only parameter."""
+    (parameter,) = module.parameters()
+    parameter.data = draw.normal(*parameter.shape)
+    return parameter.detach().clone()
 
 
 def training(draw: Draw) -> dict:

@@ -23,6 +23,7 @@ from ..symptoms import (
     with_case,
 )
 from .common import Conv1D, compare_losses, describe, losses
+from .layers import Net
 
 CHECKS = Checks("lora")
 # in, out, r, α, bias, rslora: from the smallest case to larger ones.
@@ -298,21 +299,6 @@ def merge_into_base(m: ModuleType, draw: Draw) -> None:
                    "old one, which other layers may share")  # fmt: skip
             same("the update in the base layer's output", base(case.x), expected,
                  factors=case.factors(), case=case.text, start=case.plain(case.x))  # fmt: skip
-
-
-class Net(nn.Module):
-    """A model with names that a careless search confuses."""
-
-    def __init__(self):
-        super().__init__()
-        self.proj = nn.Linear(4, 6)
-        self.block = nn.ModuleDict({"proj": nn.Linear(6, 4), "q_proj": nn.Linear(4, 4)})
-        self.norm, self.project = nn.LayerNorm(4), Conv1D(nn.Linear(4, 4))
-        self.deep = nn.ModuleDict({"block": nn.ModuleDict({"out": nn.Linear(4, 4)})})
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.block["proj"](self.proj(x))
-        return self.project(self.norm(self.block["q_proj"](x)))
 
 
 @CHECKS.add("pieces", "find_targets")
