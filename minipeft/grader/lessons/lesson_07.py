@@ -47,11 +47,9 @@ def gradients(gradients, draw):
     except TypeError:
         names = {gradients}
     ensure(names <= {"W", "A", "B", "x"}, f"use only the names 'W', 'A', 'B', 'x', got {names}")
-    ensure("W" not in names, "W is frozen: nobody needs its gradient.")
-    ensure(names >= {"A", "B"}, "A and B are trained, so both need a gradient.")
-    ensure(
-        "x" in names, "Layers before this one have adapters too. Their gradients come through x."
-    )
+    ensure("W" not in names, "One matrix in your list is frozen, and needs no gradient.")
+    ensure(names >= {"A", "B"}, "What does the optimizer update? All of it needs a gradient.")
+    ensure("x" in names, "How do the adapters of the layers before this one get gradients?")
 
 
 # --- quantizing ---
