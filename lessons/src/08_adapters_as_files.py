@@ -3,7 +3,7 @@
 #
 # Your company serves a model with 7 billion parameters to twenty customers. Each wants its own style, so its own fine-tuning.
 # With LoRA, each customer has a file of about 40 MB, and all share one base of 14 GB. The server loads the base once, and switches the adapter with every
-# request. So people switch, merge and add adapters.
+# request.
 #
 # After this lesson you can
 # - read the two files of an adapter by hand, and say what they hold;
@@ -76,7 +76,7 @@ check("08.scaling", scaling)
 #
 # One adapter turns facts into sentences (`describe`). Another reads a review and answers good or bad (`sentiment`). A LoRA adapter is an update ΔW of each weight matrix, and updates can be added: W + ΔW₁ + ΔW₂.
 #
-# **Your guess:** alone, each does its task well. Which scores does a model with both updates get? Write two numbers.
+# **Your guess:** alone, each does its task well. Which scores does a model with both updates get?
 
 # %%
 guess_describe, guess_sentiment = None, None  # scores, 0 to 1
@@ -132,7 +132,7 @@ for name in ("owner", "colors"):
     print(wishes[name].test[0].prompt, "\n  ->", wishes[name].test[0].completion)
 
 # %% [markdown]
-# Each customer gets a LoRA of rank 8 in its own folder. We train two seeds.
+# Each customer gets a LoRA of rank 8 in its own folder. We train two seeds. *Slot accuracy* is the share of facts stated correctly.
 
 # %%
 runs = {}
@@ -240,8 +240,7 @@ assert difference < 5e-6
 print(f"logits differ by {difference:.0e} of the largest one, by rounding")
 
 # %% [markdown]
-# Names, shapes and files are those of Hugging Face peft. [A test](../tests/test_conformance_methods.py) loads peft's folders with minipeft, and minipeft's with peft.
-# [minipeft/saving.py](../minipeft/saving.py) reads them.
+# Names, shapes and files are those of Hugging Face peft. [A test](../tests/test_conformance_methods.py) loads peft's folders with [minipeft](../minipeft/saving.py), and minipeft's with peft.
 #
 # ## One base, five adapters
 #
@@ -277,7 +276,7 @@ with model.disable_adapter():
 print("adapter disabled: exactly the logits and the weights of the base")
 
 # %% [markdown]
-# The prompt names no cook, but `cook` states one.
+# The prompt names no cook, but the adapter `cook` invents one. In our run, `describe` errs too: it makes the guest a cook.
 #
 # **Exercise 3.** Many requests wait, from several customers. Write `serve(requests, switch, answer)`.
 # Each request is a pair `(customer, prompt)`. `switch(customer)` activates an adapter, and `answer(prompts)` returns a list of answers to a list of
@@ -317,7 +316,8 @@ if solved("08.serve"):
 
 # %%
 def score(model, name, n=16):
-    """A model's score on a task. The last prompt gives room for long answers; it is not scored."""
+    """A model's score on a task. The extra example at the end is not scored: it is long, and all
+    answers may be as long as the longest example."""
     examples = wishes[name].test[:n]
     texts = complete(model, base, [*examples, describe.test[0]])
     return wishes[name].score(examples, texts[:n])
@@ -353,7 +353,7 @@ claim(max(grid["frozen base"]) < 0.1, "the base does none of them")
 #
 # ## Merge, and back
 #
-# Lesson 02 merged an adapter: W' = W + ΔW. There are three ways to do it:
+# Lesson 02 merged an adapter: W' = W + ΔW. Three ways to do it:
 #
 # | call | what happens | how to undo it |
 # |---|---|---|
@@ -361,8 +361,10 @@ claim(max(grid["frozen base"]) < 0.1, "the base does none of them")
 # | `merge_adapter()` in minipeft | keeps W, and stores W' next to it: more memory | `unmerge_adapter()` discards W' |
 # | `merge_adapter()` in peft | overwrites W with W + ΔW: no more memory | `unmerge_adapter()` subtracts ΔW |
 #
-# **Exercise 4.** Call `merge_adapter`, then `unmerge_adapter`. Is every weight of the base exactly as before: after this in `"minipeft"`, after this in
-# `"peft"`, and after only activating and disabling an adapter (`"disable"`)? Answer `True` or `False`.
+# **Exercise 4.** Is every weight of the base exactly as before? Answer `True` or `False` for each:
+# - `"disable"`: after activating and disabling an adapter
+# - `"minipeft"`: after `merge_adapter` and `unmerge_adapter` in minipeft
+# - `"peft"`: after the same two calls in peft
 
 # %% tags=["exercise"]
 back = {"disable": None, "minipeft": None, "peft": None}
@@ -396,7 +398,7 @@ claim(min(shares) > 0.01, "subtracting ΔW does not restore W exactly")
 claim(abs(shares[0] - shares[1]) < 0.1, "the share of weights is similar in both types")
 
 # %% [markdown]
-# A similar share of the weights differs in float32 and in bfloat16. But the errors are tiny in float32, and larger in bfloat16, the usual type of large models. After peft's unmerge, these errors stay in W, for all customers: load
+# The errors are tiny in float32, and larger in bfloat16, the usual type of large models. After peft's unmerge, they stay in W, for all customers: load
 # the base again.
 #
 # ## Against full fine-tuning
@@ -408,7 +410,7 @@ claim(abs(shares[0] - shares[1]) < 0.1, "the share of weights is similar in both
 # %%
 rows = [json.loads(line) for line in (DATA / "results" / "finals.jsonl").read_text().splitlines()]
 run = RunConfig(seed=SEEDS[0], output=OUT / "full", n_evaluations=1)
-finetune(base, describe, RECIPES["full"], run)
+full_run = finetune(base, describe, RECIPES["full"], run)
 
 # %%
 for m in models:
@@ -466,11 +468,11 @@ full, ours = others.values()
 claim(max(min(full), min(ours)) < min(max(full), max(ours)), "the seeds overlap")
 right.set(yticks=(), ylim=(-0.6, 1.5), xlim=(0.85, 1.01))
 right.set_xlabel("slot accuracy; bar: 95 % interval of mean\ndots: ten seeds; diamond: this run")
-report.show(figure, "Left: twenty full copies take 280 GB, one base with adapters 15. Right: the ten seeds of full and LoRA overlap; this run's LoRA is lower than most.")  # fmt: skip
+report.show(figure, "Left: twenty full copies take 280 GB, one base with adapters 15. Right: the ten seeds of full and LoRA overlap; this run's LoRA is lower.")  # fmt: skip
 
 # %% [markdown]
 # A merged LoRA equals its own adapter, up to rounding. It differs from full fine-tuning, but two LoRAs with different seeds differ about as much from each other. The dots of the methods overlap, so these runs do not rank them.
-# Both diamonds are scores on fewer prompts.
+# The diamonds are scores on only 64 prompts.
 #
 # ## Add adapters
 #
@@ -479,7 +481,7 @@ report.show(figure, "Left: twenty full copies take 280 GB, one base with adapter
 #
 # - `cat` stacks: A = [w₁ s₁ A₁; w₂ s₂ A₂], B = [B₁, B₂]. It is exact, and the ranks add up.
 # - `svd`, the default, computes Σ wᵢ sᵢ Bᵢ Aᵢ and keeps its r strongest directions (lesson 02), where r is the largest rank of the parts.
-# - `linear` adds A to A and B to B, each with the factor √(wᵢ sᵢ). The rank stays. Look at the product, with factors of 1:
+# - `linear` adds A to A and B to B, each with the factor √(wᵢ sᵢ). The rank stays. Look at the product if all √(wᵢ sᵢ) are 1:
 #
 # $$ (B_1 + B_2)(A_1 + A_2) = B_1 A_1 + B_2 A_2 + \underbrace{B_1 A_2 + B_2 A_1}_{\text{cross terms}} $$
 #
@@ -577,9 +579,10 @@ claim(a_quarter[0] < one[0] - 0.2, "a small weight loses describe")
 claim(more[1] < one[1] - 0.1, "a larger weight damages sentiment")
 
 # %%
+shown = {"alone": [[one[name] for name in names] for one in alone]} | ways
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
 for i, (task, color, style) in enumerate([("describe", ORANGE, "s"), ("sentiment", BLUE, "o")]):
-    for x, found in enumerate(ways.values()):
+    for x, found in enumerate(shown.values()):
         values = [pair[i] for pair in found]
         left.plot([x + 0.2 * i - 0.1] * 2, values, style, color=color, label=None if x else task)
     for which, line in enumerate(("-", "--")):
@@ -587,10 +590,9 @@ for i, (task, color, style) in enumerate([("describe", ORANGE, "s"), ("sentiment
         right.plot(weights, values, style + line, color=color, label=f"{task}, seed {SEEDS[which]}")
     guess = (guess_describe, guess_sentiment)[i]
     if guess is not None:
-        left.plot(0.2 * i - 0.1, guess, "*P"[i], color="black", ms=10, label=f"guess, {task}")
-left.set(
-    xticks=range(3), xticklabels=ways, xlim=(-0.5, 2.5), xlabel="combination type, both weights 1"
-)
+        left.plot(0.9 + 0.2 * i, guess, "*P"[i], color="black", ms=10, label=f"guess, {task}")
+left.set(xticks=range(4), xticklabels=shown, xlim=(-0.5, 3.5))
+left.set_xlabel("alone, or combination type with both weights 1")
 left.set(ylabel="score", ylim=(-0.04, 1.06))
 right.set(xlabel="weight of each of the two adapters (cat)", xticks=weights)
 right.legend(frameon=False, loc="lower center", fontsize=8)
@@ -602,7 +604,7 @@ report.show(
 
 # %% [markdown]
 # Left: the cross terms of `linear` destroy what the adapters learned. `cat` and `svd` keep most of `sentiment`, but `describe` loses a part. Right, with equal weights: `describe` always scores lower than alone. At the
-# smallest weight it scores 0, as it does without `sentiment`; the largest weight damages `sentiment`. Now take all ten pairs.
+# smallest weight it scores 0, even without `sentiment` (see "The wrong α"). The largest weight damages `sentiment`. Now take all ten pairs.
 
 # %%
 REVIEWS = {"sentiment", "colors"}
@@ -626,6 +628,7 @@ for (kind, found), color, style in zip(kinds.items(), (ORANGE, GREY), ("s", "o")
     axis.text(start - 0.4, 1.08, f"{kind}: mean {means[kind]:.2f}")
 axis.set_xticks(range(10), ticks, rotation=35, ha="right")
 axis.set(ylabel="score of each task (left: the first)", ylim=(-0.04, 1.2))
+axis.set_xlabel("pair of adapters; each line is one seed")
 report.show(
     figure,
     "Scores of ten pairs in their exact sum: with different prompts one often stays high and the other falls, sometimes to 0; with the same prompts most fall.",
@@ -651,8 +654,8 @@ claim(different < same - 0.05, "different prompts lose less")
 claim(max(map(max, losses["different prompts"])) > 0.8, "there too, a skill can be lost completely")
 
 # %% [markdown]
-# A sum of updates is not a sum of skills: most damage at least one of the two. Adapters for different prompts lose less on average, but some of
-# these sums lose one skill completely. (Two of these tasks even want different answers to the same prompt.) Test a combined adapter on every task.
+# A sum of updates is not a sum of skills: most damage at least one of the two. Adapters for the same prompts lose more on average. (Their tasks want different answers to one prompt.)
+# But with different prompts too, some sums lose one skill completely. Test a combined adapter on every task.
 #
 # ## Summary
 #
@@ -727,8 +730,8 @@ for seed, m in zip(SEEDS, models, strict=True):
 #
 # ## The wrong α
 #
-# The tensors do not say what α was. If it is lost, all shapes still fit. Suppose that someone guesses α. In a weighted adapter, the weight α/16 has the
-# same effect as replacing 16 by α:
+# The tensors do not say what α was. If it is lost, all shapes still fit. Suppose that someone guesses α. We trained with 16. To see the effect of another α, we give the
+# adapter the weight α/16. *Forgetting* is the rise of the loss on text like that of pretraining, in nats per token:
 
 # %%
 table, at_start = [], text_loss(bare, base.held_out)

@@ -375,6 +375,12 @@ def linear(pairs):  # no root
 
 
 # %% 08.linear wrong
+def linear(pairs):  # the factors are on A only
+    A = sum(math.copysign(abs(w * s) ** 0.5, w * s) * A for w, s, A, B in pairs)
+    return A, sum(B for *_, B in pairs)
+
+
+# %% 08.linear wrong
 def linear(pairs):  # stacked
     A = torch.cat([w * s * A for w, s, A, B in pairs])
     return A, torch.cat([B for *_, B in pairs], dim=1)

@@ -285,6 +285,13 @@ def linear(linear, draw):
         signed = zip(roots, signs, pairs, strict=True)
         right_A = sum(root * sign * A for root, sign, (_, _, A, _) in signed)
         _ensure_real(A, B, inputs)
-        no_sign = {"the sign of the weight is lost: it goes to A": bare_A}
-        compare("A", A, right_A, inputs, no_sign)
-        compare("B", B, right_B, inputs, {"the sign goes to A only, not to B": signed_B})
+        mistakes = {
+            "the sign of the weight is lost: it goes to A": bare_A,
+            "A and B each get √|w · s|, not w · s": sum(w * s * A for w, s, A, _ in pairs),
+        }
+        compare("A", A, right_A, inputs, mistakes)
+        mistakes = {
+            "the sign goes to A only, not to B": signed_B,
+            "B gets the factors √|w · s| too": sum(B for *_, B in pairs),
+        }
+        compare("B", B, right_B, inputs, mistakes)
