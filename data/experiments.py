@@ -66,7 +66,7 @@ class Setting:
     part: str = "validation"  # the examples that are scored, or "test": in the finals alone
     random_base: bool = False  # train a model of the same shape that was never pretrained
     scaled: bool = False  # also measure the model with intruder dimensions scaled down
-    curve: bool = False  # also the score on validation examples after every tenth step
+    curve: bool = False  # also the score on validation examples after every 20th step
 
 
 def variant(method: str, name: str, **changes) -> Recipe:
@@ -126,11 +126,12 @@ class Grid:
 @dataclass(frozen=True)
 class Chosen:
     """The operating points of another experiment, without decay and with it, and those that forget
-    least at a score of 0.9; on other seeds."""
+    least at an equal score; on other seeds."""
 
     source: str
     seeds: tuple[int, ...]
     common: dict = field(default_factory=dict)  # changes to fields of Setting
+    score: float | None = 0.9
 
     def settings(self) -> list[Setting]:
         """Empty as long as runs of the other experiment are missing."""
@@ -139,7 +140,9 @@ class Chosen:
         rows, settings = load(self.source), []
         found = points(rows)
         chosen = [*operating_points(found, False), *operating_points(found, True)]
-        chosen += [point for pair in equal_score(found, 0.9).values() for point in pair if point]
+        if self.score is not None:
+            equal = equal_score(found, self.score).values()
+            chosen += [point for pair in equal for point in pair if point]
         for point, seed in product(chosen, self.seeds):
             names = ("method", "learning_rate", "decay")
             first = next(row for row in rows if all(row[n] == point[n] for n in names))
@@ -211,8 +214,12 @@ EXPERIMENTS = {
         for rates in (PROMPT_METHODS, HIGHER_PROMPT_RATES)
     )),
     "sentiment": Grid(SENTIMENT, decays=(0.0, 0.02, 0.04), common={"task": "sentiment"}),
-    "tournament": Grid(SUCCESSORS, (0.0, 0.04, 0.16)),
-    "finals-tournament": Chosen("tournament", tuple(range(5)), {"part": "test", "curve": True}),
+    "tournament": Grid(  # with rows of "forgetting", copied
+        {m: WEIGHT_METHODS[m] for m in ("full", "lora")} | SUCCESSORS, (0.0, 0.04, 0.16)
+    ),
+    "finals-tournament": Chosen(
+        "tournament", tuple(range(5)), {"part": "test", "curve": True}, score=None
+    ),
     "tournament-ranks": Grid(
         {
             f"{method}, r {r}": rates
@@ -281,7 +288,7 @@ def measure(setting: Setting) -> dict:
     curve = []
 
     def after_step(done: dict) -> None:
-        if setting.curve and done["step"] % 10 == 0:
+        if setting.curve and done["step"] % 20 == 0:
             texts = evaluate.complete(model, base, task.validation)
             curve.append(task.score(task.validation, texts))
 

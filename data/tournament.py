@@ -1,38 +1,23 @@
-"""The section "Better than LoRA?" of RESULTS.md: LoRA and its successors, each with the same grid.
+"""The section "Better than LoRA?" of RESULTS.md: LoRA and its successors on one grid."""
 
-LoRA's and full fine-tuning's runs are those of the experiment `forgetting` at the same number of
-rates, decays and seeds.
-"""
-
+import math
 import statistics
 
 from minipeft.lab import report
 
 from .choosing import operating_points, points
-from .experiments import EXPERIMENTS, WEIGHT_METHODS, load, missing
+from .experiments import EXPERIMENTS, load, missing
 from .sections import at, fill, paired, with_interval
 
 GRID = EXPERIMENTS["tournament"]
-METHODS = ("full", "lora", *GRID.rates)
+METHODS = tuple(GRID.rates)
 ONE_RATE = 0.0025  # LoRA's in the unfair comparison: a quarter of its best
 ENOUGH = 0.9  # the score that the curves are asked for
 
 
-def grid_rows() -> list[dict]:
-    """The runs on the grid: five rates, three decays and three seeds for every method."""
-    old = [
-        row
-        for row in load("forgetting")
-        if row["method"] in ("full", "lora")
-        and row["learning_rate"] in WEIGHT_METHODS[row["method"]]
-        and row["decay"] in GRID.decays
-    ]
-    return old + load("tournament")
-
-
 def grid_points() -> list[dict]:
     """The mean of each setting whose seeds have all been run."""
-    return [p for p in points(grid_rows()) if p["seeds"] == len(GRID.seeds)]
+    return [p for p in points(load("tournament")) if p["seeds"] == len(GRID.seeds)]
 
 
 def sensitivity(found: list[dict], method: str, slack: float = 0.05) -> tuple[int, int]:
@@ -46,13 +31,13 @@ def unfair(found: list[dict]) -> dict[str, tuple[float, float]]:
     """For each successor its best score without decay, and its lead over LoRA at one fixed rate."""
     plain = [p for p in found if not p["decay"]]
     (lora,) = [p for p in plain if p["method"] == "lora" and p["learning_rate"] == ONE_RATE]
-    best = {m: max(p["score"] for p in plain if p["method"] == m) for m in GRID.rates}
+    best = {m: max(p["score"] for p in plain if p["method"] == m) for m in METHODS[2:]}
     return {m: (score, score - lora["score"]) for m, score in best.items()}
 
 
 def steps_to(score: float, row: dict) -> int | None:
-    """The first tenth step after which a run scored this much on validation examples."""
-    reached = [10 * i for i, s in enumerate(row["scores"], 1) if s >= score]
+    """After how many steps, in steps of 20, a run scored this much on validation examples."""
+    reached = [20 * i for i, s in enumerate(row["scores"], 1) if s >= score]
     return reached[0] if reached else None
 
 
@@ -79,30 +64,52 @@ def grid_table(found: list[dict]) -> str:
     return report.markdown_table(head, lines)
 
 
+def finals() -> dict[tuple[str, bool], list[dict]]:
+    """The final runs of each method, without decay and with any."""
+    rows, found = load("finals-tournament"), grid_points()
+    return {
+        (point["method"], decayed): at(rows, point)
+        for decayed in (False, True)
+        for point in operating_points(found, decayed)
+    }
+
+
+def compared() -> tuple[dict[tuple[str, bool], list[dict]], str]:
+    """The final runs, or as long as some are missing, the trials at the same settings; and where
+    they were measured."""
+    if not missing("finals-tournament"):
+        return finals(), "test examples, five new seeds"
+    rows, found = load("tournament"), grid_points()
+    trials = {
+        (point["method"], decayed): at(rows, point)
+        for decayed in (False, True)
+        for point in operating_points(found, decayed)
+    }
+    return trials, "validation examples, the three seeds that chose the settings"
+
+
+def verdict(differences: list[float], t: float) -> str:
+    """Whether the t interval of the mean difference lies above 0, below, or around it."""
+    mean = statistics.mean(differences)
+    half = t * statistics.stdev(differences) / math.sqrt(len(differences))
+    return "better" if mean > half else "worse" if mean < -half else "not shown"
+
+
 def finals_table() -> str:
     """The operating points on test examples, minus LoRA, paired by seed."""
-    found = grid_points()
-    finals = {"lora": load("finals"), "full": load("finals")} | dict.fromkeys(
-        GRID.rates, load("finals-tournament")
-    )
-    lines = []
-    for decayed in (False, True):
-        chosen = {p["method"]: p for p in operating_points(found, decayed)}
-        lora = at(finals["lora"], chosen["lora"])
-        for method in METHODS:
-            mine = at(finals[method], chosen[method])
-            if not mine or not lora:
-                continue
-            gaps = [
-                "–" if method == "lora" else with_interval(paired(mine, lora, key), "+.3f")
-                for key in ("score", "forgetting")
-            ]
-            lines.append([
-                report.NAMES[method], "yes" if decayed else "no", len(mine),
-                f"{statistics.mean(r['score'] for r in mine):.3f}", gaps[0],
-                f"{statistics.mean(r['forgetting'] for r in mine):+.2f}", gaps[1],
-            ])  # fmt: skip
-    head = ["method", "decay", "seeds", "score", "minus LoRA", "forgets", "minus LoRA"]
+    runs, lines = finals(), []
+    for (method, decayed), mine in runs.items():
+        lora = runs["lora", decayed]
+        gaps = [
+            "–" if method == "lora" else with_interval(paired(mine, lora, key), "+.3f")
+            for key in ("score", "forgetting")
+        ]
+        lines.append([
+            report.NAMES[method], "yes" if decayed else "no",
+            f"{statistics.mean(r['score'] for r in mine):.3f}", gaps[0],
+            f"{statistics.mean(r['forgetting'] for r in mine):+.2f}", gaps[1],
+        ])  # fmt: skip
+    head = ["method", "decay", "score", "minus LoRA", "forgets", "minus LoRA"]
     return report.markdown_table(head, lines)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from minipeft.files import write_file
 
@@ -245,4 +246,39 @@ def bits_figure(records: list[dict]) -> Figure:
     right.set(ylim=(0, 1.03), ylabel="share of tokens with the same top prediction")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3,
                   frameon=False)  # fmt: skip
+    return figure
+
+
+def successors_figure() -> Figure:
+    """What LoRA and six successors change: a drawing each. Orange is trained, grey is frozen."""
+    grey, orange = "#b9b9b9", "#d1741f"
+    captions = {
+        "LoRA": "W + α/r · B A",
+        "rsLoRA": "W + α/√r · B A",
+        "LoRA+": "learning rates:\nη for A, 16 η for B",
+        "PiSSA": "B A starts as the largest\npart of W, taken out of it",
+        "DoRA": "each row scaled to length 1,\nthen times its entry of m",
+        "VeRA": "A and B random, shared by all\nlayers; rows times b and d",
+        "(IA)³": "each row times\nits entry of l",
+    }
+    figure, axes = panels(9, 4.4, 2, 4)
+    for axis, (name, caption) in zip(axes, captions.items(), strict=False):
+        boxes = {"W": (0, 2, 4, 4, grey)}  # x, y, width, height, color
+        if name != "(IA)³":
+            boxes |= {"B": (5.4, 2, 1.1, 4, orange), "A": (6.8, 4.9, 4, 1.1, orange)}
+            axis.text(4.7, 4, "+", ha="center", va="center")
+        boxes |= {
+            "DoRA": {"m": (-1.7, 2, 1, 4, orange)},
+            "VeRA": {"b": (5.2, 2, 0.7, 4, orange), "B": (6, 2, 1.1, 4, grey),
+                     "d": (7.4, 4.9, 0.7, 1.1, orange), "A": (8.2, 4.9, 3.4, 1.1, grey)},
+            "(IA)³": {"l": (-1.7, 2, 1, 4, orange)},
+        }.get(name, {})  # fmt: skip
+        for text, (x, y, width, height, color) in boxes.items():
+            axis.add_patch(Rectangle((x, y), width, height, fc=color, ec="black", lw=0.8))
+            axis.text(x + width / 2, y + height / 2, text, ha="center", va="center")
+        axis.text(4.5, 1.4, caption, ha="center", va="top", fontsize=9)
+        axis.set(xlim=(-2, 11.8), ylim=(-0.6, 7.3), aspect="equal")
+        axis.set_title(name, fontweight="bold")
+    for axis in axes:
+        axis.set_axis_off()
     return figure
