@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 00 · A small GPT
 #
-# A company downloads a language model with 7 billion parameters, and trains it for one night to answer its customers. In the morning a number called the loss
+# A company trains a language model for one night to answer its customers. In the morning a number called the loss
 # is lower, and the answers look good. Did the model learn this now, did it know it before, or did it find a shortcut that will fail next week? This lesson
 # looks inside small models, and catches a shortcut. Later lessons are about parameter-efficient fine-tuning (PEFT).
 #
@@ -69,7 +69,7 @@ total = 3  # each of the 3 rows sums to 1
 check("00.softmax", total)
 
 # %% [markdown]
-# If an answer is wrong, call `hint(1)`, `hint(2)` or `solution()` in a new cell. You need not read lines with `claim`: they test that the text fits your results.
+# If an answer is wrong, call `hint(1)`, `hint(2)` or `solution()` in a new cell. They belong to the check that you ran last. Skip lines with `claim`: they test the lesson's text.
 #
 # ## How does a skill appear?
 #
@@ -114,7 +114,7 @@ check("00.to_text", to_text)
 
 # %% [markdown]
 # Our *base models* were trained on ten million tokens about a small invented world. This is called *pretraining*.
-# Here are three documents. Names are pairs of words, and one pair in eight is *held out*: it never occurs in the ten million tokens. Each of its two words does occur, in other names.
+# Here are three documents. Names are pairs of words, and one pair in eight is *held out*: it never occurs in these texts. Each of its words does, in other names.
 
 # %%
 for seed in (13, 34, 20):
@@ -267,7 +267,7 @@ for prompt in (
 # %% [markdown]
 # ## The parts of a GPT
 #
-# Each token becomes a vector, and so does its position. Their sum starts the *residual stream*: the vector per token that every *block* reads and adds to, twice:
+# Each token becomes a vector, its *embedding*, and so does its position. Their sum starts the *residual stream*, one vector per token. Every *block* adds to it twice:
 #
 # $$ x \leftarrow x + \mathrm{Attention}(\mathrm{LN}(x)), \qquad x \leftarrow x + \mathrm{MLP}(\mathrm{LN}(x)) $$
 #
@@ -275,7 +275,7 @@ for prompt in (
 # - The *MLP* works on each position by itself: linear layer, nonlinear function, linear layer.
 # - Only *attention* carries information from one position to another.
 #
-# At the end, after one more LN, the logit of each token of the vocabulary is the dot product of x with that token's embedding.
+# At the end, after one more LN, the logit of each token is the dot product of x with its embedding.
 
 # %%
 parts = {"tokens": "wte", "positions": "wpe", "attention": ".attn.", "MLP": ".mlp.", "LN": "ln_"}
@@ -373,8 +373,8 @@ claim(people[0] < people[1] < people[2], "larger bases tell people apart better"
 claim(min(p[key] for p in columns.values() for key in list(titles)[:2]) > 0.95, "all bases copy")
 
 # %% [markdown]
-# All bases copy. But look at the last two rows. If a text names only one person, there is a possible shortcut: name that person. With three people, naming one of them is
-# right one time in three. All bases do better than that, but not as well as with one person.
+# All bases copy. But look at the last two rows. Row three allows a shortcut: if a text names only one person, the model can name that person. Row four has three people: naming one of them is
+# right one time in three. All bases do better than that, but worse than in row three.
 #
 # ## Watch it learn to copy
 #
@@ -464,7 +464,9 @@ for found, color, style, label in (
 ):
     axis.plot(*zip(*found, strict=True), style, color=color, markersize=4, label=label)
     axis.text(405, found[-1][1], f"{found[-1][1]:.2f}", va="center", color=color)
-axis.plot([half], [dict(points)[half]], "o", color=BLUE, markersize=9, label=f"step {half}")
+axis.plot(
+    [half], [dict(points)[half]], "o", color=BLUE, markersize=9, label=f"half copied by step {half}"
+)
 if guess is not None:
     axis.axvline(guess, color="black", linestyle=":", label="your guess")
 axis.set(xlabel="step", ylabel="share of name tokens copied", ylim=(-0.03, 1.03))
@@ -474,7 +476,7 @@ report.show(
     "Share of names copied by step: near zero for about 120 steps, then a jump to 0.6 within 40 steps, and above 0.8 at the end. The twin stays at zero.",
 )
 before = max(share for step, share in points if step <= half - 60)
-print(f"60 steps before half: {before:.2f}; chance would be {1 / 24:.2f}")
+print(f"60 steps before half: {before:.2f}; guessing one of 24 words: {1 / 24:.2f}")
 claim(before < 0.25 < 0.6 < points[-1][1], "copying comes suddenly, after many steps without it")
 claim(max(share for _, share in twin_points) < 0.15, "the twin never copies")
 
@@ -484,7 +486,7 @@ claim(max(share for _, share in twin_points) < 0.15, "the twin never copies")
 # ## Look inside
 #
 # How could a model copy? Say it read A B … A. A head could find the earlier A, and attend to the token *after* it: B. Such a head is an *induction head*
-# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). Take a word of a name after "Again:". At the position just before it, how much weight does each head put on the same word in the first list?
+# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). Before a new name, A must be longer: the previous name and its comma. We take each word that is copied. At the position just before it, how much weight does each head put on that word in the original list?
 
 
 # %%
@@ -560,8 +562,8 @@ report.show(
 )
 
 # %% [markdown]
-# Orange boxes mark the word that must come next. Both models have a head that looks there. Is it an induction head? It could also follow a rule about
-# positions, such as "look 10 back". Read a list back in *reverse order*: then such a rule finds the wrong name. (We measure second words: the first tells the name.)
+# Orange boxes mark the word that must come next. Both models have a head that looks there (the figure shows the base's). Is it an induction head? It could also follow a rule about
+# positions, such as "look 10 back". Read a list back in *reverse order*: then such a rule finds the wrong name. (We measure second words only: before a first word, nothing says which name comes.)
 #
 # **Your guess:** in which of the two models does the head still find the right name?
 
@@ -588,7 +590,7 @@ claim(after["tiny GPT"][1] < 0.5 * after["tiny GPT"][0], "the tiny GPT's head do
 
 # %% [markdown]
 # The base's head keeps most of its weight on the right word, as an induction head does. The tiny GPT's does not. Its lists are much alike, so a simpler
-# rule can be enough. Even if many names are copied, we do not know by which rule. ("Going further" looks for that rule.)
+# rule can be enough. ("Going further" looks for it.)
 #
 # ## Summary
 #
@@ -659,7 +661,7 @@ report.show(
 # With an offset of one, the tiny GPT has lost its skill, and its best head too. So it needs the positions that it was trained with. A rule about positions is possible because
 # our lists have only three lengths. (Three and six hurt less, perhaps as a name with its comma takes three tokens.)
 #
-# The base loses almost nothing at an offset of one, and more at larger ones. On the right, only "Again" and what follows get an offset, so the distance to the copy changes. A head of the base still finds
+# The base loses almost nothing at an offset of one, and more at larger ones. On the right, only "Again" and what follows get an offset, so the distance to the original list changes. A head of the base still finds
 # the names.
 #
 # ## Is one layer enough?

@@ -184,6 +184,11 @@ def attention(attention_weights, draw):
         inputs = f"q and k ({h}×{t}×{k})"
         got = call(attention_weights, q, keys)
         has_shape("attention_weights(…)", got, (h, t, t), inputs)
+        ensure(
+            not got[:, 0].isnan().any() or got[:, -1].isnan().any(),
+            f"attention_weights(…)[0, 0]\n  input     {inputs}\n  got       {show(got[0, 0])}\n"
+            "  likely    the diagonal is masked too: a position may look at itself",
+        )
         _compare_weights(got, _attention(q, keys), inputs, _slips(q, keys))
         if t > 1:
             q.requires_grad_()
