@@ -52,7 +52,7 @@ print(task.train[0].prompt, "\n->", task.train[0].completion)
 #
 # Two questions about lesson 00. Replace `None` with your answer, and run both cells.
 #
-# **1.** The model reads the tokens `[5, 9, 2, 7]`. Counting from 0, its output at position 1 is compared with one of them. Which one?
+# **1.** The model reads the tokens `[5, 9, 2, 7]`, at positions 0 to 3. With which token is its output at position 1 compared?
 
 # %% tags=["exercise"]
 target = None
@@ -76,16 +76,16 @@ uniform = math.log(2048)  # minus the logarithm of 1/2048
 check("01.uniform", uniform)
 
 # %% [markdown]
-# If an answer is wrong, call `hint(1)` in a new cell, then `hint(2)`, and then `solution()`.
+# If an answer is wrong, call `hint(1)`, `hint(2)` or `solution()` in a new cell.
 #
 # ## What the model is trained on
 #
 # An example has a *prompt* and a *completion*. The model reads both, but it should learn to write the completion only. So the loss is
 # taken on the completion: the *labels* of the prompt are set to -100, and PyTorch's cross-entropy ignores them. Texts of different lengths are
-# padded to one length; the attention mask marks padding with 0, and its labels are -100 too.
+# padded to one length with end tokens. There, the attention mask is 0, and the labels are -100 too.
 
 # %%
-batch = tasks.collate(task.train[:2], base.end, "cpu")
+batch = tasks.collate([task.train[0], task.train[4]], base.end, "cpu")
 for name, tensor in batch.items():
     print(f"{name:14} {tuple(tensor.shape)}   (batch, tokens)")
 print("\nthe first example:  token | id | mask | label")
@@ -97,7 +97,7 @@ for token, mask, label in [*rows[near - 4 : near + 8], *rows[-8:]]:
     print(f"{text:>14} | {token:4} | {mask} | {label:4}")
 
 # %% [markdown]
-# (Rows in the middle are left out.) The completion ends with an *end token*, which is trained on, so that the model learns to stop. Labels are *not* shifted here. The model compares its output at one position with the label of the next (lesson 00).
+# (Rows in the middle are left out.) The completion ends with one *end token* that is trained on, so that the model learns to stop. Labels are *not* shifted here. The model compares its output at one position with the label of the next (lesson 00).
 #
 # **Exercise 1.** Write `make_labels(prompt_ids, completion_ids, end, length)`. It returns the labels of one example as a list: first -100 for each token of the prompt, then the
 # completion and the end token, then -100 up to `length`.
@@ -148,7 +148,7 @@ print(f"loss of the base on these two completions: {output.loss:.2f} nats per to
 # ## The training loop
 #
 # In each step: a batch, its loss, the gradients, and an update of all weights. Two habits make training more stable. The learning rate *warms up* in the first tenth of the steps and then falls
-# to zero along a cosine. And if the norm of all gradients together is above 1, they are *clipped*: scaled down to a norm of 1. There is no weight decay in this lesson; lesson 02 comes to it.
+# to zero along a cosine. And if the norm of all gradients together is above 1, they are *clipped*: scaled down to a norm of 1. This lesson trains without weight decay; lesson 02 comes to it.
 
 
 # %%
@@ -218,7 +218,7 @@ print("torch.optim.AdamW moves them by", [round(value, 4) for value in w.data.to
 # Training holds four things: the weights, a gradient for each weight, AdamW's two averages, and the *activations*. Activations are all results of
 # the forward pass that the backward pass needs. Their size grows with the number of tokens in a batch.
 #
-# **Your guess:** our GPT, in float32, is trained on 16 texts of 64 tokens. Divide the memory of training by the memory of the weights: what do you get? And what do you get for 7 billion parameters in bfloat16, with AdamW's averages in float32, on the same texts?
+# **Your guess:** our GPT, in float32, is trained on 16 texts of 64 tokens. Divide the memory of training by the memory of the weights: what do you get? And for 7 billion parameters, with weights and gradients in bfloat16, and AdamW's averages in float32?
 
 # %%
 guess_small, guess_7b = None, None  # times the weights
@@ -245,9 +245,10 @@ for part, color, hatch in zip(memory.PARTS, report.PART_COLORS, ("", "//", "..",
     )
     bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
 axis.bar_label(axis.containers[-1], [f"{height:.1f}" for height in bottom], padding=2)
-for x, guess in ((0, guess_small), (2, guess_7b)):
-    if guess is not None:
-        axis.hlines(guess, x - 0.4, x + 0.4, color="black", linestyle=":", label="your guess")
+drawn = [(x, guess) for x, guess in ((0, guess_small), (2, guess_7b)) if guess is not None]
+if drawn:
+    x, guess = torch.tensor(drawn).T.numpy()
+    axis.hlines(guess, x - 0.4, x + 0.4, color="black", linestyle=":", label="your guess")
 axis.set(ylabel="times the memory of the weights", ylim=(0, 1.15 * max(bottom)))
 axis.legend(frameon=False)
 report.show(
@@ -274,7 +275,7 @@ check("01.gigabytes", gigabytes)
 # ## Fine-tune it
 #
 # A prompt has four *facts*, such as "near is Black Oven", and the *value* of this fact is "Black Oven". In a completion, the tokens of the values are *slot tokens*. All others are *template tokens*: "This is the story of" begins half of all completions.
-# *Slot accuracy* is the share of facts that the generated text states in one of the known phrasings, with the right value. To save time, it is measured on 32 of the validation examples here.
+# Each fact has two phrasings. *Slot accuracy* is the share of facts that the generated text states in one of them, with the right value. To save time, it is measured on 32 of the validation examples here.
 #
 # **Your guess:** after how many of 100 steps is the loss on template tokens a tenth of its value at the start? And the loss on slot tokens?
 
@@ -322,7 +323,7 @@ report.show(
 # ## Has it learned the task?
 #
 # A falling loss does not answer this. Suppose a model ignores all values in the prompt. What would it score? We train such a *blind* model: in each training prompt, the values are replaced by those of other examples, and the completion is kept. So
-# the prompt's values do not tell the completion's, and the model learns to ignore them.
+# the values in the prompt do not tell those in the completion, and the model learns to ignore them.
 
 
 # %%
@@ -357,7 +358,7 @@ claim(blind[-1]["score"] < 0.1, "a blind model states nearly no fact")
 claim(full[-1]["score"] > 0.85, "the fine-tuned model states most facts")
 
 # %% [markdown]
-# A model that cannot do the task at all makes most of the improvement in the loss. So we report template and slot tokens separately, and count facts in generated text. A second control is
+# A model that cannot do the task at all makes most of the improvement in the loss. So we report template and slot tokens separately, and count facts in generated text. We also compare with
 # the *random base*: a model that starts from random weights, trained on the same examples. (These runs come with minipeft: the mean of four seeds, at the learning rate with the lowest loss.) What the random base learns comes from the training examples only.
 
 # %%
@@ -367,6 +368,8 @@ random_base = [  # mean over the seeds
     {key: statistics.mean(p[key] for p in points) for key in points[0]}
     for points in zip(*(record.validation for record in rows[compare.RANDOM]), strict=True)
 ]
+
+# %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
 guesses = {"template_loss": guess_template, "slot_loss": guess_slot}
 for axis, (key, guess) in zip(axes, guesses.items(), strict=True):
@@ -379,6 +382,8 @@ for axis, (key, guess) in zip(axes, guesses.items(), strict=True):
     if guess is not None:
         axis.axvline(guess, color="black", linestyle="-.", label="your guess")
     axis.set(xlabel="step", title=f"{key.split('_')[0]} tokens", yscale="log")
+    tenth = next((p["step"] for p in full if p[key] <= full[0][key] / 10), None)
+    print(f"{key.split('_')[0]} loss, fine-tuned: a tenth of its start by step {tenth}")
 axes[0].set_ylabel("validation loss (nats per token)")
 axes[0].legend(frameon=False)
 report.show(
@@ -456,7 +461,7 @@ claim(0.5 < after - before < 1.8, "full fine-tuning without weight decay forgets
 #
 # ## How low can the loss go?
 #
-# A value stands in the prompt, so a perfect reader has a slot loss of zero. The template has a floor: each fact has two phrasings, chosen at random. Nobody can know which one comes, and
+# A value is in the prompt, so a perfect reader has a slot loss of zero. The template has a floor: each fact has two phrasings, chosen at random. Nobody can know which one comes, and
 # this costs ln 2 nats per fact.
 
 # %%
@@ -542,8 +547,8 @@ for name, values in scores.items():
     print(f"{report.NAMES[name]:14} {[f'{value:.2f}' for value in values]}")
 
 # %% [markdown]
-# **Exercise 7, harder.** Two methods have different means. Suppose the method made no difference, so that the scores could have come in any order. How often would the means be at least as far apart as they are? Write `chance(a, b)`: go through *all* ways to split the scores of both into two groups of the sizes of a and b. Return the share
-# of the splits whose means differ at least as much as those of a and b do, in either direction (allow 1e-9 for rounding).
+# **Exercise 7, harder.** Two methods have different means. Could that be chance? If the method makes no difference, each score could as well belong to the other method. So put the scores of both together, and go through *all* ways to split them into two groups of the sizes of a and b.
+# Write `chance(a, b)`: the share of these splits whose means are at least as far apart as the means of a and b, in either direction (allow 1e-9 for rounding).
 
 
 # %% tags=["exercise"]
@@ -567,9 +572,17 @@ def chance(a, b):
 # %% tags=["check"]
 check("01.chance", chance)
 
+# %%
+if solved("01.chance"):
+    for a, b in itertools.combinations(scores, 2):
+        share = float(chance(scores[a], scores[b]))
+        print(
+            f"{report.NAMES[a]} and {report.NAMES[b]}: {share:.2f} (lowest possible: {2 / 70:.2f})"
+        )
+
 # %% [markdown]
-# With four seeds each there are 70 splits. The observed split always counts, and so does the one with a and b exchanged. So the share is at least 2/70. Prefix tuning differs from the other two by that minimum: all of its scores are lower.
-# Between full fine-tuning and LoRA, most splits differ as much: these runs show no difference.
+# With four seeds each there are 70 splits. The observed split always counts, and so does the one with a and b exchanged. So the share is at least 2/70. Prefix tuning has this lowest share with both other methods: all of its scores are lower.
+# For full fine-tuning and LoRA, most splits have means at least as far apart. So their difference may well be chance.
 #
 # ## What breaks it: too few examples
 #
@@ -597,7 +610,7 @@ claim(few[-1]["score"] > lowest["score"] - 0.15, "but the score does not fall wi
 
 # %% tags=["timing"]
 batch, clone = tasks.collate(task.train[:16], base.end, "cpu"), base.model().train()
-optimizer, seconds = torch.optim.AdamW(clone.parameters(), lr=1e-5), []
+optimizer, seconds = torch.optim.AdamW(clone.parameters(), weight_decay=0), []
 for _ in range(7):
     times = [time.perf_counter()]
     loss = clone(**batch).loss

@@ -107,6 +107,11 @@ def masked_loss(logits, labels):
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
 
 
+# %% 01.masked_loss wrong
+def masked_loss(logits, labels):  # not flattened
+    return nn.functional.cross_entropy(logits[:, :-1], labels[:, 1:])
+
+
 # %% 01.masked_loss right
 def masked_loss(logits, labels):
     return nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
@@ -179,6 +184,16 @@ def whole_value(loss, n):
 # %% 01.whole_value wrong
 def whole_value(loss, n):
     return math.prod(math.exp(-loss) for _ in range(round(n)))
+
+
+# %% 01.whole_value wrong
+def whole_value(loss, n):
+    return (1 - loss) ** n
+
+
+# %% 01.whole_value wrong
+def whole_value(loss, n):
+    return 1 - (1 - math.exp(-loss)) ** n
 
 
 # %% 01.whole_value right

@@ -6,7 +6,7 @@ import statistics
 
 import torch.nn.functional as F
 
-from . import answered, call, compare, ensure, exercise, expect
+from . import Wrong, answered, call, compare, ensure, exercise, expect
 
 
 @exercise(
@@ -93,7 +93,12 @@ def masked_loss(masked_loss, draw):
             "it is the mean of the examples' means": _mean_of_means(each, labels[:, 1:]),
         }  # fmt: skip
         inputs = f"logits ({b}×{t}×{v}), labels {labels.tolist()}"
-        got = call(masked_loss, logits, labels)
+        try:
+            got = call(masked_loss, logits, labels)
+        except Wrong as wrong:
+            text = "cross_entropy wants the classes second: flatten batch and positions first"
+            sizes = "target size" in str(wrong)
+            raise Wrong(f"{wrong}\n  likely    {text}" if sizes else wrong) from None
         compare("masked_loss(…)", float(got), right.item(), inputs,
                 {text: value.item() for text, value in mistakes.items()})  # fmt: skip
     logits.requires_grad_()
@@ -160,6 +165,10 @@ def whole_value(whole_value, draw):
             "the loss is in nats: use e and not 2": 2 ** (-loss * n),
             "the loss is divided by n": math.exp(-loss / n),
             "that is the probability that a value is wrong": 1 - math.exp(-loss * n),
+            "that is the probability that at least one token is right": (
+                1 - (1 - math.exp(-loss)) ** n
+            ),
+            "a token is right with probability exp(-L), not 1 - L": (1 - loss) ** n,
         }
         expect(whole_value, (loss, n), math.exp(-loss * n), mistakes)
 
