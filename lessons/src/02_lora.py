@@ -13,7 +13,7 @@
 # - compare it with full fine-tuning: what it learns, and what it forgets.
 #
 # **Time.** 20 minutes to read, 2 to run, 35 for the exercises. All results are for a GPT with 1 million parameters.
-# Unknown words are in the [glossary](README.md#glossary).
+# [Glossary](README.md#glossary).
 
 # %%
 import inspect
@@ -73,8 +73,8 @@ check("02.clearest", clearest)
 #
 # ## What does full fine-tuning change?
 #
-# Full fine-tuning turns each weight matrix W into W + ΔW. A matrix whose shorter side is 128 is a sum of 128 simple matrices, each with one input direction and one output direction. Each
-# of them has a strength, its *singular value*. The squared strengths add up to the sum of all squared entries of ΔW, its squared *Frobenius norm*. We call each simple matrix one *direction*. Which share of this sum do the strongest directions hold?
+# Full fine-tuning turns each weight matrix W into W + ΔW. If the shorter side of a matrix is 128, it is a sum of 128 simple matrices, each a column times a row. We call each one a *direction*. Its strength is its *singular value*.
+# The squared (*Frobenius*) *norm* of ΔW is the sum of its squared entries. It equals the sum of the squared strengths. Which share of it do the strongest directions hold?
 #
 # **Your guess:** how many of the 128 directions hold 90 % of the squared norm of ΔW, averaged over the layers? And why?
 
@@ -168,7 +168,7 @@ check("02.zero", first_step, both_zero)
 # ## Write the layer
 #
 # **Exercise 3.** Write the layer. It wraps an `nn.Linear`, freezes it, and adds (α/r) B A x. Call the two matrices
-# `self.A`, of shape (r, in), and `self.B`, of shape (out, r). Each is an `nn.Parameter`, or an `nn.Linear` without a bias. Draw A with a standard deviation of about 1/√in.
+# `self.A`, of shape (r, in), and `self.B`, of shape (out, r). Each is an `nn.Parameter`, or an `nn.Linear` without a bias. Fill A with random numbers of about the size 1/√in.
 # (The rows of `x` are inputs, so A x is `x @ A.T`.)
 
 
@@ -187,7 +187,7 @@ class MyLora(nn.Module):
     def __init__(self, layer, r, alpha):
         super().__init__()
         self.layer = layer.requires_grad_(False)
-        self.A = nn.Linear(layer.in_features, r, bias=False)  # starts with about this deviation
+        self.A = nn.Linear(layer.in_features, r, bias=False)  # starts with about this size
         self.B = nn.Linear(r, layer.out_features, bias=False)
         nn.init.zeros_(self.B.weight)
         self.scaling = alpha / r
@@ -205,7 +205,7 @@ if not solved("02.my_lora"):  # until yours is right, the lesson goes on with mi
 
 
 # %% [markdown]
-# (The outputs below were made with a finished `MyLora`.) Compare with the layer in [minipeft/methods/lora.py](../minipeft/methods/lora.py). With the same A and B, the equation
+# (Until your `MyLora` is right, the next cells use minipeft's `LoraLinear`.) Compare with the layer in [minipeft/methods/lora.py](../minipeft/methods/lora.py). With the same A and B, the equation
 # gives the same numbers. Then read `__init__` and `forward`. Numbers such as (1) refer to the equations at the top of the file; `merged_weight` is for merging.
 
 # %%
@@ -300,7 +300,7 @@ print("reference: ", prompt.completion)
 claim(losses[-1] < 0.2 * losses[0], "the loss falls to less than a fifth")
 
 # %% [markdown]
-# Each fact may be phrased in two ways, so the text may differ from the reference. What counts is the values.
+# Each fact has two phrasings, so the text may differ from the reference. Slot accuracy counts values in one of these phrasings. The base states the values, but in neither phrasing: it scores zero.
 #
 # ## The settings
 #
@@ -313,7 +313,7 @@ claim(losses[-1] < 0.2 * losses[0], "the loss falls to less than a fifth")
 # | weight decay | none | none, or up to 1/100 | AdamW's decay pulls A and B towards zero |
 # | batch size | 16 | 8 to 32 | examples per step |
 #
-# Our learning rate is far above the usual one: it is for a small model and 100 steps, and no advice for a large one.
+# Our learning rate is for a small model and 100 steps: it is no advice for a large one.
 # [HYPERPARAMETERS.md](HYPERPARAMETERS.md) has the sources of the third column. And what does LoRA cost on a 7B model?
 
 # %%
@@ -321,7 +321,8 @@ shape = memory.SHAPES["llama-2-7b"]
 a = shape.adapter(8)  # r (in + out), over all linear layers
 print(f"adapter: {a:,} parameters, {2 * a / 1e6:.0f} MB as a file in bfloat16")
 print(
-    f"weights {2 * shape.parameters / 1e9:.1f} GB; gradients and AdamW's averages of the adapter {12 * a / 1e9:.2f} GB"
+    f"weights of {shape.parameters / 1e9:.1f} billion parameters: {2 * shape.parameters / 1e9:.1f} GB; "
+    f"gradients and AdamW's averages of the adapter: {12 * a / 1e9:.2f} GB"
 )
 
 # %% [markdown]
@@ -329,7 +330,7 @@ print(
 #
 # ## Against full fine-tuning
 #
-# As in the first section, `finetune` now runs the loop, saves what it trained, and measures. Both methods see the same examples in the same order, each at its own best learning rate. *Share of gap* is 0 for the frozen base, and 1 for full fine-tuning.
+# `finetune` now runs the loop, saves what it trained, and measures. Both methods see the same examples in the same order, each at its own best learning rate. *Share of gap* is 0 for the frozen base, and 1 for full fine-tuning.
 
 # %%
 ours = finetune(base, task, RECIPES["lora"], RunConfig(seed=0, output=OUT / "lora"))
@@ -355,8 +356,8 @@ claim(ours.score > 0.85 * full.score, "LoRA comes close to full fine-tuning")
 # But look at the column *forgetting*: the rise of the loss on text like that of pretraining. LoRA forgot more. Is this the method, or the way it was trained? Neither
 # run had *weight decay*.
 #
-# The next figure adds weight decay towards the start: each step moves every trained number (for LoRA, the entries of A and B) back towards its value at step 0, by a fraction of the distance (learning rate × decay). Settings were chosen on validation
-# examples: of those settings with nearly the best score, the one that forgets least. Without decay, several learning rates were tried; with decay, pairs of rate and decay. Values are means of ten seeds.
+# The next figure adds weight decay *towards the start*. AdamW's decay pulls weights towards zero. This one pulls them (for LoRA, A and B) towards their values at step 0. Each step removes a fraction of the distance: learning rate × decay.
+# For each bar, we took the setting that forgets least, among those with nearly the best slot accuracy on validation examples. Without decay, several learning rates were tried; with decay, pairs of rate and decay. Values: means of ten seeds.
 
 # %%
 # (method, learning rate, learning rate × decay), from data/RESULTS.md
@@ -364,7 +365,7 @@ settings = [("full", 0.001, 0.0), ("lora", 0.01, 0.0), ("full", 0.004, 0.16), ("
 rows = [json.loads(line) for line in (DATA / "results" / "finals.jsonl").read_text().splitlines()]
 
 # %%
-figure, axis = plt.subplots(figsize=(6.5, 2.8))
+figure, axis = plt.subplots(figsize=(7, 2.8))
 means = []
 for y, setting in enumerate(settings):
     runs = [r for r in rows if (r["method"], r["learning_rate"], r["decay"]) == setting]
@@ -374,13 +375,13 @@ for y, setting in enumerate(settings):
         y, means[-1], color=BLUE if setting[0] == "full" else ORANGE, xerr=report.interval(values)
     )
     score = sum(r["score"] for r in runs) / len(runs)
-    axis.text(means[-1] + 0.15, y, f"{means[-1]:.2f}  (score {score:.2f})", va="center")
+    axis.text(means[-1] + 0.15, y, f"{means[-1]:.2f}  (slot accuracy {score:.2f})", va="center")
 labels = [f"{report.NAMES[m]}, {'weight decay' if d else 'no decay'}" for m, _, d in settings]
 axis.set(
     yticks=range(4),
     yticklabels=labels,
     xlabel="forgetting (nats per token), 95 % interval",
-    xlim=(0, 3.4),
+    xlim=(0, 4.2),
 )
 axis.invert_yaxis()
 report.show(
@@ -389,7 +390,7 @@ report.show(
 claim(max(means[2:]) < 0.3 < min(means[:2]), "with weight decay, both forget much less")
 
 # %% [markdown]
-# With weight decay, and a learning rate that suits it, both methods forget about a tenth of what they forgot before, at the same score. LoRA forgets about twice as much as full fine-tuning, with or without decay.
+# With weight decay, and a learning rate that suits it, both methods forget about a tenth of what they forgot before, at the same slot accuracy. LoRA forgets about twice as much as full fine-tuning, with or without decay.
 # A study of large models found that LoRA forgets less, and learns less ([Biderman et al.](https://arxiv.org/abs/2405.09673)), so this may not generalize. Lesson 09 comes back to it.
 # <!-- claim: finals-forgetting -->
 #

@@ -359,6 +359,12 @@ def extract(delta, r):
     return v[:r], u[:, :r] * s[:r]
 
 
+# %% 02.extract wrong
+def extract(delta, r):  # V is transposed once too often
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    return vh[:, :r].T, u[:, :r] * s[:r]
+
+
 # %% 02.extract right
 def extract(delta, r):
     u, s, v = torch.svd(delta)

@@ -54,7 +54,6 @@ def count(count, draw):
         8 * 128: "That is A only.",
         8 * 384: "That is B only.",
         128 + 384: "That is right for r = 1.",
-        2 * 8 * 384: "A maps from the smaller side: 128.",
     }
     answered(count, 4096, mistakes, "Add the number of entries of A and of B.")
 
@@ -231,9 +230,9 @@ def extract(extract, draw):
         mistakes = {
             "the singular values are missing": u[:, :r] @ vh[:r],
             "the singular values are used twice": u[:, :r] * s[:r] ** 2 @ vh[:r],
-            "torch.linalg.svd returns V transposed already": u[:, :r] * s[:r] @ vh.mT[:r]
-            if n_in == n_out
-            else u,
+            "torch.linalg.svd returns V transposed already: take rows of vh": (
+                u[:, :r] * s[:r] @ vh.mT[:r] if n_in <= n_out else u
+            ),
             "these are the weakest directions": u[:, -r:] * s[-r:] @ vh[-r:],
         }
         compare("B A", B @ A, u[:, :r] * s[:r] @ vh[:r], inputs, mistakes)
