@@ -11,7 +11,7 @@
 # - train AdaLoRA, and test with a control whether its ranks matter;
 # - decide whether to use AdaLoRA in a project.
 #
-# **Time.** 25 minutes to read, 3 to run, 35 for the exercises. All results are for a GPT with 1 million parameters.
+# **Time.** 25 minutes to read, 5 to run, 35 for the exercises. All results are for a GPT with 1 million parameters.
 # [Glossary](README.md#glossary).
 
 # %%
@@ -27,6 +27,7 @@ from torch import nn
 
 from minipeft import AdaLoraConfig, get_peft_model
 from minipeft.grader.lessons import check, claim, hint, solution, solved
+from minipeft.grader.lessons.lesson_03 import FINISHED  # for exercises that you skip
 from minipeft.lab import DATA, compare, report, tasks
 from minipeft.lab.base import load_base
 from minipeft.lab.evaluate import complete, task_loss, text_loss
@@ -111,11 +112,8 @@ check("03.update", update)
 # the rows of Q are *orthonormal*: of length 1, and at right angles. A penalty in the loss pulls them there.
 
 # %%
-if not solved("03.update"):  # until yours is right, the lesson uses this one
-
-    def update(P, E, Q, s):
-        return s * P * E @ Q
-
+if not solved("03.update"):  # until yours is right, the lesson uses minipeft's
+    update = FINISHED["update"]
 
 torch.manual_seed(0)
 P, Q = torch.linalg.qr(torch.randn(6, 3)).Q, torch.linalg.qr(torch.randn(4, 3)).Q.T
@@ -145,13 +143,13 @@ all_zero = []
 check("03.stays", only_e_zero, all_zero)
 
 # %% [markdown]
-# So a pruned triplet can come back: the next step makes e nonzero, then AdaLoRA scores all again. If all three were zero, all gradients would be zero.
-# So AdaLoRA sets only e to zero. After the last pruning, a mask keeps it there.
+# So a pruned triplet can come back: the next step makes e nonzero, then AdaLoRA scores all again. With p and q at zero, it could not.
+# After the last pruning, AdaLoRA sets e to zero after every step.
 #
 # ## Importance
 #
 # Should the triplets with the smallest |e| go? AdaLoRA asks instead how much the *loss* depends on them. The *sensitivity* of a weight w (an entry of P, Λ or Q) with gradient g is
-# I = |w · g|: its distance from zero, times the slope. It estimates how much the loss would change if w became zero. In this example, size would choose wrongly:
+# I = |w · g|: its distance from zero, times the slope. It estimates how much the loss would change if w became zero. (In training, g includes a penalty, and w is already updated.) In this example, size would choose wrongly:
 
 # %%
 small = AdaLoraConfig(init_r=2, target_r=1, total_step=1, lora_alpha=2)
@@ -192,15 +190,8 @@ def importance(values, beta):
 
 # %% tags=["check"]
 check("03.importance", importance)
-if not solved("03.importance"):  # until yours is right, the lesson uses this one
-
-    def importance(values, beta):
-        average, uncertainty = 0.0, 0.0
-        for value in values:
-            average = beta * average + (1 - beta) * value
-            uncertainty = beta * uncertainty + (1 - beta) * abs(value - average)
-        return average, uncertainty
-
+if not solved("03.importance"):
+    importance = FINISHED["importance"]
 
 # %% [markdown]
 # The importance of a weight is the product Ī · Ū. **Why multiply by the uncertainty?** The rule comes from the pruning method [PLATON](https://arxiv.org/abs/2206.12562).
@@ -256,7 +247,7 @@ check("03.scores", triplet_scores)
 # ## The budget
 #
 # All triplets of all matrices compete. The *budget* is how many may stay. (It counts triplets, not parameters.) Here it falls from 16 · 12 = 192 to 16 · 8 = 128:
-# from step `tinit` until `tfinal` steps before the end, t grows evenly from 0 to 1, and the budget is 128 + 64 (1 − t)³, rounded down.
+# it is 128 + 64 (1 − t)³, rounded down. t is 0 at step `tinit`, grows evenly, and is 1 when `tfinal` steps are left.
 #
 # **Exercise 5.** Halfway, at t = 1/2, how many of the 64 triplets are still to be pruned?
 
@@ -287,16 +278,8 @@ def ranks(scores, budget):
 
 # %% tags=["check"]
 check("03.ranks", ranks)
-if not (solved("03.scores") and solved("03.ranks")):  # until both are right, use these
-
-    def triplet_scores(smooth, jumps):
-        p, e, q = (smooth[key] * jumps[key] for key in "PEQ")
-        return e + p.mean(0) + q.mean(1)
-
-    def ranks(scores, budget):
-        threshold = torch.cat(list(scores.values())).sort(descending=True).values[budget - 1]
-        return {name: int((s >= threshold).sum()) for name, s in scores.items()}
-
+if not (solved("03.scores") and solved("03.ranks")):
+    triplet_scores, ranks = FINISHED["triplet_scores"], FINISHED["ranks"]
 
 # %% [markdown]
 # On a toy, your functions agree with minipeft's `RankAllocator`.
@@ -431,7 +414,7 @@ claim(kept > evenly, "AdaLoRA keeps more parameters than LoRA of the same mean r
 # %% [markdown]
 # The pattern is not chance.
 #
-# Does attention need an adapter less, then? We placed LoRA on all layers, on attention alone, or on the MLPs alone, with about equally many parameters.
+# Does attention need an adapter less? We placed LoRA on all layers, on attention alone, or on the MLPs alone, with about as many parameters.
 
 # %%
 rows = [json.loads(line) for line in (DATA / "results" / "placement.jsonl").read_text().splitlines()]  # fmt: skip
@@ -447,17 +430,18 @@ claim(all(m < a for m, a in pairs), "the MLPs alone score less than attention al
 
 # %% [markdown]
 # LoRA on attention alone scores higher than on the MLPs alone: the opposite of what the ranks suggest. AdaLoRA scores
-# each triplet alone, and never tests a model without attention's. Perhaps attention needs few directions to copy names, but cannot do without them. So here, ranks do not tell which layers are needed.
+# each triplet alone. It never tests a model without triplets in attention. Perhaps attention needs few directions to copy names, but cannot do without them. So here, ranks do not tell which layers are needed.
 # <!-- claim: placement-rates -->
 #
 # ## Do the ranks matter? A control
 #
-# The next cell replaces the scores by random numbers, with three seeds. These never change, so no pruned triplet comes back. **Your guess:** how much slot accuracy will that cost?
+# We replace the scores by random numbers, with three seeds. These never change, so no pruned triplet comes back. **Your guess:** how much slot accuracy will that cost?
 
 # %%
 guess_difference = None  # slot accuracy with AdaLoRA's ranks, minus that with random ranks
 
 
+# %%
 class RandomScores(RankAllocator):
     def __init__(self, layers, config):
         super().__init__(layers, config)
@@ -491,7 +475,7 @@ claim(abs(mean(cost)) < 0.12, "random ranks score about the same")
 claim(higher >= 2, "random ranks have a higher slot loss in most pairs")
 
 # %% [markdown]
-# Now all methods, in stored runs: the same data and steps, the best learning rates, but other test examples than above.
+# Now all methods, in stored runs: same data and steps, best learning rates, but other test examples.
 
 # %%
 rows = [r for r in stored if r.method in ("frozen", "full", "lora", "adalora") and not r.random_base]  # fmt: skip
@@ -513,7 +497,7 @@ for y, values in enumerate(scores.values()):
 if guess_difference is not None:
     expected = mean(live_scores["AdaLoRA"]) - guess_difference
     axis.axvline(expected, color="black", linestyle=":", label="your guess, random ranks")
-    axis.legend(frameon=False, loc="lower left")
+    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
 axis.set(yticks=range(5), yticklabels=scores, xlim=(0.75, 1.1), xlabel="slot accuracy on test examples; squares: mean, 95 % interval up to 1")  # fmt: skip
 axis.set_xticks([0.8, 0.85, 0.9, 0.95, 1])
 axis.set_ylim(4.5, -0.5)
@@ -521,14 +505,14 @@ report.show(figure, "Slot accuracy of full, LoRA, AdaLoRA and random ranks: the 
 claim(abs(mean(scores["AdaLoRA"]) - mean(scores["LoRA"])) < 0.08, "AdaLoRA and LoRA are level")
 
 # %% [markdown]
-# In all three pairs, random ranks had the higher slot loss, but three pairs are too few to tell what they cost. AdaLoRA is not ahead of LoRA. So a pattern can be more than chance, and still not raise the score visibly.
+# Random ranks have the higher slot loss in most pairs, but three pairs are too few to tell what they cost. AdaLoRA is not ahead of LoRA. So a pattern can be more than chance, and still not raise the score visibly.
 #
 # ## Should you use it today?
 #
 # Not as a first choice. Take LoRA, and spend your time on its learning rate and weight decay.
 #
 # - **Score:** no advantage here. In peft's [comparison on a 3B model](https://github.com/huggingface/peft/tree/main/method_comparison) (one run per method), AdaLoRA scored less than LoRA.
-# - **Forgetting:** without weight decay, AdaLoRA forgets much less than LoRA. With neither decay nor penalty, it forgets nearly as much as LoRA. With weight decay, the differences are small. <!-- claim: finals-forgetting -->
+# - **Forgetting** (see "Going further"): without weight decay, AdaLoRA forgets much less than LoRA. With neither decay nor penalty, it forgets nearly as much as LoRA. With weight decay, the differences are small. <!-- claim: finals-forgetting -->
 # - **Cost:** it trains more parameters than it keeps, computes the penalty, and must know the number of steps in advance.
 #
 # The paper reports gains over LoRA, especially with small budgets. If parameters are scarce, try it.
@@ -538,7 +522,7 @@ claim(abs(mean(scores["AdaLoRA"]) - mean(scores["LoRA"])) < 0.08, "AdaLoRA and L
 # - AdaLoRA writes the update as s P Λ Q, and prunes triplets by setting their e to zero.
 # - The importance of a weight is its smoothed |w · g|, times the uncertainty of this number.
 # - A pruned triplet can come back until the last pruning, because p and q are not zero.
-# - Attention kept less rank than the MLPs. Still, LoRA on attention alone scored higher than on the MLPs alone.
+# - Attention kept less rank than the MLPs. Still, LoRA on attention alone scored higher than on MLPs alone.
 # - With random ranks, three runs scored about as well. Three pairs cannot exclude a cost.
 #
 # **Do you remember?** Answer first, then open.
@@ -617,7 +601,7 @@ claim(max(v for (_, m), v in forgets.items() if m == "o") < 0.3, "with decay, al
 # The penalty asks for two things: unit lengths and right angles.
 #
 # **Exercise 7, harder.** Write `angles(layers)`, a penalty for the angles only. Each matrix holds vectors: the rows of `lora_A`, the columns of `lora_B`. For each matrix, make the square matrix
-# of all products of two of its vectors, set the diagonal to zero, and take the Frobenius norm, `.norm()`. Return the mean over all matrices.
+# of the inner products of its vectors, each with each. Set the diagonal to zero, and take the Frobenius norm, `.norm()`. Return the mean over all matrices.
 
 
 # %% tags=["exercise"]
@@ -635,12 +619,12 @@ def angles(layers):
 check("03.angles", angles)
 
 # %% [markdown]
-# Try it: `model, *_ = adapt(penalty=angles)`, and then `text_loss(model, base.held_out) - text_loss(base.pretrained, base.held_out)` is its forgetting. Guess first. (Products also grow with the lengths, so this
-# is not only about angles.)
+# Try it: `model, *_ = adapt(penalty=angles)`, and then `text_loss(model, base.held_out) - text_loss(base.pretrained, base.held_out)` is its forgetting. Guess first, then compare with the squares in the figure. If it is near AdaLoRA's, right angles are enough.
+# If it is near that of "no penalty", unit lengths count. In between, both do. (Inner products also grow with the lengths, so this penalty is not only about angles.)
 #
 # ## Does the uncertainty matter?
 #
-# The models of the random control can tell: they have Ī and Ū too, which played no part in pruning them. Each kept 128 triplets. Which 64 of these have the lowest scores, the lowest Ī alone, or the smallest |e|?
+# The models of the random control can tell. They have Ī and Ū too, but were not pruned by them. Each kept 128 triplets. Suppose that 64 of these must go. We choose them by the score, by Ī alone, or by |e|, always the lowest. How much do the three choices agree?
 
 # %%
 for seed, allocator in enumerate(random_allocators):
@@ -658,7 +642,7 @@ for seed, allocator in enumerate(random_allocators):
     claim(by_average > max(by_size, 54), "without Ū the choice is almost the same")
 
 # %% [markdown]
-# Here the uncertainty hardly changes the choice. The size of e would change more of it.
+# Here the choice by Ī alone is nearly the same, so the uncertainty hardly matters. The choice by |e| differs more.
 #
 # ## Another task
 #
