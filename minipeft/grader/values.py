@@ -21,6 +21,9 @@ NEEDED = {
     "prefix_tuning": ["peft", "transformers"],
     "qlora": ["bitsandbytes", "peft"],
     "dora": ["peft"],
+    "vera": ["peft"],
+    "ia3": ["peft"],
+    "pissa": ["peft"],
 }  # packages, by method
 
 
@@ -151,12 +154,64 @@ def dora(draw: Draw) -> dict:
     net, (w, b) = adapted(draw, config, (6, 5))
     (layer,) = net
     found = {"alpha": alpha, "W": w, "b": b, "x": draw.normal(4, 6)}
-    magnitude = layer.lora_magnitude_vector["default"]
-    found |= {"A": drawn(layer.lora_A["default"], draw), "B": drawn(layer.lora_B["default"], draw),
-              "m": drawn(magnitude, draw)}  # fmt: skip
+    for name, module in (("A", layer.lora_A), ("B", layer.lora_B),
+                         ("m", layer.lora_magnitude_vector)):  # fmt: skip
+        found[name] = drawn(module["default"].weight, draw)
     found["y"] = layer(found["x"])
     layer.merge()
     return found | {"merged": layer.base_layer.weight}
+
+
+def vera(draw: Draw) -> dict:
+    """Outputs of two layers of peft's VeRA, and the A and B that they share."""
+    from peft import VeraConfig
+
+    key = draw.integer(0, 1000)
+    config = VeraConfig(r=3, target_modules=["0", "1"], projection_prng_key=key)
+    net, (w0, b0, w1, b1) = adapted(draw, config, (6, 5), (4, 7))
+    found = {"key": key, "W0": w0, "bias0": b0, "W1": w1, "bias1": b1}
+    found |= {"A": net[0].vera_A["default"], "B": net[0].vera_B["default"]}
+    for i, layer in enumerate(net):
+        found[f"x{i}"] = draw.normal(3, layer.in_features)
+        found[f"d{i}"] = drawn(layer.vera_lambda_d["default"], draw)
+        found[f"b{i}"] = drawn(layer.vera_lambda_b["default"], draw)
+        found[f"y{i}"] = layer(found[f"x{i}"])
+        layer.merge()
+        found[f"merged{i}"] = layer.base_layer.weight
+    return found
+
+
+def pissa(draw: Draw) -> dict:
+    """What peft's PiSSA leaves of the weight, and its layer's output with other factors."""
+    from peft import LoraConfig
+
+    alpha = draw.integer(5, 20)
+    config = LoraConfig(r=2, lora_alpha=alpha, target_modules=["0"], init_lora_weights="pissa")
+    net, (w, b) = adapted(draw, config, (6, 5))
+    (layer,) = net
+    found = {"alpha": alpha, "W": w, "b": b, "x": draw.normal(4, 6)}
+    found["W_res"] = layer.base_layer.weight.detach().clone()
+    for name, module in (("A", layer.lora_A), ("B", layer.lora_B)):
+        found[name] = drawn(module["default"].weight, draw)
+    found["y"] = layer(found["x"])
+    layer.merge()
+    return found | {"merged": layer.base_layer.weight}
+
+
+def ia3(draw: Draw) -> dict:
+    """Outputs of peft's (IA)³ layers; the second is a feed-forward layer."""
+    from peft import IA3Config
+
+    config = IA3Config(target_modules=["0", "1"], feedforward_modules=["1"])
+    net, (w0, b0, w1, b1) = adapted(draw, config, (6, 5), (4, 3))
+    found = {"W0": w0, "b0": b0, "W1": w1, "b1": b1}
+    for i, layer in enumerate(net):
+        found[f"x{i}"] = draw.normal(3, layer.in_features)
+        found[f"l{i}"] = drawn(layer.ia3_l["default"], draw)
+        found[f"y{i}"] = layer(found[f"x{i}"])
+        layer.merge()
+        found |= {f"merged{i}": layer.base_layer.weight, f"bias{i}": layer.base_layer.bias}
+    return found
 
 
 def adapted(draw: Draw, config, *sizes: tuple[int, int]) -> tuple:
@@ -172,9 +227,8 @@ def adapted(draw: Draw, config, *sizes: tuple[int, int]) -> tuple:
     return get_peft_model(net, config).base_model.model.eval(), numbers
 
 
-def drawn(module, draw: Draw):
-    """Random numbers for a peft layer's only parameter."""
-    (parameter,) = module.parameters()
+def drawn(parameter, draw: Draw):
+    """Give a parameter random numbers."""
     parameter.data = draw.normal(*parameter.shape)
     return parameter.detach().clone()
 

@@ -22,7 +22,7 @@ def config(r: int, alpha: float, rslora: bool = False, dropout: float = 0.0, tar
 
 
 class Case(layers.Case):
-    formula = "r (in + out) + out"
+    formula = "r (in + out) + out per layer"
 
     @staticmethod
     def shapes(n_in: int, n_out: int, r: int, feedforward: bool) -> dict[str, tuple]:

@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from types import ModuleType
 
 import torch
@@ -29,9 +30,9 @@ from ..symptoms import (
 )
 from .common import Conv1D, compare_losses, describe, losses
 
-# in, out, r, α, bias, rslora: from the smallest case to larger ones. The third is square.
+# in, out, r, α, bias, rslora. The second is square: a wrong side is named before it is an error.
 SIZES = (
-    (2, 1, 1, 1.0, False, False), (4, 3, 2, 6.0, True, False), (3, 3, 2, 7.0, True, False),
+    (2, 1, 1, 1.0, False, False), (3, 3, 2, 7.0, True, False), (4, 3, 2, 6.0, True, False),
     (6, 5, 4, 6.0, True, False), (5, 6, 3, 8.0, False, True),
 )  # fmt: skip
 TARGETS = ["proj", "project"]  # of Net: two Linear layers and a Conv1D
@@ -59,6 +60,7 @@ class Case:
     """
 
     formula = ""  # of the number of trainable parameters
+    kinds = (False,)  # with (False, True), there are feed-forward layers, which differ
     dropout = 0.0
 
     def __init__(self, draw: Draw, size: tuple, conv1d: bool = False, feedforward: bool = False):
@@ -99,6 +101,12 @@ class Case:
         """Adapt a model."""
         raise NotImplementedError
 
+    def wrong_dropout(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The two parts of W' if dropout acts in a wrong place."""
+        merged = self.merged
+        return {"dropout is applied to the input of W too: only the update has it":
+                (0 * merged, merged)}  # fmt: skip
+
     def layer(self, m: ModuleType) -> nn.Module:
         """A layer of the student's with the case's numbers."""
         layer = self.make(m)
@@ -128,13 +136,17 @@ class Case:
         }
 
 
-def cases(case_type: type[Case], draw: Draw, **options) -> Iterator:
+def cases(case_type: type[Case], draw: Draw) -> Iterator:
     """Cases from the smallest to one of a random size, each with a Linear and with a Conv1D."""
     drawn = (draw.integer(5, 9), draw.integer(10, 14), draw.integer(2, 4),
              draw.integer(5, 30) + 0.5, True, False)  # fmt: skip
-    for conv1d in (False, True):
-        for size in (*SIZES, drawn):
-            yield case_type(draw, size, conv1d, **options)
+    for conv1d, kind, size in product((False, True), case_type.kinds, (*SIZES, drawn)):
+        yield case_type(draw, size, conv1d, kind)
+
+
+def known(guesses: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Without those that a case does not have."""
+    return {mistake: value for mistake, value in guesses.items() if value is not None}
 
 
 def check_start(what: str, got, expected: Tensor, guesses: dict[str, Tensor], case: Case) -> None:
@@ -163,8 +175,7 @@ def check_output(m: ModuleType, case: Case, guesses: dict[str, Tensor | None]) -
     """The output of a layer with the case's numbers."""
     with with_case(f"with a {case.kind}"):
         y = case.layer(m)(case.x)
-    known = {mistake: value for mistake, value in guesses.items() if value is not None}
-    same("the output", y, case.output(case.x), guesses=known, case=case.text)
+    same("the output", y, case.output(case.x), guesses=known(guesses), case=case.text)
 
 
 def check_merged(m: ModuleType, case: Case, guesses: dict[str, Tensor | None]) -> None:
@@ -172,9 +183,8 @@ def check_merged(m: ModuleType, case: Case, guesses: dict[str, Tensor | None]) -
     layer, before = case.layer(m), case.base.weight.detach().clone()
     with with_case(f"with a {case.kind}"):
         found = layer.merged()
-    known = {mistake: value for mistake, value in guesses.items() if value is not None}
     what = "merged()" + " of a Conv1D" * (case.kind == "Conv1D")
-    same(what, found, case.merged, guesses=known, case=case.text, start=case.w)
+    same(what, found, case.merged, guesses=known(guesses), case=case.text, start=case.w)
     unchanged("merged() returns a new tensor, but W", before, case.base.weight)
 
 
@@ -188,14 +198,15 @@ def check_dropout(m: ModuleType, draw: Draw, case_type: type[Case]) -> None:
     keep, update, bias = case.parts(case.numbers)
     dropped = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]]) * x[0]
 
-    def nearest(allowed: Tensor) -> tuple[float, set[int]]:
-        """How far outputs are from the allowed ones, and which of those occur."""
+    def nearest(keep: Tensor, update: Tensor) -> tuple[float, set[int]]:
+        """How far outputs are from those with dropout in its place, and which of these occur."""
+        allowed = F.linear(x[0], keep, bias) + dropped @ update.T  # (4, out)
         distance = (y[:, None] - allowed).abs().amax(2)  # (200, 4)
         return distance.amin(1).max().item(), set(distance.argmin(1).tolist())
 
-    far, kinds = nearest(F.linear(x[0], keep, bias) + dropped @ update.T)
-    everywhere, _ = nearest(F.linear(dropped, keep + update, bias))
-    ensure(everywhere > 1e-4, "dropout is applied to the input of W too: only the update has it")
+    for mistake, parts in case.wrong_dropout().items():
+        ensure(nearest(*parts)[0] > 1e-4, mistake)
+    far, kinds = nearest(keep, update)
     ensure(far < 1e-4, "dropout must act on the input of the update, and keep its expected value")
     ensure(kinds == {0, 1, 2, 3}, "dropout acts on the output of a factor: it must act on x")
     same("in evaluation mode, the output", layer.eval()(x), plain,
@@ -212,7 +223,7 @@ class Whole:
             ("starts out identical to the base", identity),
             ("gradients reach what is trained, and nothing else", gradients),
             ("merging keeps the output, unmerging restores it", merging),
-            (f"trainable parameters: {case_type.formula} per layer", count),
+            (f"trainable parameters: {case_type.formula}", count),
             ("a base in bfloat16 or float64", dtypes),
         ):
             checks.add("layer", name)(partial(task, case_type))
@@ -315,15 +326,15 @@ def count(case_type: type[Case], m: ModuleType, draw: Draw) -> None:
                                   getattr(layer, "is_feedforward", False))  # fmt: skip
         expected += sum(map(math.prod, shapes.values()))
     found = sum(p.numel() for p in trainable(net).values())
-    ensure(found == expected, f"{case_type.formula}, summed over {len(layers)} layers, is "
-           f"{expected} parameters: got {found}")  # fmt: skip
+    ensure(found == expected, f"{case_type.formula}: {expected} for {len(layers)} layers, but "
+           f"there are {found}")  # fmt: skip
 
 
 def dtypes(case_type: type[Case], m: ModuleType, draw: Draw) -> None:
     """Trained numbers have at least float32; outputs have the dtype of the base."""
-    for dtype, trained, tolerance in ((torch.bfloat16, torch.float32, 0.03),
-                                      (torch.float64, torch.float64, 1e-5)):  # fmt: skip
-        case = case_type(draw, SIZES[1])
+    kinds = ((torch.bfloat16, torch.float32, 0.03), (torch.float64, torch.float64, 1e-5))
+    for (dtype, trained, tolerance), kind in product(kinds, case_type.kinds):
+        case = case_type(draw, SIZES[1], feedforward=kind)
         case.w, case.b = case.w.to(dtype).float(), case.b.to(dtype).float()
         case.base.to(dtype)
         with with_case(f"with a {dtype} base"):
