@@ -89,11 +89,18 @@ def test_an_error_in_a_students_function_names_the_error_and_the_input():
         lessons.call(lambda x: x / 0, 3)
 
 
-def test_a_function_without_a_result_is_not_done_yet():
-    for result in (None, ...):
+def test_a_stub_is_not_done_yet_and_a_function_without_return_is_wrong():
+    def stub(x): ...
+
+    def no_return(x):
+        x + 1
+
+    for function in (stub, lambda x: ...):
         with pytest.raises(lessons.NotDone):
-            lessons.call(lambda result=result: result)
-    assert lessons.call(lambda: None, may_be_none=True) is None
+            lessons.call(function, 2)
+    with pytest.raises(Wrong, match="no_return returns None: is a `return`"):
+        lessons.call(no_return, 2)
+    assert lessons.call(no_return, 2, may_be_none=True) is None
 
 
 def test_a_check_leaves_torchs_random_state_as_it_was():

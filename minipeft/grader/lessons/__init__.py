@@ -162,7 +162,17 @@ def call(function: Callable, *inputs, may_be_none: bool = False):
     for value, before in zip(inputs, kept, strict=True):
         if isinstance(value, Tensor | list | dict) and not is_close(value, before, 0):
             raise Wrong(f"{named(function)} changes its input {show(before)}: work on a copy")
+    if got is None and not may_be_none and not is_stub(function):
+        raise Wrong(f"{named(function)} returns None: is a `return` missing?")
     return got if may_be_none else done(got)
+
+
+def is_stub(function: Callable) -> bool:
+    """Whether the body of a function is still `...`."""
+
+    def stub(): ...
+
+    return getattr(function, "__code__", stub.__code__).co_code == stub.__code__.co_code
 
 
 def expect(
