@@ -121,8 +121,7 @@ lora_bytes = 3e9 * 2 + 10e6 * (4 + 4 + 8)  # the adapter: weights, gradients, op
 check("10.bytes", lora_bytes)
 
 # %% [markdown]
-# In a Llama, each block has seven linear layers: queries, keys, values, output, and three in its MLP. Each keeps its input (queries, keys and values share one, as do two of the MLP's layers), and so do the two
-# norms. *Gradient checkpointing* keeps only each block's input, and computes the rest again in the backward pass.
+# In a Llama, each block has seven linear layers: queries, keys, values, output, and three in its MLP. Each layer and each of the two norms keeps its input (queries, keys and values share one, as do two MLP layers). *Gradient checkpointing* keeps only each block's input, and computes the rest again in the backward pass.
 
 
 # %%
@@ -223,7 +222,7 @@ check("10.blocks", blocks)
 # Start with LoRA on all linear layers, and add checkpointing if needed; then QLoRA. Full fine-tuning is for those with the memory who serve one model.
 # [HYPERPARAMETERS.md](HYPERPARAMETERS.md) has learning rates and ranks, with sources.
 #
-# Each family of models names its layers differently. minipeft finds attention and MLP from the model's structure. For the trained parameters, add up the last column over your layers, and multiply by your rank.
+# Each family of models names its layers differently. minipeft finds attention and MLP from the model's structure. The table's last column is for rank 1: add it up over your layers, and multiply by your rank.
 
 
 # %%
@@ -394,7 +393,7 @@ check("10.remedies", remedies)
 # %% [markdown]
 # ## What was learned, and what was forgotten?
 #
-# We measure the test loss, the *exact match* of answers, and the loss on plain text that has nothing to do with the task.
+# We measure the test loss, the *exact match* (the share of answers right to the letter), and the loss on unrelated plain text.
 
 # %% tags=["timing"]
 text = read_windows(DATA / "general.txt", base.tokenizer, base.pretrained, base.end)
@@ -481,7 +480,7 @@ del others, other
 # For one customer, serve the merged folder: `vllm serve out/10/merged`. For several, serve one base with adapters: `vllm serve BASE --enable-lora
 # --lora-modules library=out/10/adapter`. (We have not tried these commands.)
 #
-# A QLoRA adapter was trained with rounded weights; `merge --4bit` rounds the base first; the result is in 32 bits. If you merge it into the original weights, evaluate again (lesson 07).
+# A QLoRA adapter was trained on rounded weights. So `merge --4bit` rounds the base first; the result is in 32 bits. If you merge into the original weights, evaluate again (lesson 07).
 #
 # **Exercise 7.** Twenty customers share a base of 14 GB. Each adapter takes 40 MB. How many GB are twenty merged models? And one base with twenty adapters?
 
@@ -521,7 +520,7 @@ check("10.serve", as_merged, as_adapters)
 # ## Which findings hold on a real model?
 #
 # Lessons 01 to 09 used our own bases. Here are their main findings once more, on two of these bases and on SmolLM2. The task is `describe`, and on SmolLM2 there
-# are 60 steps. For each method, learning rate and weight decay were chosen on validation examples: once without decay, and once with it. Then these settings were run with
+# are 60 steps. The settings of each method were chosen on validation examples: once the learning rate alone, without decay, and once the rate together with the decay. Then these settings were run with
 # five new seeds (ten on the 1M base), and scored on test examples. [RESULTS.md](../data/RESULTS.md) has the details.
 #
 # **Your guess:** SmolLM2 is far larger than our bases, and was trained on real text. With weight decay, which of `"full"`, `"lora"` and `"qlora"` forgets least on it? Which forgets most?
@@ -549,7 +548,7 @@ claim(most == "qlora", "QLoRA forgets most")
 
 # %% [markdown]
 # Three findings hold on SmolLM2. Decay towards the start at least halves forgetting, and we see no loss in the score. LoRA forgets more than full fine-tuning. On four bits,
-# LoRA scores as much as before; only on SmolLM2 it also forgets more. One finding does not hold. On our bases, LoRA without decay has many
+# LoRA scores as on 32; on SmolLM2 alone, it forgets more there. One finding does not hold. On our bases, LoRA without decay has many
 # intruder dimensions (lesson 09); on SmolLM2 it has almost none, and still forgets. So there they are unlikely to be the main cause. And the first finding is weaker: even with decay, SmolLM2
 # forgets more than half a nat on average. A sharper comparison needs more decays, more tasks, and larger models: this is one model, one task, and short runs.
 # <!-- claim: real-findings -->
@@ -722,7 +721,7 @@ report.show(
 )
 
 # %% [markdown]
-# (The steps of this curve are powers of two: between two of them, all bfloat16 numbers have the same distance.) Most weights would stay where they are, step after step. Mixed precision therefore adds its steps to a float32 copy of
+# (The curve has stairs at powers of two: between two of them, all bfloat16 numbers have the same distance.) Most weights would stay where they are, step after step. Mixed precision therefore adds its steps to a float32 copy of
 # the weights, and minipeft refuses `--method full --dtype bfloat16`. A frozen weight has no such problem, and adapters are float32 anyway.
 #
 # ## Several processes
@@ -748,10 +747,11 @@ def two_processes(method):
     try:
         subprocess.run(
             [*start, *shlex.split(words)], env=os.environ | quiet, check=True,
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=600,
         )  # fmt: skip
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        print(f"could not be done here, so nothing is measured: {str(error.stderr)[-300:]}")
+        why = str(error.stderr)[-300:] if error.stderr else "it took more than ten minutes"
+        print(f"could not be done here, so nothing is measured: {why}")
         return None
     return json.loads((OUT / f"two-{method}" / "record.json").read_text())
 
@@ -768,7 +768,7 @@ print(f"llama-2-7b, computed: full {full} (in 16 bits), LoRA {lora} (in 32 bits)
 
 # %% [markdown]
 # If the model does not fit on one card, `--shard` (for full fine-tuning and LoRA) splits every tensor over the processes. Weights, gradients and optimizer state are divided by
-# their number. Activations are not, if each process has as many texts as one had before.
+# their number. Activations stay as they are, if each process has as many texts as the single one had before.
 #
 # **Exercise 9.** Write `cards(divided, activations, card)`: the smallest number of cards (any positive integer) on which it fits. All three are in bytes: `divided` is the sum of the parts that are divided, `card` is
 # the memory of one card. Exactly full still fits. Return 0 if no number of cards is enough.
