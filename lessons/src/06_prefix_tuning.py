@@ -75,7 +75,7 @@ check("06.causal", pairs)
 # In attention, a token's *query* is compared with the *keys* of all tokens that it may see. A softmax turns the scores into
 # shares, and the output is the sum of the *values*, weighted by these shares.
 #
-# Now put 20 more keys and values in front of the text, in every layer, all of them **zero**. So each new key has the score 0, and
+# Now put 20 keys and values in front of the text in every layer, all **zero**. So each new key has the score 0, and
 # each new value adds nothing.
 #
 # **Your guess:** with about 60 tokens of text, what share of attention goes to the 20 zero keys, averaged over all tokens and heads? Write a number from 0 to 1,
@@ -124,12 +124,12 @@ check("06.count", count)
 # %% [markdown]
 # ## The mask
 #
-# Each token of the text sees the whole prefix, the tokens before it, and itself. The figure shows this mask, and next to it what torch's
-# `is_causal=True` does for these shapes: its triangle begins in the upper left corner.
+# Each token of the text sees the whole prefix, the tokens before it, and itself. The figure shows this mask, and next to it that of torch's
+# `is_causal=True`: its triangle begins in the upper left corner.
 
 # %%
 p, t = 3, 5
-correct = (torch.arange(p + t) <= p + torch.arange(t)[:, None]).float()
+correct = GPT._mask(None, 1, t, p, "cpu")[0, 0].float()  # minipeft's mask
 one_hot = torch.eye(p + t)[None]  # with these values, the output shows where attention goes
 wrong = nn.functional.scaled_dot_product_attention(
     torch.zeros(1, t, 4), torch.zeros(1, p + t, 4), one_hot, is_causal=True
@@ -175,7 +175,8 @@ if not solved("06.mask"):  # until yours is right, the lesson uses minipeft's ma
 
 
 # %% [markdown]
-# **Exercise 3.** Write the equation for one head: `attend(q, k, v, K_P, V_P)` returns y, (t, w). You may use `prefix_mask`.
+# **Exercise 3.** Write the equation for one head: `attend(q, k, v, K_P, V_P)` returns y, (t, w). Where `prefix_mask` is False, set
+# the score to −∞. (Adding booleans hides nothing.)
 
 
 # %% tags=["exercise"]
@@ -222,7 +223,7 @@ print(f"by hand, the same output: {q.shape[1]} queries, {K_P.shape[1] + k.shape[
 #
 # Our GPT takes a cache as `past_key_values`: a tuple with one pair (keys, values) per layer, each of the shape (b, heads, p, w).
 #
-# **Exercise 4.** Write the prefix as a module. It holds 2 · p · layers · width trained parameters, which start with random numbers. `past(b)` returns
+# **Exercise 4.** Write the prefix as a module. It has 2 · p · layers · width trained parameters, random at the start. `past(b)` returns
 # the cache for b texts.
 
 
@@ -259,7 +260,7 @@ if not solved("06.my_prefix"):  # until yours is right, the lesson uses minipeft
 
 
 # %% [markdown]
-# Here is minipeft's `past`, in [minipeft/methods/prefix_tuning.py](../minipeft/methods/prefix_tuning.py). With your module's numbers in it, minipeft's prefix gives the same logits.
+# Here is minipeft's [`past`](../minipeft/methods/prefix_tuning.py). With your module's numbers in it, minipeft's prefix gives the same logits.
 
 
 # %%
@@ -284,8 +285,8 @@ model.print_trainable_parameters()
 # %% [markdown]
 # ## What does it start as?
 #
-# LoRA starts as the base model. Does a prefix? minipeft starts it with random numbers from N(0, 1), as peft does, or with zeros (`init_weights="zero"`). This is
-# the loss on text like that of pretraining, before the prefix is trained.
+# LoRA starts as the base model. Does a prefix? minipeft starts it with random numbers from N(0, 1), as peft does, or with zeros (`init_weights="zero"`). The next
+# cell measures the loss on held-out pretraining text with both starts, before training.
 
 # %%
 from_zeros = replace(
@@ -309,11 +310,11 @@ claim(shifted - before < 0.3 < zeros - shifted, "shifted positions explain only 
 claim(zeros < random - 0.3, "a random prefix does more damage than zeros")
 
 # %% [markdown]
-# Neither start is the base model. A small part of the damage comes from the positions, as the text now begins at position 20. With zeros, the rest comes from
+# Neither start is the base model. A small part of the damage comes from positions: the text now begins at position 20, not at 0 as in pretraining. With zeros, the rest comes from
 # attention: the zero keys take a part of it.
 #
-# **Exercise 5.** Take one query in one head. It sees t keys of the text; `scores`, of the shape (t,), are its scores with them, divided by √w already. Add p zero keys, each with
-# the score 0. Write `share(scores, p)`: the share of attention that goes to the zero keys.
+# **Exercise 5.** Take one query in one head. It sees t keys of the text. `scores`, (t,), has the query's scores, already divided by √w. Add p zero keys, each with
+# the score 0. Write `share(scores, p)`: the share of attention that the p zero keys get together.
 
 
 # %% tags=["exercise"]
@@ -357,7 +358,7 @@ print({name: f"{found.mean():.2f}" for name, found in shares.items()}, f"your gu
 claim(0.4 < shares["zeros"].mean() < 0.65, "zero keys get about half of the attention")
 
 # %% [markdown]
-# Here, 20 zero keys get about half of the attention: most tokens see little text. A score of 0 does not mean "no attention", since exp(0) is 1: only minus infinity means that. The text gets
+# Here, 20 zero keys get about half of the attention: on average, a token sees only about 30 keys of the text. A score of 0 does not mean "no attention", since exp(0) is 1: only −∞ means that. The text gets
 # a share below 1, so the output of each head shrinks.
 #
 # ## How should it start?
@@ -376,7 +377,7 @@ different = 1  # equal tokens get equal gradients, in every step
 check("06.equal", different)
 
 # %% [markdown]
-# So start with random numbers. Or with **real words**, as in the paper: run the base model on a text, and take the keys and values from its KV cache.
+# So start with random numbers. Or with **real words**, as [Li and Liang](https://arxiv.org/abs/2101.00190) do: run the base model on a text, and take the keys and values from its KV cache.
 #
 # **Exercise 7.** Write `first_tokens(cache, p)`. `cache` is a tuple of pairs (keys, values), each of the shape (b, heads, t, w). Return such pairs for the first p tokens.
 
@@ -414,13 +415,14 @@ real = {"start": text_loss(model, text) - before}
 train(model, micro_batches(task, run, base.end, model.device), run)
 real["on"] = text_loss(model, text) - before
 real["score"] = task.score(task.test[:64], complete(model, base, task.test[:64]))
-print({name: f"{value:.2f}" for name, value in real.items()})
+print(f"forgetting {real['start']:.2f} before training, {real['on']:.2f} after;", end=" ")
+print(f"slot accuracy {real['score']:.2f}")
 
 # %% [markdown]
 # ## Against full fine-tuning
 #
 # Now the random start, full fine-tuning and the frozen base, on the same examples. Each method has its swept learning rate, and no
-# weight decay. The figure shows this run (hollow) and the mean of four runs that come with minipeft (filled). The shipped runs measured forgetting on another text, so compare roughly.
+# weight decay. The figure shows this run (hollow) and the mean of four stored runs (filled). The stored runs measured forgetting on longer texts: compare hollow with hollow, filled with filled.
 
 # %%
 prefix = finetune(base, task, RECIPES["prefix_tuning"], replace(run, output=OUT / "prefix"))
@@ -473,7 +475,7 @@ for y, value in ((3, prefix.forgot("start")), (4, real["start"])):
 labels = [report.NAMES[name] for name in names] + ["prefix, real text"]
 axes[0].set(yticks=range(5), yticklabels=labels, xlim=(-0.05, 1.1), xlabel="slot accuracy")
 axes[1].set(xlabel="forgetting (nats per token)", xlim=(-0.3, 5), ylim=(4.7, -0.6))
-figure.suptitle("filled: four shipped seeds, 95 % interval; hollow: this run", fontsize=10)
+figure.suptitle("filled: four stored runs, 95 % interval; hollow: this run; ×: step 0", fontsize=10)
 report.show(figure, "Prefix tuning scores about 0.6, between prompt tuning (0) and LoRA (0.96). "
             "It forgets about 4 nats, of which 1.8 are there at step 0; from real text less.")  # fmt: skip
 
@@ -500,7 +502,7 @@ print("adapter disabled: exactly the logits of the base model")
 
 # %%
 shares["trained"] = attention_on_prefix(trained, task.test[:16])
-figure, axis = plt.subplots(figsize=(6.5, 3.2))
+figure, axis = plt.subplots(figsize=(7.5, 3.2))
 for x, ((name, found), marker) in enumerate(zip(shares.items(), "s^o", strict=True)):
     color, mean = PURPLE if name == "trained" else GREY, found.mean().item()
     offsets = x + torch.linspace(-0.15, 0.15, found.numel())
@@ -509,8 +511,8 @@ for x, ((name, found), marker) in enumerate(zip(shares.items(), "s^o", strict=Tr
     axis.annotate(f"mean {mean:.2f}", (x + 0.28, mean), va="center")
 if guess is not None:
     axis.axhline(guess, color="black", linestyle=":")
-    axis.annotate("your guess, for zeros", (1.9, guess + 0.02))
-axis.set(xticks=range(3), xticklabels=shares, xlim=(-0.4, 2.8), ylim=(0, 1.02))
+    axis.annotate("your guess,\nfor zeros", (2.85, guess), va="center", backgroundcolor="white")
+axis.set(xticks=range(3), xticklabels=shares, xlim=(-0.4, 3.4), ylim=(0, 1.02))
 axis.set(ylabel="share of attention on the prefix\n(one point per head)")
 report.show(figure, "Attention on the prefix by head: zeros, random and trained prefixes all have "
             "a mean between 0.5 and 0.65. The heads differ widely, most of all when trained.")  # fmt: skip
@@ -525,7 +527,7 @@ print(f"validation loss {with_values:.2f}; with the prefix's values set to zero 
 claim(without > 5 * with_values, "without its values the loss is far higher")
 
 # %% [markdown]
-# On average, hardly: the trained prefix gets about as much attention as the two starts. So the mean does not tell how useful a prefix is. Without its values, the loss is many times higher: the trained prefix depends on them.
+# On average, hardly: the trained prefix gets about as much attention as the two starts. But without its values, the loss is many times higher. So the mean does not tell how useful a prefix is.
 #
 # ## Summary
 #
@@ -551,8 +553,8 @@ claim(without > 5 * with_values, "without its values the loss is far higher")
 #
 # ## The start, the number of tokens, and a network
 #
-# Three more runs, one seed each, the first two at the learning rate that suits a random start. The first starts from zeros. The second has one virtual token. In the third, a small network computes
-# P (`prefix_projection=True`), and its weights are trained instead. The paper found this more stable; after training, only its output is kept.
+# Three more runs, one seed each. The first starts from zeros. The second has one virtual token. Both use the learning rate that was tuned for 20 tokens with a random start, so another rate may suit them better. In the third, a small network computes
+# P (`prefix_projection=True`). Its weights are trained instead of P, at their own learning rate. The paper found this more stable. After training, only the network's output is kept.
 
 # %%
 with_network = replace(
@@ -654,7 +656,7 @@ claim(kept["prefix_tuning"] < 0.9 * kept["lora"], "a prefix keeps fewer activati
 # %% [markdown]
 # ## Steering
 #
-# `sentiment` needs no new skill: the model must only answer with a word that it knows. Four shipped seeds:
+# `sentiment` needs no new skill: the model must only answer with a word that it knows. Four stored runs:
 
 # %%
 records = compare.load(DATA / "results" / "1m" / "sentiment" / "compare.json")
@@ -667,7 +669,7 @@ claim(min(r.score for r in steering["lora"]) == 1, "LoRA scores 1 with every see
 claim(min(r.score for r in steering["prefix_tuning"]) < 0.95, "prefix tuning does not")
 
 # %% [markdown]
-# Always answering "good" is right in about half of the cases. So with one of four seeds the prefix does no better than that, and prompt tuning neither: do not judge them by one seed.
+# Always answering "good" is right in about half of the cases. With one seed of four, prefix tuning and prompt tuning are hardly better than that. So do not judge them by one seed.
 #
 # ## A prefix is a gate
 #

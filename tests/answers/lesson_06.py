@@ -133,6 +133,13 @@ def attend(q, k, v, K_P, V_P):  # scaled by the width, not by its root
     return (q @ keys.T / q.shape[1]).masked_fill(~mask, -torch.inf).softmax(-1) @ values
 
 
+# %% 06.attend wrong
+def attend(q, k, v, K_P, V_P):  # the boolean mask is added, so it hides nothing
+    keys, values = torch.cat((K_P, k)), torch.cat((V_P, v))
+    mask = torch.ones(len(q), len(keys)).tril(len(K_P)).bool()
+    return (q @ keys.T / q.shape[1] ** 0.5 + mask).softmax(-1) @ values
+
+
 # %% 06.attend right
 def attend(q, k, v, K_P, V_P):
     keys, values = torch.cat((K_P, k)), torch.cat((V_P, v))
@@ -328,6 +335,11 @@ def share(scores, p):
     return 1 / (p + scores.exp().sum())
 
 
+# %% 06.share wrong
+def share(scores, p):  # one zero key
+    return 1 / (1 + scores.exp().sum())
+
+
 # %% 06.share right
 def share(scores, p):
     return torch.cat((torch.zeros(p), scores)).softmax(0)[:p].sum()
@@ -355,6 +367,11 @@ different = len({0.0, -0.0})
 # %% 06.first_tokens wrong
 def first_tokens(cache, p):  # heads
     return tuple((k[:, :p], v[:, :p]) for k, v in cache)
+
+
+# %% 06.first_tokens wrong
+def first_tokens(cache, p):  # texts
+    return tuple((k[:p], v[:p]) for k, v in cache)
 
 
 # %% 06.first_tokens wrong

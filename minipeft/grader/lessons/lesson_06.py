@@ -108,6 +108,7 @@ def attend(attend, draw):
             "the scores are divided by w, not by √w": _attention(q / width**0.5, k, v, K_P, V_P),
             "the prefix comes after the text": _attention(q, K_P, V_P, k, v, offset=p),
             "the mask is missing": _attention(*inputs, offset=p + t),
+            "True and False were added as 1 and 0: set hidden scores to -inf": _unhidden(*inputs),
             "that is the mask of is_causal=True": _attention(*inputs, offset=0),
             "the prefix is missing": _attention(q, k, v, K_P[:0], V_P[:0]),
             "keys and values of the prefix are swapped": _attention(q, k, v, V_P, K_P),
@@ -137,6 +138,13 @@ def _attention(q, k, v, K_P, V_P, offset: int | None = None) -> Tensor:
     sees = torch.ones(len(q), len(keys)).tril(len(K_P) if offset is None else offset).bool()
     scores = q @ keys.T / q.shape[1] ** 0.5
     return scores.masked_fill(~sees, -torch.inf).softmax(-1) @ values
+
+
+def _unhidden(q, k, v, K_P, V_P) -> Tensor:
+    """One head, with the boolean mask added to the scores."""
+    keys, values = torch.cat((K_P, k)), torch.cat((V_P, v))
+    scores = q @ keys.T / q.shape[1] ** 0.5
+    return (scores + torch.ones_like(scores).tril(len(K_P))).softmax(-1) @ values
 
 
 @exercise(
@@ -260,8 +268,9 @@ def share(share, draw):
         mistakes = {
             "p keys of p + t: the scores of the text are not used": p / (p + t),
             "that is the share of the text": (total / (p + total)).item(),
-            "that is one zero key of p": (1 / (p + total)).item(),
+            "that is the share of one zero key: there are p": (1 / (p + total)).item(),
             "there is one zero key in the sum, but there are p": (p / (1 + total)).item(),
+            "that is with one zero key, but there are p": (1 / (1 + total)).item(),
             "use the exponentials of the scores": (p / (p + scores.sum())).item(),
             "the zero keys belong into the sum, too": (p / total).item(),
             "exp(0) is 1, not 0": 0.0,
@@ -290,7 +299,7 @@ def equal(different, draw):
 )
 def first_tokens(first_tokens, draw):
     for layers, shape, p in (
-        (2, (1, 4, 9, 5), 3), (1, (2, 3, 4, 4), 1), (3, (1, 1, 2, 6), 2), (2, (3, 2, 7, 2), 2),
+        (2, (4, 5, 9, 6), 3), (1, (2, 3, 4, 4), 1), (3, (1, 1, 2, 6), 2), (2, (3, 2, 7, 2), 2),
     ):  # fmt: skip
         cache = tuple((draw.normal(*shape), draw.normal(*shape)) for _ in range(layers))
         got = call(first_tokens, cache, p)
