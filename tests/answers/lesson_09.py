@@ -270,6 +270,12 @@ def intruders(before, after, k, below):  # the sign of a vector counts
 
 
 # %% 09.intruders wrong
+def intruders(before, after, k, below):  # also vectors that W does not use
+    old, new = torch.linalg.svd(before)[0], torch.linalg.svd(after)[0][:, :k]
+    return int(((old.T @ new).abs().amax(0) < below).sum())
+
+
+# %% 09.intruders wrong
 def intruders(before, after, k, below):  # only the vector of equal number
     old = torch.linalg.svd(before, full_matrices=False)[0]
     new = torch.linalg.svd(after, full_matrices=False)[0][:, :k]
@@ -341,6 +347,12 @@ def intruders(before, after, k, below):  # eigenvectors
 # %% 09.floor wrong
 everywhere = 16 / 48
 at_the_top = 4 / 48
+# %% 09.floor wrong
+everywhere = 31 / 48
+at_the_top = 20 / 48
+# %% 09.floor wrong
+everywhere = 32 / 48
+at_the_top = 19 / 48
 # %% 09.floor wrong
 everywhere = 32 / 48
 at_the_top = (4 + 4) / 48
@@ -447,6 +459,35 @@ class MyDora(nn.Module):  # m starts at one
         v = self.layer.weight + self.scaling * self.B @ self.A
         w = self.m[:, None] * v / v.norm(dim=1, keepdim=True)
         return nn.functional.linear(x, w, self.layer.bias)
+
+
+# %% 09.dora wrong
+class MyDora(nn.Module):  # A and B are both random
+    def __init__(self, layer, r, alpha):
+        super().__init__()
+        self.layer, self.scaling = layer.requires_grad_(False), alpha / r
+        self.A = nn.Parameter(torch.randn(r, layer.in_features))
+        self.B = nn.Parameter(torch.randn(layer.out_features, r))
+        self.m = nn.Parameter(layer.weight.norm(dim=1))
+
+    def forward(self, x):
+        v = self.layer.weight + self.scaling * self.B @ self.A
+        w = self.m[:, None] * v / v.norm(dim=1, keepdim=True)
+        return nn.functional.linear(x, w, self.layer.bias)
+
+
+# %% 09.dora wrong
+class MyDora(nn.Module):  # one norm for the whole matrix
+    def __init__(self, layer, r, alpha):
+        super().__init__()
+        self.layer, self.scaling = layer.requires_grad_(False), alpha / r
+        self.A = nn.Parameter(torch.randn(r, layer.in_features))
+        self.B = nn.Parameter(torch.zeros(layer.out_features, r))
+        self.m = nn.Parameter(layer.weight.norm(dim=1))
+
+    def forward(self, x):
+        v = self.layer.weight + self.scaling * self.B @ self.A
+        return nn.functional.linear(x, self.m[:, None] * v / v.norm(), self.layer.bias)
 
 
 # %% 09.dora wrong

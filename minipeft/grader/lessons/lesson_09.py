@@ -269,10 +269,10 @@ def intruders(intruders, draw):
         compare("intruders(…)", got, _count(*case), inputs, mistakes)
 
 
-def _cosines(before, after, k: int):
+def _cosines(before, after, k: int, full: bool = False):
     """Of every left singular vector of a weight (rows) with the first k of another (columns)."""
-    old = torch.linalg.svd(before, full_matrices=False)[0]
-    return old.T @ torch.linalg.svd(after, full_matrices=False)[0][:, :k]
+    old = torch.linalg.svd(before, full_matrices=full)[0]
+    return old.T @ torch.linalg.svd(after, full_matrices=full)[0][:, :k]
 
 
 def _count(before, after, k: int, below: float) -> int:
@@ -287,6 +287,10 @@ MISTAKES = {
     "use `below`, not a fixed number": lambda b, a, k, c: _count(b, a, k, 0.6),
     "the sign of a singular vector is arbitrary: take absolute values":
         lambda b, a, k, c: int((_cosines(b, a, k).amax(0) < c).sum()),
+    "use full_matrices=False: the other vectors are no directions of W":
+        lambda b, a, k, c: int((_cosines(b, a, k, full=True).abs().amax(0) < c).sum()),
+    "use full_matrices=False, and take absolute values":
+        lambda b, a, k, c: int((_cosines(b, a, k, full=True).amax(0) < c).sum()),
     "compare each vector with all vectors of W, not only with that of equal number":
         lambda b, a, k, c: int((_cosines(b, a, k).diagonal().abs() < c).sum()),
     "compare with all singular vectors of W, not only with the first k":
@@ -324,6 +328,7 @@ def _weights(draw, n_out: int, n_in: int, planted: tuple[int, ...]):
 def floor(everywhere, at_the_top, draw):
     mistakes = {
         16 / 48: "(a) The gradient must still go back through every layer to reach the first one.",
+        31 / 48: "(a) Count the gradient of the first layer's input, too.",
         1.0: "(a) A frozen weight needs no gradient of its own.",
         0.0: "(a) The forward pass is still there.",
         32: "(a) Answer with a share of 48.",
@@ -338,6 +343,7 @@ def floor(everywhere, at_the_top, draw):
         4 / 48: "(b) The forward pass goes through all sixteen layers.",
         8 / 48: "(b) The forward pass goes through all sixteen layers.",
         32 / 48: "(b) The gradient need not go further back than to the thirteenth layer.",
+        19 / 48: "(b) Count the gradient of the thirteenth layer's input, too.",
         24 / 48: "(b) The weights of the last four layers are frozen too.",
         20: "(b) Answer with a share of 48.",
     }
@@ -426,15 +432,25 @@ def dora(MyDora, draw):
         A, B, m = (trained[name] for name in "ABm")
         ensure(bool(A.any()) or bool(B.any()), "A and B are both zero, so neither gets a gradient "
                "and nothing would ever train. Start A with random numbers.")  # fmt: skip
+        ensure(not (bool(A.any()) and bool(B.any())), "A and B are both random, so B A is not zero "
+               "and the layer does not start as it was. Start B with zeros.")  # fmt: skip
         start = A if bool(A.any()) else B
         ensure(int(torch.linalg.matrix_rank(start)) == r, "the rows of A are multiples of each "
                "other at the start, so the update would stay at a lower rank than r. Start A "
                "with random numbers.")  # fmt: skip
         W, b = before["weight"], before.get("bias", torch.zeros(n_out))
-        compare("m at the start", m.detach(), W.norm(dim=1), inputs,
-                {"m must start at the norms of W's rows": torch.ones(n_out)})  # fmt: skip
-        compare("the output at the start", y, x @ W.T + b, inputs,
-                {"the bias is missing": x @ W.T}, tolerance=1e-4)  # fmt: skip
+        norms = W.norm(dim=1)
+        mistakes = {
+            "m must start at the norms of W's rows": torch.ones(n_out),
+            "that is one norm for the whole W: take one per row": W.norm().expand(n_out),
+        }
+        compare("m at the start", m.detach(), norms, inputs, mistakes)
+        one_norm = x @ (norms[:, None] * W / W.norm()).T + b
+        mistakes = {
+            "the bias is missing": x @ W.T,
+            "divide each row by its own norm, not by that of the whole matrix": one_norm,
+        }
+        compare("the output at the start", y, x @ W.T + b, inputs, mistakes, tolerance=1e-4)
         with torch.no_grad():
             A.copy_(draw.normal(r, n_in))
             B.copy_(draw.normal(n_out, r))
