@@ -10,7 +10,9 @@ The same on the command line: `python -m minipeft build start lora my`, `… bui
 from pathlib import Path
 
 # In the order of the lessons.
-METHODS = ("training", "lora", "prompt_tuning", "prefix_tuning", "qlora", "dora", "ia3")
+METHODS = (
+    "training", "lora", "prompt_tuning", "prefix_tuning", "qlora", "dora", "vera", "ia3", "pissa"
+)  # fmt: skip
 TASKS = (*METHODS, "catch")  # the second track: tests that catch a fault
 
 

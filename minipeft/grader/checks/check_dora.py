@@ -67,7 +67,7 @@ def per_row(what: str, found, case: Case) -> None:
 
 @CHECKS.add("pieces", "magnitude")
 def magnitude(m: ModuleType, draw: Draw) -> None:
-    for case in cases(Case, draw):
+    for case in cases(Case, draw, torch.float32):
         found, w = getattr(case.make(m), M, None), case.w
         ensure(found is not None, f"the layer has no attribute {M}")
         per_row(M, found, case)
@@ -93,6 +93,9 @@ def directions(m: ModuleType, draw: Draw) -> None:
                    "s also multiplies W": case.s * case.w + case.update,
                    "its rows are divided by their lengths: that is done in (2)":
                        F.normalize(case.v)}  # fmt: skip
+        if case.n_in == case.n_out:
+            transposed = "a Conv1D stores W transposed: use matrix(self.base_layer)"
+            guesses[transposed] = case.w.T + case.update
         same("V", found, case.v, guesses=guesses, factors=case.scalings(), case=case.text,
              start=case.w)  # fmt: skip
 
@@ -127,7 +130,7 @@ def ratio(m: ModuleType, draw: Draw) -> None:
         parameter = getattr(layer, M)
         ensure(parameter.grad is not None, "m gets no gradient through ratio()")
         same("the gradient of m through ratio()", parameter.grad, case.ratio / mag, 1e-4)
-    case = Case(draw, layers.SIZES[1])
+    case = Case(draw, layers.SIZES[0])
     with torch.no_grad():
         case.base.weight[0] = 0
     layer = case.make(m)  # B starts at zero: a row of V is zero, and its m is zero

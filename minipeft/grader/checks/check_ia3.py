@@ -67,6 +67,7 @@ class Case(layers.Case):
             "the bias b is missing": factors * (x @ self.w.T),
             "the bias b is not multiplied by l": factors * (x @ self.w.T) + bias,
             "l is applied twice": factors**2 * plain,
+            "l multiplies W twice": factors * (factors * (x @ self.w.T) + bias),
             "l multiplies the bias twice": factors * (plain + bias * (factors - 1)),
             "W x + b is added to it": (1 + factors) * plain,
             "l multiplies the inputs: only in a feed-forward layer it does":
@@ -86,7 +87,7 @@ prepare = WHOLE.prepare
 
 @CHECKS.add("pieces", "start")
 def start(m: ModuleType, draw: Draw) -> None:
-    for case in cases(Case, draw):
+    for case in cases(Case, draw, torch.float32):
         found, expected = getattr(case.make(m), "ia3_l", None), case.numbers["ia3_l"]
         ensure(found is not None, "the layer has no attribute ia3_l")
         swapped = (case.n_out, 1) if case.feedforward else (1, case.n_in)
@@ -132,6 +133,9 @@ def merged(m: ModuleType, draw: Draw) -> None:
             "W is added to it": case.w + case.merged,
             "it is W / l": case.w / case.numbers["ia3_l"],
         }
+        if case.n_in == case.n_out:
+            transposed = "a Conv1D stores W transposed: use matrix(self.base_layer)"
+            guesses[transposed] = case.w.T * case.numbers["ia3_l"]
         if case.n_in == case.n_out and case.feedforward:
             rows = "l multiplies the rows: in a feed-forward layer it multiplies the columns"
             guesses[rows] = case.factors[:, None] * case.w

@@ -30,9 +30,9 @@ from ..symptoms import (
 )
 from .common import Conv1D, compare_losses, describe, losses
 
-# in, out, r, α, bias, rslora. The second is square: a wrong side is named before it is an error.
+# in, out, r, α, bias, rslora. A square comes first: a wrong side is named before it is an error.
 SIZES = (
-    (2, 1, 1, 1.0, False, False), (3, 3, 2, 7.0, True, False), (4, 3, 2, 6.0, True, False),
+    (3, 3, 2, 7.0, True, False), (2, 1, 1, 1.0, False, False), (4, 3, 2, 6.0, True, False),
     (6, 5, 4, 6.0, True, False), (5, 6, 3, 8.0, False, True),
 )  # fmt: skip
 TARGETS = ["proj", "project"]  # of Net: two Linear layers and a Conv1D
@@ -79,6 +79,14 @@ class Case:
         shapes = self.shapes(self.n_in, self.n_out, self.r, feedforward)
         self.numbers = {name: draw.normal(*shape) for name, shape in shapes.items()}
         self.text = f"{self.kind}, in {self.n_in}, out {self.n_out}, x {show(self.x)}"
+
+    def to(self, dtype: torch.dtype):
+        """Convert the layers and all numbers."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor | nn.Module):
+                setattr(self, name, value.to(dtype))
+        self.numbers = {name: value.to(dtype) for name, value in self.numbers.items()}
+        return self
 
     def weight(self, draw: Draw) -> Tensor:
         return draw.normal(self.n_out, self.n_in)
@@ -136,12 +144,15 @@ class Case:
         }
 
 
-def cases(case_type: type[Case], draw: Draw) -> Iterator:
-    """Cases from the smallest to one of a random size, each with a Linear and with a Conv1D."""
+def cases(case_type: type[Case], draw: Draw, dtype: torch.dtype = torch.float64) -> Iterator:
+    """Cases of all sizes, and of a random one, each with a Linear and with a Conv1D.
+
+    In float64: in float32, large terms that nearly cancel would leave a wrong difference.
+    """
     drawn = (draw.integer(5, 9), draw.integer(10, 14), draw.integer(2, 4),
              draw.integer(5, 30) + 0.5, True, False)  # fmt: skip
     for conv1d, kind, size in product((False, True), case_type.kinds, (*SIZES, drawn)):
-        yield case_type(draw, size, conv1d, kind)
+        yield case_type(draw, size, conv1d, kind).to(dtype)
 
 
 def known(guesses: dict[str, Tensor | None]) -> dict[str, Tensor]:
@@ -159,7 +170,7 @@ def check_start(what: str, got, expected: Tensor, guesses: dict[str, Tensor], ca
 def check_kind(m: ModuleType, draw: Draw, case_type: type[Case], *names: str) -> None:
     """Trained parameters are on the device of W, and have its dtype, but at least float32."""
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
-        case = case_type(draw, SIZES[1])
+        case = case_type(draw, SIZES[0])
         case.base = nn.Linear(case.n_in, case.n_out, dtype=dtype, device="meta")
         with with_case(f"with a {dtype} base"):
             layer = case.make(m)
@@ -190,9 +201,9 @@ def check_merged(m: ModuleType, case: Case, guesses: dict[str, Tensor | None]) -
 
 def check_dropout(m: ModuleType, draw: Draw, case_type: type[Case]) -> None:
     """Dropout acts on the input of the update. The base path, and evaluation, have none."""
-    case = case_type(draw, (2, 3, 1, 1.0, True, False))
+    case = case_type(draw, (2, 3, 1, 1.0, True, False)).to(torch.float64)
     case.dropout = 0.5
-    layer, x = case.layer(m), draw.normal(1, 2).expand(200, 2)
+    layer, x = case.layer(m), draw.normal(1, 2).double().expand(200, 2)
     y, plain = layer.train()(x), case.output(x)
     ensure(y.std(0).max() > 1e-4, "dropout has no effect in training mode")
     keep, update, bias = case.parts(case.numbers)
@@ -334,7 +345,7 @@ def dtypes(case_type: type[Case], m: ModuleType, draw: Draw) -> None:
     """Trained numbers have at least float32; outputs have the dtype of the base."""
     kinds = ((torch.bfloat16, torch.float32, 0.03), (torch.float64, torch.float64, 1e-5))
     for (dtype, trained, tolerance), kind in product(kinds, case_type.kinds):
-        case = case_type(draw, SIZES[1], feedforward=kind)
+        case = case_type(draw, SIZES[0], feedforward=kind)
         case.w, case.b = case.w.to(dtype).float(), case.b.to(dtype).float()
         case.base.to(dtype)
         with with_case(f"with a {dtype} base"):

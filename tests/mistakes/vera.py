@@ -1,0 +1,103 @@
+"""Mistakes in vera.py, and correct files that are written differently."""
+
+from . import mistake, right
+
+BOUND = "bound = math.sqrt(6 / shape[1])  # Kaiming uniform"
+DRAWN = "drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)"
+BUFFER = "self.register_buffer(name, drawn.to(**where), persistent=False)"
+SIZES = '(("vera_A", config.r, max(ins)), ("vera_B", max(outs), config.r))'
+D = "self.vera_lambda_d = nn.Parameter(like.new_full((config.r,), config.d_initial))  # d"
+B = "self.vera_lambda_b = nn.Parameter(like.new_zeros(self.out_features))  # b"
+SHARED = "return p.vera_A[:, : self.in_features], p.vera_B[: self.out_features]"
+H = "h = self.vera_lambda_d * F.linear(self.vera_dropout(x.to(a.dtype)), a)  # (…, r)"
+Y = "return (y + self.vera_lambda_b * F.linear(h, b)).to(y.dtype)  # (1)"
+BASE = "        y = self.base_layer(x)  # (…, out)\n"
+UPDATE = "update = (self.vera_lambda_b[:, None] * b) @ (self.vera_lambda_d[:, None] * a)"
+MERGED = "return (w + update).to(w.dtype)  # (2)"
+LAYERS = """    projections = Projections(list(targets.values()), config)
+    return {name: VeraLinear(layer, config, projections) for name, layer in targets.items()}
+"""
+OWN = "    return {n: VeraLinear(layer, config, Projections([layer], config)) for n, layer in targets.items()}\n"
+
+VARIANTS = [
+    mistake("A and B of the smallest layer", "projections", "expected (20", (SIZES, SIZES.replace("max", "min"))),
+    mistake("A and B of the first layer", "projections", "of the first layer", (SIZES, SIZES.replace("max(ins)", "ins[0]").replace("max(outs)", "outs[0]"))),
+    mistake("ins and outs swapped", "projections", "the largest in and out", (SIZES, SIZES.replace("max(ins)", "X").replace("max(outs)", "max(ins)").replace("X", "max(outs)"))),
+    mistake("A and B transposed", "projections", "expected (20", (SIZES, '(("vera_A", max(ins), config.r), ("vera_B", config.r, max(outs)))')),
+    mistake("A and B are trained", "projections", "are Parameters", (BUFFER, "self.register_parameter(name, nn.Parameter(drawn.to(**where)))")),
+    mistake("A and B are no buffers", "projections", "register_buffer", (BUFFER, "setattr(self, name, drawn.to(**where))")),
+    mistake("the bound of the rows", "projections", "instead of that of columns?", (BOUND, "bound = math.sqrt(6 / shape[0])")),
+    mistake("the bound of a linear layer", "projections", "factor 6 missing?", (BOUND, "bound = math.sqrt(1 / shape[1])")),
+    mistake("a bound of one", "projections", "in ±1?", (BOUND, "bound = 1")),
+    mistake("positive numbers", "projections", "is from", (DRAWN, DRAWN.replace("-bound", "0"))),
+    mistake("normal numbers", "projections", "", (DRAWN, "drawn = torch.randn(shape, generator=generator) * math.sqrt(2 / shape[1])")),
+    mistake("without the generator", "projections", "another A", (DRAWN, DRAWN.replace(", generator=generator", ""))),
+    mistake("a fixed seed", "projections", "the same A", (DRAWN, DRAWN.replace("generator=generator", "generator=torch.Generator().manual_seed(len(name) + len(self._buffers))"))),
+    mistake("A and B from the same numbers", "projections", "seed it once", (DRAWN, "generator.manual_seed(config.projection_prng_key)\n            " + DRAWN)),
+    mistake("A and B in the base's dtype", "projections", "use .to(**where)", (BUFFER, BUFFER.replace("**where", "w.device, w.dtype"))),
+    mistake("A and B on the CPU", "projections", "use .to(**where)", (BUFFER, BUFFER.replace("**where", "where['dtype']"))),
+    mistake("B is drawn first", "the A and B that Hugging Face peft draws", "draw A, and then B",
+            (SIZES, '(("vera_B", max(outs), config.r), ("vera_A", config.r, max(ins)))')),
+    mistake("b starts at one", "vectors", "starts at 1", (B, B.replace("new_zeros(self.out_features)", "new_ones(self.out_features)"))),
+    mistake("b starts at d_initial", "vectors", "which is for d", (B, B.replace("new_zeros(self.out_features)", "new_full((self.out_features,), config.d_initial)"))),
+    mistake("d and b are zero", "vectors", "neither of them gets a gradient", (D, D.replace("new_full((config.r,), config.d_initial)", "new_zeros(config.r)"))),
+    mistake("d starts at one", "vectors", "starts at 1, and not", (D, D.replace("config.d_initial", "1.0"))),
+    mistake("d_initial ignored", "vectors", "starts at 0.1, and not", (D, D.replace("config.d_initial", "0.1"))),
+    mistake("d and b swapped in size", "vectors", "they are swapped", (D, D.replace("config.r,", "self.out_features,")), (B, B.replace("self.out_features", "config.r"))),
+    mistake("d starts at zero, and b at d_initial", "vectors", "which is for d", (D, D.replace("config.d_initial", "0.0")),
+            (B, B.replace("new_zeros(self.out_features)", "new_full((self.out_features,), config.d_initial)"))),
+    mistake("b has an entry per input", "vectors", "expected", (B, B.replace("out_features", "in_features"))),
+    mistake("d is frozen", "vectors", "not trainable", (D, D.replace("config.d_initial))", "config.d_initial), requires_grad=False)"))),
+    mistake("b is no parameter", "vectors", "must be an nn.Parameter", (B, "self.vera_lambda_b = like.new_zeros(self.out_features)")),
+    mistake("b on the CPU", "vectors", "device of the base", (B, B.replace("like.new_zeros(self.out_features)", "torch.zeros(self.out_features, dtype=like.dtype)"))),
+    mistake("the rows of A", "shared", "it is all of A", (SHARED, SHARED.replace("p.vera_A[:, : self.in_features]", "p.vera_A[: self.in_features]"))),
+    mistake("the columns of B", "shared", "it is all of B", (SHARED, SHARED.replace("p.vera_B[: self.out_features]", "p.vera_B[:, : self.out_features]"))),
+    mistake("no slices", "shared", "it is all of A", (SHARED, "return p.vera_A, p.vera_B")),
+    mistake("the last columns", "shared", "use the first ones", (SHARED, SHARED.replace(": self.in_features", "-self.in_features :"))),
+    mistake("the last rows", "shared", "use the first ones", (SHARED, SHARED.replace(": self.out_features", "-self.out_features :"))),
+    mistake("B and A", "shared", "they are swapped", (SHARED, "return p.vera_B[: self.out_features], p.vera_A[:, : self.in_features]")),
+    mistake("d is missing", "forward", "d is missing", (H, H.replace("self.vera_lambda_d * ", ""))),
+    mistake("b is missing", "forward", "b is missing", (Y, Y.replace("self.vera_lambda_b * ", ""))),
+    mistake("no vectors", "forward", "d and b are missing", (H, H.replace("self.vera_lambda_d * ", "")), (Y, Y.replace("self.vera_lambda_b * ", ""))),
+    mistake("d twice", "forward", "d is applied twice", (H, H.replace("self.vera_lambda_d *", "self.vera_lambda_d**2 *"))),
+    mistake("d and b swapped", "forward", "", (H, H.replace("vera_lambda_d", "vera_lambda_b")), (Y, Y.replace("vera_lambda_b", "vera_lambda_d"))),
+    mistake("b multiplies everything", "forward", "also multiplies W x", (Y, "return (self.vera_lambda_b * (y + F.linear(h, b))).to(y.dtype)")),
+    mistake("b is added", "forward", "b is added", (Y, Y.replace("b * F", "b + F"))),
+    mistake("d is added", "forward", "d is added", (H, H.replace("d * F", "d + F"))),
+    mistake("the base is left out", "forward", "without W x", (Y, Y.replace("(y + self", "(self"))),
+    mistake("b multiplies x", "forward", "b multiplies x, and", (H, H.replace("x.to(a.dtype)", "self.vera_lambda_b * x.to(a.dtype)")), (Y, Y.replace("self.vera_lambda_b * ", ""))),
+    mistake("no dropout", "forward", "no effect", (H, H.replace("self.vera_dropout(x.to(a.dtype))", "x.to(a.dtype)"))),
+    mistake("dropout on W's input", "forward", "input of W too", (BASE, "        x = self.vera_dropout(x)\n" + BASE), (H, H.replace("self.vera_dropout(x.to(a.dtype))", "x.to(a.dtype)"))),
+    mistake("dropout after A", "forward", "it must act on x", (H, "h = self.vera_lambda_d * self.vera_dropout(F.linear(x.to(a.dtype), a))")),
+    mistake("F.linear with a Conv1D's weight", "forward", "call the base layer",
+            (BASE, "        w = self.base_layer.weight\n        y = F.linear(x, w if w.shape[1] == x.shape[-1] else w.T, self.bias)\n")),
+    mistake("merged without d", "merged", "d is missing", (UPDATE, "update = (self.vera_lambda_b[:, None] * b) @ a")),
+    mistake("merged without b", "merged", "b is missing", (UPDATE, "update = b @ (self.vera_lambda_d[:, None] * a)")),
+    mistake("d on A's columns", "merged", "", (UPDATE, "update = (self.vera_lambda_b[:, None] * b) @ (self.vera_lambda_d * a)")),
+    mistake("b on the columns", "merged", "b multiplies the columns", (UPDATE, "update = (b @ (self.vera_lambda_d[:, None] * a)) * self.vera_lambda_b")),
+    mistake("only the update", "merged", "without W", (MERGED, "return update.to(w.dtype)")),
+    mistake("W is changed", "merged", "must not", (MERGED, "with torch.no_grad():\n            w += update\n        return w.clone()")),
+    mistake("b multiplies W", "merged", "b also multiplies W", (MERGED, "return (w * self.vera_lambda_b[:, None] + update).to(w.dtype)")),
+    mistake("A and B per layer", "vera_layers", "make Projections once", (LAYERS, OWN)),
+    mistake("A and B per layer, from a new seed", "vera_layers", "make Projections once",
+            (LAYERS, "    found = {}\n    for name, layer in targets.items():\n        config = dataclass_replace(config, projection_prng_key=len(found))\n"
+             "        found[name] = VeraLinear(layer, config, Projections(list(targets.values()), config))\n    return found\n"),
+            ("from dataclasses import dataclass, field", "from dataclasses import dataclass, field\nfrom dataclasses import replace as dataclass_replace")),
+    mistake("A and B of the first layer only", "vera_layers", "the list of all layers", (LAYERS, LAYERS.replace("list(targets.values())", "list(targets.values())[:1]"))),
+    mistake("a list of layers", "vera_layers", "must return a dict", (LAYERS, LAYERS.replace("{name: VeraLinear", "[VeraLinear").replace("items()}", "items()]"))),
+    mistake("a float32 output", "a base in bfloat16 or float64", "the output of a torch.bfloat16 base", (Y, Y.replace("return (", "return ").replace(").to(y.dtype)", ""))),
+    right("matrix products, and the vectors in the matrices",
+          (H, "h = self.vera_dropout(x.to(a.dtype)) @ (self.vera_lambda_d[:, None] * a).T"),
+          (Y, "return y + ((h @ b.T) * self.vera_lambda_b).to(y.dtype)"),
+          (UPDATE, "update = torch.einsum('o,or,r,ri->oi', self.vera_lambda_b, b, self.vera_lambda_d, a)")),
+    right("kaiming_uniform_ and loops",
+          (DRAWN, "drawn = torch.empty(shape)\n            nn.init.kaiming_uniform_(drawn, nonlinearity='relu', generator=generator)"),
+          (LAYERS, "    every, found = [layer for _, layer in targets.items()], {}\n    shared = Projections(every, config)\n"
+           "    for name in targets:\n        found[name] = VeraLinear(targets[name], config, shared)\n    return found\n")),
+    right("rand, narrow and diag",
+          (DRAWN, "drawn = (2 * torch.rand(shape, generator=generator) - 1) * bound"),
+          (SHARED, "return p.vera_A.narrow(1, 0, self.in_features), p.vera_B.narrow(0, 0, self.out_features)"),
+          (UPDATE, "update = self.vera_lambda_b.diag() @ b @ self.vera_lambda_d.diag() @ a"),
+          (D, "self.vera_lambda_d = nn.Parameter(torch.full_like(like[:, 0], config.d_initial))"),
+          (B, "self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, dtype=like.dtype, device=like.device))")),
+]  # fmt: skip
