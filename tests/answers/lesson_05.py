@@ -61,6 +61,19 @@ class MyPTuning(nn.Module):  # no ReLU
 
 
 # %% 05.my_p_tuning wrong
+class MyPTuning(nn.Module):  # no return
+    def __init__(self, p, d, w):
+        super().__init__()
+        self.H = nn.Parameter(torch.randn(p, d))
+        self.network = nn.Sequential(
+            nn.Linear(d, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, d)
+        )
+
+    def forward(self):
+        self.network(self.H)
+
+
+# %% 05.my_p_tuning wrong
 class MyPTuning(nn.Module):  # a ReLU at the end
     def __init__(self, p, d, w):
         super().__init__()

@@ -8,6 +8,7 @@ from torch import nn
 from minipeft import GPT, GPTConfig
 
 from . import (
+    Wrong,
     a_pair,
     answered,
     call,
@@ -45,7 +46,7 @@ def mergeable(mergeable, draw):
     known = {"lora", "prompt tuning"}
     ensure(names <= known, f"mergeable may only have the names in the question, got {mergeable!r}")
     ensure("lora" in names, "LoRA's update has the shape of W, so it can be added to W")
-    ensure("prompt tuning" not in names, "virtual tokens change the input: to which W to add them?")
+    ensure("prompt tuning" not in names, "virtual tokens change the input, not a W")
 
 
 @exercise(
@@ -85,8 +86,9 @@ def my_p_tuning(MyPTuning, draw):
         inputs = f"MyPTuning(p={p}, d={d}, w={w})"
         with _nan_in_empty_tensors():
             module, other = call(MyPTuning, p, d, w), call(MyPTuning, p, d, w)
-        P = done(module())
-        H = getattr(module, "H", None)
+        P, H = module(), getattr(module, "H", None)
+        ensure(P is not None or H is None, "forward returns None: is a `return` missing?")
+        done(P)
         H = getattr(H, "weight", H)
         ensure(isinstance(H, nn.Parameter), "self.H must be a Parameter")
         has_shape("self.H", H, (p, d), inputs)
@@ -291,7 +293,12 @@ def _deep_prompt_values(deep_prompt, draw):
         P, ids = draw.normal(n_layer, 2, p, 8), draw.tokens(19, b, t)
         inputs = f"P {tuple(P.shape)}, ids {(b, t)}, {n_head} heads"
         right = _deep(model, P, ids)
-        got = call(deep_prompt, model, P, ids)
+        try:
+            got = call(deep_prompt, model, P, ids)
+        except Wrong as wrong:
+            missing = b > 1 and "Sizes of tensors must match" in str(wrong)
+            likely = f"\n  likely    expand keys and values to the {b} texts: (b, h, p, k)"
+            raise Wrong(f"{wrong}{likely * missing}") from None
         got = getattr(got, "logits", got)
         has_shape("the logits", got, tuple(right.shape), inputs)
         mistakes = {
@@ -352,8 +359,8 @@ def smallest_rank(smallest_rank, draw):
         ours, rank_1 = p * d + 3 * (d * d + d), layers * 8 * d
         rank = -(-ours // rank_1)
         mistakes = {
-            "rounded down: that rank trains fewer": ours // rank_1,
             "each linear layer of the MLP has a bias": -(-(p * d + 3 * d * d) // rank_1),
+            "rounded down: that rank trains fewer": ours // rank_1,
             "H is trained as well": -(-(ours - p * d) // rank_1),
             "there are four matrices in each layer": -(-ours // (layers * 2 * d)),
             "LoRA has A and B": -(-ours // (layers * 4 * d)),
