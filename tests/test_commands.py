@@ -243,7 +243,7 @@ def test_an_empty_value_is_refused_for_every_flag(monkeypatch, capfd, command):
         ("finetune --output o --shard", "--shard needs several processes"),
         ("finetune --output o --shard --resume", "--shard cannot be used with --resume"),
         ("finetune --output o --decay-to base", "must be one of zero, start, got 'base'"),
-        ("memory --methods lora,bitfit", "must be one of full-8, full, full-16, lora, qlora, got"),
+        ("memory --methods lora,bitfit", "must be one of full-8, full, full-16, lora, qlora"),
         ("sweep --learning-rates 1e-3,1e-2", "--learning-rates needs at least three"),
         ("sweep --learning-rates 1e-3,1e-2,0.01", "has an entry twice"),
         ("sweep --method full --sizes 4", "full has no size, got 4"),

@@ -2,14 +2,25 @@
 
 import statistics
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from conftest import tiny_config
 
 from minipeft import GPT, LoraConfig, PrefixTuningConfig, get_peft_model
-from minipeft.data import choosing, claims, experiments, real, results, sections, transfer
+from minipeft.data import (
+    choosing,
+    claims,
+    experiments,
+    real,
+    results,
+    sections,
+    tournament,
+    transfer,
+)
 from minipeft.data.experiments import Grid, Setting
+from minipeft.data.sections import paired, with_interval
 from minipeft.lab.tasks import Example
 
 CLAIMS = {claim["id"]: claim for claim in claims.load()}
@@ -482,3 +493,32 @@ def test_the_real_models_prompt_starts_from_its_vocabulary_and_its_lora_has_rank
     assert (prompt.prompt_tuning_init, prompt.num_virtual_tokens) == ("SAMPLE_VOCAB", 20)
     assert (lora.r, lora.lora_alpha, lora.target_modules) == (16, 32, "all-linear")
     assert real.recipe_of("lora").size == 16
+
+
+def test_no_successor_of_lora_wins_on_score_and_forgetting():
+    runs, found = tournament.finals(), tournament.grid_points()
+    assert all(len(rows) == 5 for rows in runs.values())
+    for decayed in (False, True):
+        score, forgetting = (tournament.verdicts(decayed, key) for key in ("score", "forgetting"))
+        assert not set(score["higher"]) & set(forgetting["lower"]) - {"full"}
+    plain, decayed = (tournament.verdicts(decay, "score") for decay in (False, True))
+    assert plain["lower"] == ["vera", "ia3"]
+    assert {"rslora", "lora_plus", "pissa", "dora"} < set(plain["neither"])
+    assert {"pissa", "dora"} < set(decayed["higher"])
+    assert {"pissa", "dora"} < set(tournament.verdicts(True, "forgetting")["higher"])
+    least = {m: pair[1] for m, pair in choosing.equal_score(found, 0.95).items() if pair[1]}
+    close = [least[m]["forgetting"] for m in ("lora", "rslora", "lora_plus", "dora")]
+    assert max(close) - min(close) < 0.03
+    told = CLAIMS["tournament"]["interval"]
+    for method, decay in (*product(("rslora", "dora", "vera", "ia3"), [False]), ("pissa", True)):
+        gap = paired(runs[method, decay], runs["lora", decay], "score")
+        assert with_interval(gap, "+.3f") in told
+
+
+def test_steps_to_a_score_are_counted_in_twenties():
+    row = {"scores": [0.1, 0.5, 0.92, 0.89, 0.95]}
+    assert tournament.steps_to(0.9, row) == 60
+    assert tournament.steps_to(0.96, row) is None
+    assert tournament.verdict([0.02, 0.03, 0.04], 4.3) == "better"
+    assert tournament.verdict([-0.02, 0.03, 0.04], 4.3) == "not shown"
+    assert tournament.verdict([-0.02, -0.03, -0.04], 4.3) == "worse"

@@ -1,0 +1,468 @@
+# %% [markdown]
+# # 11 · Better than LoRA?
+#
+# Your LoRA for a 7B model works, and it answers twenty customers. Then a colleague sends you a paper: the new method scores two points more than LoRA. Next week it is
+# another paper, and another method. Each would cost you a week to try. Six names come up again and again: rsLoRA, LoRA+, PiSSA, DoRA, VeRA and (IA)³.
+#
+# After this lesson you can
+# - say in one sentence what each of the six changes;
+# - write the core of each, and count what it trains;
+# - see why rsLoRA at one rank is LoRA with another α;
+# - compare methods so that nobody wins by the choice of settings;
+# - show how any of them "wins".
+#
+# **Time.** 25 minutes to read, 1 to run, 35 for the exercises. The measurements are for a GPT with 1 million parameters, on one task. [Glossary](README.md#glossary).
+
+# %%
+import inspect
+import math
+import statistics
+
+import matplotlib.pyplot as plt
+import torch
+from IPython.display import Markdown, display
+from torch import nn
+
+from minipeft import LoraConfig, add_lora, add_pissa
+from minipeft.data import choosing, tournament
+from minipeft.data.sections import paired, with_interval
+from minipeft.grader.lessons import check, claim, hint, solution, solved
+from minipeft.lab import DATA, report, tasks
+from minipeft.lab.base import load_base
+from minipeft.lab.finetune import finetune
+from minipeft.lab.recipes import RECIPES, RunConfig
+from minipeft.methods.dora import DoraLinear
+
+NAMES, COLORS, METHODS = report.NAMES, report.COLORS, list(tournament.METHODS)
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+base = load_base(DATA / "base" / "1m")
+task = tasks.load_task(base, "describe")
+
+# %% [markdown]
+# ## Before you start
+#
+# **1.** (Lesson 02) A layer has 128 inputs and 384 outputs. How many numbers does a LoRA of rank 8 train there?
+
+# %% tags=["exercise"]
+numbers = None
+
+# %% tags=["solution"]
+numbers = 8 * (128 + 384)  # r (in + out)
+
+# %% tags=["check"]
+check("11.numbers", numbers)
+
+# %% [markdown]
+# **2.** (Lesson 09) You raise the rank from 8 to 32. With r = 8 you had α = 16. Which α keeps the scaling α/r?
+
+# %% tags=["exercise"]
+alpha = None
+
+# %% tags=["solution"]
+alpha = 64
+
+# %% tags=["check"]
+check("11.alpha", alpha)
+
+# %% [markdown]
+# ## Six changes
+#
+# Orange is trained, grey is frozen. W is the weight of a layer, and A and B are LoRA's factors.
+
+# %%
+report.show(
+    report.successors_figure(),
+    "Seven small drawings: LoRA beside a frozen weight, and what each of the six other methods changes in this picture.",
+)
+
+# %% [markdown]
+# - **rsLoRA** multiplies B A by α/√r instead of α/r ([paper](https://arxiv.org/abs/2312.03732)).
+# - **LoRA+** gives B a higher learning rate than A ([paper](https://arxiv.org/abs/2402.12354)).
+# - **PiSSA** starts A and B at the largest singular directions of W ([paper](https://arxiv.org/abs/2404.02948)).
+# - **DoRA** trains the length of each row of the weight apart from its direction ([paper](https://arxiv.org/abs/2402.09353)).
+# - **VeRA** draws one random A and one random B for the whole model, and trains two vectors per layer ([paper](https://arxiv.org/abs/2310.11454)).
+# - **(IA)³** multiplies each output of a layer, or each input, by a trained number ([paper](https://arxiv.org/abs/2205.05638)).
+#
+# **Your guess:** all get the same grid of settings. Order the seven by their score on `describe`, best first. And why?
+
+# %%
+guess = None  # for example ["dora", "lora", "lora_plus", "pissa", "rslora", "vera", "ia3"]
+reason = ""
+
+# %% [markdown]
+# ## rsLoRA is another α
+#
+# With α/r, the update gets smaller as the rank grows. With α/√r it does not: this is what the paper shows for large ranks.
+#
+# **Exercise 1.** rsLoRA has r = 8 and α = 16. Which α gives plain LoRA of rank 8 the same scaling?
+
+# %% tags=["exercise"]
+same_scaling = None  # a number, or an expression
+
+# %% tags=["solution"]
+same_scaling = 8 * 16 / math.sqrt(8)  # α / 8 = 16 / √8
+
+# %% tags=["check"]
+check("11.rslora", same_scaling)
+
+
+# %% [markdown]
+# Let us see. Both train for ten steps with the same seed:
+
+# %%
+losses = {}
+for name, options in (
+    ("rsLoRA, α = 16", {"lora_alpha": 16, "use_rslora": True}),
+    ("LoRA with your α", {"lora_alpha": same_scaling or 8 * 16 / 8**0.5}),
+    ("LoRA, α = 16", {"lora_alpha": 16}),
+):
+    model = base.model().train()
+    torch.manual_seed(0)
+    add_lora(model, LoraConfig(r=8, target_modules="all-linear", **options))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.005)
+    losses[name] = []
+    for examples in (task.train[16 * i : 16 * i + 16] for i in range(10)):
+        loss = model(**tasks.collate(examples, base.end, model.device)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses[name].append(loss.item())
+    print(f"{name:18}", *(f"{loss:.3f}" for loss in losses[name]))
+first, second, third = losses.values()
+claim(max(abs(a - b) for a, b in zip(first, second, strict=True)) < 1e-3, "both are the same")
+claim(third[-1] > first[-1], "the smaller scaling learns more slowly at this learning rate")
+
+# %% [markdown]
+# At one rank, rsLoRA and LoRA are the same method with other settings. A paper that compares them at one rank, with one α and one learning rate, compares settings.
+#
+# ## LoRA+: two learning rates
+#
+# B starts at zero, so at first only B gets a gradient. In a wide layer, the paper argues, one rate is too low for B or too high for A. LoRA+ takes η for A and
+# λη for B, with λ = 16.
+#
+# **Exercise 2.** Write the parameter groups for an optimizer. `named` is a list of pairs (name, parameter). B's names contain `lora_B`. Return two
+# dictionaries with the keys `"params"` and `"lr"`: first all others, then B.
+
+
+# %% tags=["exercise"]
+def plus_groups(named, lr, ratio): ...  # return two dictionaries
+
+
+# %% tags=["solution"]
+def plus_groups(named, lr, ratio):
+    b = [p for name, p in named if "lora_B" in name]
+    others = [p for name, p in named if "lora_B" not in name]
+    return [{"params": others, "lr": lr}, {"params": b, "lr": ratio * lr}]
+
+
+# %% tags=["check"]
+check("11.plus_groups", plus_groups)
+
+# %% [markdown]
+# ## PiSSA: start where W is large
+#
+# The singular value decomposition (lesson 02) writes W as U S Vᵀ. PiSSA puts the r largest singular values into the factors:
+#
+# $$ A_0 = \sqrt{S_r / s}\; V_r^\top, \qquad B_0 = U_r \sqrt{S_r / s}, \qquad W_\text{res} = W - s\,B_0 A_0 $$
+#
+# $U_r$ and $V_r$ are the first r columns, and s is α/r. $W_\text{res}$ is frozen; A and B are trained from there. At the start the sum is W.
+#
+# **Exercise 3.** Write `pissa_start(w, r, s)`. It returns A₀ (r, in) and B₀ (out, r).
+
+
+# %% tags=["exercise"]
+def pissa_start(w, r, s): ...  # return A, B
+
+
+# %% tags=["solution"]
+def pissa_start(w, r, s):
+    u, sizes, vh = torch.linalg.svd(w, full_matrices=False)  # vh is Vᵀ
+    root = (sizes[:r] / s).sqrt()
+    return root[:, None] * vh[:r], u[:, :r] * root
+
+
+# %% tags=["check"]
+check("11.pissa_start", pissa_start)
+
+# %% [markdown]
+# peft writes $W_\text{res}$ into the model. Without its adapter, that model is no longer the base. minipeft keeps W, and subtracts s B₀ A₀ in the adapter.
+#
+# ## DoRA: lengths and directions
+#
+# DoRA takes the row lengths of W out, as a vector m. The LoRA acts on the rest, V = W + s B A, and each row of V is scaled to length 1:
+#
+# $$ W' = m \, \frac{V}{\lVert V \rVert} $$
+#
+# The length of each row is then its entry of m. At the start B is zero, and m holds the lengths of W's rows.
+#
+# **Exercise 4.** Write `dora_weight(w, m, a, b, s)`: the matrix W' (out, in). m has the shape (out,).
+
+
+# %% tags=["exercise"]
+def dora_weight(w, m, a, b, s): ...  # return W'
+
+
+# %% tags=["solution"]
+def dora_weight(w, m, a, b, s):
+    v = w + s * b @ a
+    return m[:, None] * v / v.norm(dim=1, keepdim=True)
+
+
+# %% tags=["check"]
+check("11.dora_weight", dora_weight)
+
+# %% [markdown]
+# Compare with minipeft. `directions()` is V. In training, ‖V‖ counts as a constant: no gradient flows through it, as in the paper.
+
+# %%
+print(inspect.getsource(DoraLinear.ratio))
+print(inspect.getsource(DoraLinear.merged))
+
+# %% [markdown]
+# ## VeRA and (IA)³: only vectors
+#
+# VeRA computes $y = W x + b \cdot B (d \cdot A x)$. A and B are random, frozen, and shared by all layers. Only the vectors d (r numbers) and b (one number per output) are
+# trained. (IA)³ has no matrices at all: $y = l \cdot W x$, with one trained number per output.
+#
+# **Exercise 5.** Again the layer with 128 inputs and 384 outputs. How many numbers does VeRA train there with r = 256? And (IA)³, on the outputs?
+
+# %% tags=["exercise"]
+vera_numbers = None
+ia3_numbers = None
+
+# %% tags=["solution"]
+vera_numbers = 256 + 384  # d and b
+ia3_numbers = 384
+
+# %% tags=["check"]
+check("11.vectors", vera_numbers, ia3_numbers)
+
+# %% [markdown]
+# ## The tournament
+#
+# Every method gets the same grid on the task `describe`: five learning rates, each twice the one before, and three strengths of weight decay towards the start (lesson 02).
+# Each setting is trained with three seeds, for 100 steps. LoRA and its kin have rank 8, and VeRA 256. (LoRA+ keeps λ = 16.) First the learning rate alone, without decay:
+
+# %%
+found = tournament.grid_points()
+plain = [point for point in found if not point["decay"]]
+figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharey=True, layout="constrained")
+for axis, method in zip(axes.flat, METHODS[2:], strict=True):
+    for name, color, width in (("lora", COLORS["frozen"], 1.5), (method, COLORS[method], 2.5)):
+        rows = sorted((p["learning_rate"], p["score"]) for p in plain if p["method"] == name)
+        axis.plot(*zip(*rows, strict=True), "o-", color=color, linewidth=width, label=NAMES[name])
+    axis.set(xscale="log", ylim=(0, 1.03), title=NAMES[method])
+    axis.legend(frameon=False, loc="lower center")
+for axis in axes[1]:
+    axis.set_xlabel("learning rate η (of A, for LoRA+)")
+for axis in axes[:, 0]:
+    axis.set_ylabel("slot accuracy")
+report.show(
+    figure,
+    "Slot accuracy by learning rate, one panel per method with LoRA in grey: the methods have their best rates at different places.",
+)
+
+# %% [markdown]
+# Each method has its own best rate. So at one common rate, some method always looks bad.
+#
+# **Exercise 6.** You want a new method to win. You tune it, and run LoRA at one rate only. `lora` is a dictionary from learning rate to LoRA's score, and `best` is the score of the tuned
+# method. Write `unfair(lora, best)`: it returns the rate at which LoRA looks worst, and the lead of the new method there.
+
+
+# %% tags=["exercise"]
+def unfair(lora, best): ...  # return the rate and the lead
+
+
+# %% tags=["solution"]
+def unfair(lora, best):
+    rate = min(lora, key=lora.get)
+    return rate, best - lora[rate]
+
+
+# %% tags=["check"]
+check("11.unfair", unfair)
+
+# %%
+tuned = {m: max(p["score"] for p in plain if p["method"] == m) for m in METHODS[1:]}
+rate = tournament.ONE_RATE  # a quarter of 0.01
+(lora,) = (p["score"] for p in plain if (p["method"], p["learning_rate"]) == ("lora", rate))
+lines = [
+    [NAMES[m], f"{tuned[m]:.2f}", f"{tuned[m] - lora:+.2f}", f"{tuned[m] - tuned['lora']:+.2f}"]
+    for m in METHODS[2:]
+]
+head = [
+    "method",
+    "its best score",
+    f"lead over LoRA at {rate:g}",
+    "lead over LoRA at its best rate",
+]
+display(Markdown(report.markdown_table(head, lines)))
+claim(sum(tuned[m] > lora for m in METHODS[2:]) >= 5, "against one low rate, at least five win")
+
+# %% [markdown]
+# Against LoRA at a rate four times too low, almost everybody wins. The last column is the fair one. (It still flatters all methods: each is shown at the best of five rates, on the examples that chose it.)
+#
+# ## Who wins, then?
+#
+# Now decay joins in. Each method gets the setting that forgets least among those with nearly its best score. For the same seed, all methods see the same examples in the same order. So we take
+# differences to LoRA seed by seed.
+#
+# **Exercise 7.** Write the verdict. It is `"better"` or `"worse"` if the 95 % interval of the mean difference excludes zero, and else `"not shown"`. For n differences, the
+# interval is the mean ± t · s / √n. Here s is the sample standard deviation, and t is given.
+
+
+# %% tags=["exercise"]
+def verdict(differences, t): ...  # "better", "worse" or "not shown"
+
+
+# %% tags=["solution"]
+def verdict(differences, t):
+    mean, n = statistics.mean(differences), len(differences)
+    half = t * statistics.stdev(differences) / math.sqrt(n)
+    return "better" if mean > half else "worse" if mean < -half else "not shown"
+
+
+# %% tags=["check"]
+check("11.verdict", verdict)
+if not solved("11.verdict"):  # until yours is right, the lesson uses its own
+    verdict = tournament.verdict
+
+# %%
+runs, measured_on = tournament.compared()
+n = len(runs["lora", True])
+t = report.T_95[n - 2]
+lines = []
+for method in METHODS:
+    line = [NAMES[method], f"{statistics.mean(r['score'] for r in runs[method, True]):.3f}"]
+    for key in ("score", "forgetting"):
+        gap = paired(runs[method, True], runs["lora", True], key)
+        word = "–" if method == "lora" else verdict(gap, t)
+        word = {"better": "higher", "worse": "lower"}.get(word, word)
+        line += ["–", "–"] if method == "lora" else [with_interval(gap, "+.3f"), word]
+    lines.append(line)
+head = ["method", "score", "minus LoRA", "verdict", "forgetting minus LoRA", "verdict"]
+display(Markdown(f"With the best decay, {measured_on}:\n\n{report.markdown_table(head, lines)}"))
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+for axis, key in zip(axes, ("score", "forgetting"), strict=True):
+    for row, method in enumerate(METHODS):
+        values = [run[key] for run in runs[method, True]]
+        axis.plot(values, [row] * n, "o", color=COLORS[method], alpha=0.5)
+        mean, half = statistics.mean(values), report.interval(values)
+        axis.errorbar(mean, row, xerr=half, fmt="k|", markersize=12, capsize=3)
+    axis.axvline(
+        statistics.mean(r[key] for r in runs["lora", True]), color=COLORS["frozen"], ls=":"
+    )
+    axis.set(xlabel={"score": "slot accuracy", "forgetting": "forgetting (nats per token)"}[key])
+    axis.set_yticks(range(len(METHODS)), [NAMES[m] for m in METHODS])
+axes[0].invert_yaxis()
+report.show(
+    figure,
+    "Score and forgetting of every run with decay, by method, with 95 % intervals; the dotted line is LoRA's mean.",
+)
+
+# %% [markdown]
+# Nobody wins on both sides. DoRA and PiSSA score a little higher than LoRA, and forget more. VeRA and (IA)³ train few numbers, and learn less. A higher score and more
+# forgetting can be one thing: a setting that changes the model more. So compare at equal scores:
+
+# %%
+display(Markdown(tournament.equal_table(found)))
+least = choosing.equal_score(found, 0.95)
+rivals = {m: least[m][1]["forgetting"] for m in ("lora", "rslora", "lora_plus", "dora")}
+claim(
+    max(rivals.values()) < min(rivals.values()) + 0.03, "these four forget about the same at 0.95"
+)
+claim(least["pissa"][1]["forgetting"] > 2 * rivals["lora"], "PiSSA forgets more than twice as much")
+claim(least["full"][1]["forgetting"] < min(rivals.values()), "full fine-tuning forgets less")
+
+# %% [markdown]
+# The table has the least forgetting at three scores, without decay → with it. In the middle column, LoRA, rsLoRA, LoRA+ and DoRA with decay forget about the same. In the last column LoRA falls behind. There it meets the
+# limit of our grid: three decays, one α. rsLoRA is LoRA with another α, and does well there: so first try another α. Our intervals come from five seeds, one small model and one task. Large models may differ; *Learning Rate Matters* found
+# the same there. <!-- claim: tournament -->
+#
+# ## Summary
+#
+# - The six change the scaling, the learning rates, the start, the parametrization, or the number of trained parameters of LoRA.
+# - rsLoRA at one rank is LoRA with another α.
+# - DoRA and PiSSA train as many numbers as LoRA, or hardly more. VeRA and (IA)³ train far fewer.
+# - Each method has its own best learning rate. A comparison at one rate compares settings.
+# - Give every method the same grid, choose on validation examples, and look at intervals of paired differences.
+#
+# **Do you remember?** Answer first, then open.
+#
+# <details><summary>1. A paper trains LoRA and rsLoRA at rank 64 with the same α and the same learning rate. rsLoRA is better. What did it compare?</summary>Two scalings of one method. LoRA with a larger α would have done the same.</details>
+#
+# <details><summary>2. Why does a PiSSA model without its adapter differ from the base in peft, and not in minipeft?</summary>peft writes W without its largest part into the model. minipeft leaves W as it is, and subtracts that part in the adapter.</details>
+#
+# <details><summary>3. A new method beats LoRA on average over five seeds, and the interval of the difference includes zero. What do you report?</summary>The difference and its interval: an advantage was not shown.</details>
+#
+# **To read:** [*Learning Rate Matters*](https://arxiv.org/abs/2602.04998) tunes the learning rates of LoRA and nine variants, and finds them about equal.
+#
+# # Going further
+#
+# ## What does a step cost?
+#
+# DoRA computes all of V in every step, and PiSSA has four factors. Here are the times of a training step, in multiples of LoRA's.
+
+# %% tags=["timing"]
+seconds = {}
+for _ in range(2):  # in turn, so that a busy moment hits all
+    for method in METHODS[1:]:
+        run = RunConfig(steps=8, learning_rate=1e-3, quiet=True, n_evaluations=1, n_generate=1)
+        found_seconds = finetune(base, task, RECIPES[method], run).seconds_per_step
+        seconds[method] = min(seconds.get(method, math.inf), found_seconds)
+for method, value in seconds.items():
+    print(f"{NAMES[method]:8} {value / seconds['lora']:.2f}")
+
+# %% [markdown]
+# ## What breaks it: a start that is not subtracted
+#
+# Somebody starts A and B like PiSSA, and forgets to take their product out of W. The largest part of each weight is then there twice.
+
+# %%
+model = base.model()
+layers = add_pissa(model, LoraConfig(init_lora_weights="pissa", target_modules="all-linear"))
+for layer in layers.values():
+    layer.start_B.zero_()  # now nothing is subtracted
+ids = base.held_out[:16]
+with torch.no_grad():
+    doubled, right = (
+        model(ids, labels=ids).loss.item(),
+        base.pretrained(ids, labels=ids).loss.item(),
+    )
+print(f"loss on pretraining text: {right:.2f}; with the largest part twice: {doubled:.2f}")
+claim(doubled > right + 1, "the model is damaged before any training")
+
+# %% [markdown]
+# ## Add a method yourself
+#
+# *LayerNorm tuning* ([paper](https://arxiv.org/abs/2312.11420)) trains only the scales and shifts of the LayerNorms.
+#
+# **Exercise 8.** Write `add_ln_tuning(model)`. It freezes the model except for its `nn.LayerNorm` modules, and returns their names.
+
+
+# %% tags=["exercise"]
+def add_ln_tuning(model): ...  # return a list of names
+
+
+# %% tags=["solution"]
+def add_ln_tuning(model):
+    model.requires_grad_(False)
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
+    for norm in norms.values():
+        norm.requires_grad_(True)
+    return list(norms)
+
+
+# %% tags=["check"]
+check("11.ln_tuning", add_ln_tuning)
+
+# %% [markdown]
+# To make it a method of minipeft, like the six of this lesson, four things are needed:
+# 1. **One file**, `minipeft/methods/ln_tuning.py`: a config, and a layer that holds `base_layer` and trains *changes* of its scale and shift, so that the base is
+#    not touched. [bitfit.py](../minipeft/methods/bitfit.py) does this for biases.
+# 2. **One line** in `METHODS` of [adapters.py](../minipeft/adapters.py).
+# 3. **One `Recipe`** in [recipes.py](../minipeft/lab/recipes.py). Then `minipeft finetune --method ln_tuning --learning-rate …` runs.
+# 4. **One test**: merging changes no logits, and the parameter count is the formula's. [tests/test_extending.py](../tests/test_extending.py) does all four steps
+#    with a method of its own. Copy it, and make it yours.
