@@ -214,9 +214,10 @@ EXPERIMENTS = {
         for rates in (PROMPT_METHODS, HIGHER_PROMPT_RATES)
     )),
     "sentiment": Grid(SENTIMENT, decays=(0.0, 0.02, 0.04), common={"task": "sentiment"}),
-    "tournament": Grid(  # with rows of "forgetting", copied
-        {m: WEIGHT_METHODS[m] for m in ("full", "lora")} | SUCCESSORS, (0.0, 0.04, 0.16)
-    ),
+    "tournament": Several((  # with rows of "forgetting", copied
+        Grid({m: WEIGHT_METHODS[m] for m in ("full", "lora")} | SUCCESSORS, (0.0, 0.04, 0.16)),
+        Grid({"full": (0.008,), "lora": (0.08,), "lora_plus": (0.02,)}, (0.0, 0.04, 0.16)),
+    )),
     "finals-tournament": Chosen(
         "tournament", tuple(range(5)), {"part": "test", "curve": True}, score=None
     ),
