@@ -26,13 +26,25 @@ def anchors(text: str) -> set[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_of_a_page_leads_somewhere(page):
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.S)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)[^)]*\)", text):
         if target.startswith("http"):
             continue
         file, _, anchor = target.partition("#")
         found = (ROOT / page).parent / file if file else ROOT / page
         assert found.exists(), target
         assert not anchor or anchor in anchors(found.read_text()), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_table_is_wider_than_a_page_of_a_code_host(page):
+    """There a page of text has 838 pixels. A column is at least as wide as its longest word."""
+    text = re.sub(r"<!--.*?-->", "", (ROOT / page).read_text(), flags=re.S)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        shown = re.sub(r"\]\([^)]*\)|[`*\[]", "", table)
+        cells = (re.split(r"(?<!\\)\|", line)[1:-1] for line in shown.splitlines())
+        words = [re.split(r"[\s/-]", " ".join(column)) for column in zip(*cells, strict=True)]
+        width = sum(27 + 8 * max(map(len, column)) for column in words)
+        assert width <= 838, (width, table[:80])
 
 
 def test_the_readme_is_short_and_its_first_screen_has_the_commands_and_the_lessons():
@@ -46,7 +58,7 @@ def test_the_readme_is_short_and_its_first_screen_has_the_commands_and_the_lesso
 def test_the_readme_counts_the_lines_of_each_file():
     table = README.split("## The methods")[1].split("\n## ")[0]
     rows = [line.split("|") for line in table.splitlines() if "methods/" in line]
-    assert len(rows) == 8
+    assert len(rows) == 13
     for row in rows:
         files = re.findall(r"\((minipeft/[^)]+)\)", row[2])
         counted = [len((ROOT / file).read_text().splitlines()) for file in files]
@@ -98,7 +110,7 @@ def test_everything_in_the_table_of_the_survey_exists():
     for line in lines:
         evidence = line.split("|")[3]
         assert evidence.strip()
-        for name in re.findall(r"`([^` ]+)`", line):
+        for name in re.findall(r"[`\"]([^`\" ]+)[`\"]", line):
             if name.startswith("test_"):
                 assert f"def {name}(" in tests, name
             elif "/" in name:
