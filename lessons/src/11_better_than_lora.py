@@ -250,9 +250,9 @@ figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharey=True, layout="constrain
 for axis, method in zip(axes.flat, METHODS[2:], strict=True):
     for name, color, width in (("lora", COLORS["frozen"], 1.5), (method, COLORS[method], 2.5)):
         rows = sorted((p["learning_rate"], p["score"]) for p in plain if p["method"] == name)
-        axis.plot(*zip(*rows, strict=True), "o-", color=color, linewidth=width, label=NAMES[name])
-    axis.set(xscale="log", ylim=(0, 1.03), title=NAMES[method])
-    axis.legend(frameon=False, loc="lower center")
+        axis.plot(*zip(*rows, strict=True), "o-", color=color, linewidth=width)
+    axis.set(xscale="log", xlim=(5e-4, 0.6), ylim=(0, 1.03), title=f"{NAMES[method]} (grey: LoRA)")
+    axis.set_xticks([0.001, 0.01, 0.1], ["0.001", "0.01", "0.1"])
 for axis in axes[1]:
     axis.set_xlabel("learning rate η (of A, for LoRA+)")
 for axis in axes[:, 0]:
