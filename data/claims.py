@@ -28,9 +28,9 @@ INTRODUCTION = """\
 Written by `python -m data.claims` from `claims.json`. A page that states a claim has its id in an
 HTML comment, which Markdown does not show. The column *seeds* is 0 where nothing is random, or
 nothing was run. The test checks that a page shows what was measured. Only the command measures it
-again. Claims from `compare`, `sweep` and `study` are the first edition's: the 3M base, three seeds,
-learning rates chosen on validation examples, no weight decay, and a test set of 200 examples that
-is not used any more."""
+again. Point at a test's file to see the test's name. Claims from `compare`, `sweep` and `study` are
+the first edition's: the 3M base, three seeds, learning rates chosen on validation examples, no
+weight decay, and a test set of 200 examples that is not used any more."""
 # A number with decimals, a share in percent, or a ratio: what a page must not state without a claim
 MEASURED = re.compile(
     r"(?<![\w./-])(?<!Python )[-+]?\d+(?:\.\d+(?![\w.])|(?:\.\d+)? (?:%|times\b))"
@@ -41,6 +41,16 @@ def load() -> list[dict]:
     return json.loads(FILE.read_text())
 
 
+def evidence(claim: dict) -> str:
+    """Where a claim stands, its command, and its test. The test's name, too long for a table, is
+    the title of a link to its file."""
+    found = [claim["where"], f"`{claim['command']}`" if claim["command"] else "–", "–"]
+    if claim["check"]:
+        file, _, name = claim["check"].partition("::")
+        found[2] = f'[{Path(file).name}](../{file} "{name}")'
+    return "; ".join(found)
+
+
 def page(claims: list[dict]) -> str:
     """CLAIMS.md."""
     parts = [
@@ -49,11 +59,11 @@ def page(claims: list[dict]) -> str:
     ]
     for verdict, meaning in VERDICTS.items():
         lines = [
-            [f"`{c['id']}`", c["claim"], c["where"], f"`{c['command']}`" if c["command"] else "–",
-             c["seeds"], c["interval"] or "–", f"`{c['check']}`" if c["check"] else "–"]
-            for c in claims if c["verdict"] == verdict
-        ]  # fmt: skip
-        head = ["id", "claim", "where", "command", "seeds", "interval or spread", "test"]
+            [f"`{c['id']}`", c["claim"], c["seeds"], c["interval"] or "–", evidence(c)]
+            for c in claims
+            if c["verdict"] == verdict
+        ]
+        head = ["id", "claim", "seeds", "interval or spread", "page; command; test"]
         parts += [f"## {verdict.capitalize()}: {meaning}", markdown_table(head, lines)]
     return "\n\n".join(parts) + "\n"
 

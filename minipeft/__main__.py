@@ -41,7 +41,8 @@ def work() -> None:
 
     if sys.stdout is None:
         raise OSError("standard output is closed")
-    sys.stdout.reconfigure(errors="backslashreplace")  # characters that a terminal does not have
+    # for characters that a terminal does not have
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore
     args = cli.parser().parse_args()
     from minipeft.lab.checkpoint import Interrupt  # imports torch, which takes seconds
 

@@ -39,6 +39,8 @@ class WeightAdapter(Adapter):
     `weight` (W') and `bias`, and, unless it is a bottleneck, `merge`, `unmerge` and
     `merge_into_base`."""
 
+    layers: dict[str, nn.Module]
+
     def __init__(self, model: nn.Module, config, layer_class: type[nn.Module]):
         self.config, self.layer_class = config, layer_class
         part = "bias" if config.peft_type == "BITFIT" else "weight"  # which is adapted
@@ -196,6 +198,7 @@ class AdaLoraAdapter(WeightAdapter):
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         if self.allocator is not None:
             a = self.allocator
+            found: dict
             for found in (a.importance, a.uncertainty, a.kept):
                 found |= {key: t.to(fn(t).device) for key, t in found.items()}  # never cast
 
@@ -280,7 +283,7 @@ def predicted_labels(model: nn.Module, labels: Tensor) -> Tensor:
 
 class Method(NamedTuple):
     config: type  # the config's class
-    adapter: type[Adapter]  # its family
+    adapter: type[WeightAdapter] | type[PromptAdapter]  # its family
     module: type[nn.Module]  # the class of its layers, or of its encoder
 
 
@@ -303,7 +306,7 @@ def make_adapter(model: nn.Module, config) -> Adapter:
     The adapter keeps the config and may write to it. Raises TypeError for anything but a method's
     config, ValueError if the model does not support the method.
     """
-    if not isinstance(config, tuple(method.config for method in METHODS.values())):
+    if not any(isinstance(config, method.config) for method in METHODS.values()):
         raise TypeError(f"{config!r} is not a config of a method: {', '.join(METHODS)}")
     if config.task_type not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
         raise ValueError(

@@ -77,7 +77,7 @@ def parse_json(text: str, kind: type, where: str, depth: int = 20, largest: int 
     if not isinstance(found, kind):
         wanted = "object" if kind is dict else "array"
         raise ValueError(f"{where} must be a JSON {wanted}, got {show(found)}")
-    level = [found]
+    level: list = [found]
     while level:  # one level of nesting after the other
         numbers = [value for value in level if type(value) in limits]
         if not all(abs(n) < limits[type(n)] for n in numbers):  # NaN is not below infinity

@@ -149,7 +149,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.name_or_path = None  # the folder or Hub name, set by from_pretrained
+        self.name_or_path: str | None = None  # the folder or Hub name, set by from_pretrained
         self.gradient_checkpointing = False
         self._require_grads_hook = None
         self.transformer = nn.ModuleDict(

@@ -13,7 +13,7 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class signature_of_base:
         signature = inspect.signature(model.base_model.forward)
         parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
         parameters += signature.parameters.values()
-        forward.__signature__ = signature.replace(parameters=parameters)
+        forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore
         return types.MethodType(forward, model)  # a method: accelerate wraps and unwraps it
 
 
@@ -447,7 +447,7 @@ class PeftModel(nn.Module):
             self.base_model.requires_grad_(False)
             self.active_adapter = adapter_name
 
-    def _mergeable_layers(self, safe_merge: bool = False) -> dict[str, nn.Module]:
+    def _mergeable_layers(self, safe_merge: bool = False) -> Mapping[str, nn.Module]:
         self._active.check_mergeable()
         if not self.is_attached:
             raise RuntimeError("the adapter is disabled: call this outside disable_adapter()")

@@ -1,3 +1,4 @@
+import signal
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from minipeft.lab import DATA
 from minipeft.lab.base import Base, load_base
 
 BASE = DATA / "base" / "1m"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a script's background
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -44,9 +44,9 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     add["export"].add_argument("folder", help="where to write it")
     add["export"].add_argument("file", nargs="*", help=f"from {', '.join(TASKS)}; or else all")
     for name in ("check", "export"):
-        needed = {"required": name == "export"}
-        add[name].add_argument("--secret", help="the teacher's secret", **needed)
-        add[name].add_argument("--student", help="the student's name or number", **needed)
+        required = name == "export"
+        add[name].add_argument("--secret", help="the teacher's secret", required=required)
+        add[name].add_argument("--student", help="the student's name or number", required=required)
 
 
 def run(args) -> None:

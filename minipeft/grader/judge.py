@@ -118,6 +118,7 @@ class Judge:
         """The hole that raised this NotImplementedError."""
         if isinstance(error, NotImplementedError):
             return next((n for n, h in self.holes.items() if h.equation in str(error)), None)
+        return None
 
     def result(self, name: str, check: Callable) -> dict:
         """Grade with the whole file, and then, for a piece, inside the reference."""

@@ -29,7 +29,7 @@ class Draw:
         """From low to high, both included."""
         return self.random.randint(low, high)
 
-    def normal(self, *shape: int) -> Tensor:
+    def normal(self, *shape: int | tuple) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
 
     def tokens(self, vocab_size: int, *shape: int) -> Tensor:
@@ -48,7 +48,7 @@ def with_case(text: str):
     try:
         yield
     except Exception as error:
-        error.case = text
+        error.case = text  # type: ignore
         raise
 
 
@@ -143,7 +143,7 @@ def unchanged(what: str, before: Tensor, after: Tensor) -> None:
     ensure(torch.equal(before, after), f"{what} has changed, and it must not")
 
 
-def factor_of(layer: nn.Module, name: str, shape: tuple[int, int]) -> Tensor:
+def factor_of(layer: nn.Module, name: str, shape: tuple[int, ...]) -> Tensor:
     """A trained matrix of a layer as a tensor (out, in): a Linear's weight or a Parameter."""
     value = getattr(layer, name, None)
     ensure(value is not None, f"the layer has no attribute {name}")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -34,7 +35,7 @@ class Base:
     held_out: Tensor | None  # windows (n, t) of held-out pretraining text
     template: str | None = None  # the chat template of the tokenizer
     special_tokens: dict[str, str] = field(default_factory=dict)  # bos_token, …: for the template
-    hf_tokenizer: object | None = None  # the tokenizer as transformers knows it
+    hf_tokenizer: Any = None  # the tokenizer as transformers knows it
     given_away: bool = False  # `model()` returns the pretrained model itself: for a single use
 
     @property

@@ -84,8 +84,8 @@ class Checkpoint:
             raise ValueError(f"{self.file} is a checkpoint of another run: {wrong}")
         found = read_tensors(self.file)
         steps = {name: int(tensor) for name, tensor in found.items() if name.endswith(".step")}
-        if wrong := [name for name in steps if steps[name] != step]:
-            raise ValueError(f"{self.file}: {wrong[0]} is {steps[wrong[0]]}, not {step}")
+        if other := [name for name in steps if steps[name] != step]:
+            raise ValueError(f"{self.file}: {other[0]} is {steps[other[0]]}, not {step}")
         try:
             torch.Generator().set_state(found["random.cpu"])
         except RuntimeError as error:

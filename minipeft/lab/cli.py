@@ -316,8 +316,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add_option(command, "--base", None, "a model's folder, or its name on the Hub: one more shape",
                metavar="FOLDER_OR_NAME")  # fmt: skip
-    methods = ("full-8", "full", "full-16", "lora", "qlora")  # 8, 12 and 16 bytes per parameter
-    methods += ("dora", "pissa", "vera", "ia3")
+    # the first three: with 8, 12 and 16 bytes per parameter
+    methods = ("full-8", "full", "full-16", "lora", "qlora", "dora", "pissa", "vera", "ia3")
     add_option(command, "--methods", None, f"a list from {', '.join(methods)}; without it, the "
                "first five",
                listed(Choice(methods).parse))  # fmt: skip

@@ -85,15 +85,14 @@ def in_spread(record: Record, others: list[Record], name="score", margin: float 
 
 
 NARROW = (  # columns for a terminal, next to the score
-    "method", "learning rate", "trainable", "s / step", "validation loss", "share of gap",
-    "forgetting",
+    "method", "learning rate", "trainable", "validation loss", "share of gap", "forgetting",
 )  # fmt: skip
 
 
 def table(records: list[Record], task: Task, wide: bool = True) -> str:
     """A Markdown table with one line per method; columns without any value are left out.
 
-    wide: all columns. Otherwise those eight that fit into a terminal.
+    wide: all columns. Otherwise those seven that fit into a terminal.
     """
     lines = [cells(name, row, records, task.metric) for name, row in rows(records).items()]
     used = [column for column in lines[0] if any(line[column] != "–" for line in lines)]

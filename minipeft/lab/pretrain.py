@@ -13,7 +13,7 @@ from minipeft.lab.tasks import shuffled
 from minipeft.lab.train import TrainingResult, pick_device, train
 
 # The shipped bases: no dropout, and a wider start than GPT-2's, which is small for a narrow model.
-SETTINGS = {
+SETTINGS: dict = {
     "initializer_range": 0.06, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
     "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip

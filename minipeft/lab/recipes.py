@@ -124,6 +124,9 @@ def common_recipe(method: str) -> Recipe:
 class Values:
     """What an option takes: values of a `kind` for which `fault` returns None."""
 
+    kind: Callable
+    fault: Callable
+
     def parse(self, text: str):
         """The value that a text means. Raises ValueError if it has a fault."""
         try:

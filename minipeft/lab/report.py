@@ -263,16 +263,17 @@ def successors_figure() -> Figure:
     }
     figure, axes = panels(9, 4.4, 2, 4)
     for axis, (name, caption) in zip(axes, captions.items(), strict=False):
-        boxes = {"W": (0, 2, 4, 4, grey)}  # x, y, width, height, color
+        boxes: dict = {"W": (0, 2, 4, 4, grey)}  # x, y, width, height, color
         if name != "(IA)³":
             boxes |= {"B": (5.4, 2, 1.1, 4, orange), "A": (6.8, 4.9, 4, 1.1, orange)}
             axis.text(4.7, 4, "+", ha="center", va="center")
-        boxes |= {
+        added: dict = {
             "DoRA": {"m": (-1.7, 2, 1, 4, orange)},
             "VeRA": {"b": (5.2, 2, 0.7, 4, orange), "B": (6, 2, 1.1, 4, grey),
                      "d": (7.4, 4.9, 0.7, 1.1, orange), "A": (8.2, 4.9, 3.4, 1.1, grey)},
             "(IA)³": {"l": (-1.7, 2, 1, 4, orange)},
-        }.get(name, {})  # fmt: skip
+        }  # fmt: skip
+        boxes |= added.get(name, {})
         for text, (x, y, width, height, color) in boxes.items():
             axis.add_patch(Rectangle((x, y), width, height, fc=color, ec="black", lw=0.8))
             axis.text(x + width / 2, y + height / 2, text, ha="center", va="center")

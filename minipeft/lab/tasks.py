@@ -13,7 +13,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ class Task:
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+    _: KW_ONLY
     fact: str | None = None  # a regular expression that finds (key, value) in a prompt
     phrasings: dict[str, list[str]] = field(default_factory=dict)  # per key: "… {v} …"
     split: str | None = None  # how test examples were split off, if they were
@@ -144,7 +145,7 @@ def _encoding():
 
 
 def fitting(
-    examples: list[Example], limit: int, file: str | Path
+    examples: list[Example], limit: float, file: str | Path
 ) -> tuple[list[Example], str | None]:
     """The examples of at most `limit` tokens, and what to say about the others.
 
@@ -170,7 +171,7 @@ def load_task(base: Base, name: str) -> Task:
     how = read_json(folder / "task.json")
     fact, parts = how.get("fact"), ("train", "validation", "test")
     examples = [load_jsonl(folder / f"{part}.jsonl", base, fact) for part in parts]
-    return Task(name, *examples, fact, how.get("phrasings", {}))
+    return Task(name, *examples, fact=fact, phrasings=how.get("phrasings", {}))
 
 
 def load_files(
@@ -184,7 +185,7 @@ def load_files(
     fitted = [fitting(examples, limit, file) for file, examples in named]
     parts = [examples for examples, _ in fitted]
     left_out = [said for _, said in fitted if said]
-    more = {"left_out": left_out, "own": True}
+    more: dict = {"left_out": left_out, "own": True}
     if test:
         return Task(Path(train).stem, *parts, **more)
     trained, held = parts

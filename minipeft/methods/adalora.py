@@ -302,7 +302,7 @@ if __name__ == "__main__":  # learn a goal that differs in the second layer, by 
     model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20))
     goal = copy.deepcopy(model).requires_grad_(False)
     goal[2].weight += 0.3 * torch.randn(20, 3) @ torch.randn(3, 20)
-    settings = {"init_r": 4, "target_r": 2, "tinit": 100, "tfinal": 100, "total_step": 500}
+    settings: dict = {"init_r": 4, "target_r": 2, "tinit": 100, "tfinal": 100, "total_step": 500}
     config = AdaLoraConfig(target_modules="all-linear", orth_reg_weight=0.1, **settings)
     layers = add_adalora(model, config)
     allocator = RankAllocator(layers, config)

@@ -206,7 +206,7 @@ def gradient_of_prompt(draw: Draw, case: Case) -> None:
     same("the gradient of x", x.grad, weights[:, case.p :], 1e-4, case=case.text)
 
 
-def padded(case: Case) -> list[Tensor]:
+def padded(case) -> list[Tensor]:
     """Masks without padding, with padding on the right, and on the left."""
     right = torch.ones(case.b, case.t, dtype=torch.long)
     right[-1, -1] = 0

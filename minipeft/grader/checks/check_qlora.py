@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from itertools import pairwise, product
 from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -154,12 +155,8 @@ def called(function: Callable, *arguments):
 
 @CHECKS.add("pieces", "levels")
 def levels(m: ModuleType, draw: Draw) -> None:
-    table = m.NF4_CODEBOOK
-    try:
-        m.NF4_CODEBOOK = torch.full((16,), torch.nan)
+    with patch.object(m, "NF4_CODEBOOK", torch.full((16,), torch.nan)):
         got = m.nf4_levels()
-    finally:
-        m.NF4_CODEBOOK = table
     if isinstance(got, Tensor) and got.shape == LEVELS.shape:
         like("nf4_levels()", got, LEVELS)
         ensure(not got.isnan().all(), "nf4_levels() must compute the levels: it returns the table")

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 
@@ -38,8 +38,8 @@ def prepare(level: str, given: dict | None) -> None:
 
 
 def first_difference(
-    what: str, cases: list[str], got: list, expected: list[float], guesses: dict[str, list[float]],
-    tolerance: float = 1e-5,
+    what: str, cases: Sequence[str], got: Sequence, expected: Sequence[float],
+    guesses: dict[str, list[float]], tolerance: float = 1e-5,
 ) -> None:  # fmt: skip
     """Raise Wrong at the first case with a wrong number. A guess must explain all cases."""
 

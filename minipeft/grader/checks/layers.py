@@ -60,7 +60,7 @@ class Case:
     """
 
     formula = ""  # of the number of trainable parameters
-    kinds = (False,)  # with (False, True), there are feed-forward layers, which differ
+    kinds: tuple = (False,)  # with (False, True), there are feed-forward layers, which differ
     dropout = 0.0
 
     def __init__(self, draw: Draw, size: tuple, conv1d: bool = False, feedforward: bool = False):
