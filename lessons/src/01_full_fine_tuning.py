@@ -275,7 +275,7 @@ check("01.gigabytes", gigabytes)
 # ## Fine-tune it
 #
 # A prompt has four *facts*, such as "near is Black Oven", and the *value* of this fact is "Black Oven". In a completion, the tokens of the values are *slot tokens*. All others are *template tokens*: "This is the story of" begins half of all completions.
-# Each fact has two phrasings. *Slot accuracy* is the share of facts that the generated text states in one of them, with the right value. To save time, it is measured on 32 of the validation examples here.
+# Each fact has two phrasings. *Slot accuracy* is the share of facts that the generated text states in one of its phrasings, with the right value. To save time, it is measured on 32 of the validation examples here.
 #
 # **Your guess:** after how many of 100 steps is the loss on template tokens a tenth of its value at the start? And the loss on slot tokens?
 
@@ -323,7 +323,7 @@ report.show(
 # ## Has it learned the task?
 #
 # A falling loss does not answer this. Suppose a model ignores all values in the prompt. What would it score? We train such a *blind* model: in each training prompt, the values are replaced by those of other examples, and the completion is kept. So
-# the values in the prompt do not tell those in the completion, and the model learns to ignore them.
+# the prompt's values say nothing about those in the completion, and the model learns to ignore them.
 
 
 # %%
@@ -582,7 +582,7 @@ if solved("01.chance"):
 
 # %% [markdown]
 # With four seeds each there are 70 splits. The observed split always counts, and so does the one with a and b exchanged. So the share is at least 2/70. Prefix tuning has this lowest share with both other methods: all of its scores are lower.
-# For full fine-tuning and LoRA, most splits have means at least as far apart. So their difference may well be chance.
+# For full fine-tuning and LoRA, most splits have means at least as far apart as ours. So their difference may well be chance.
 #
 # ## What breaks it: too few examples
 #

@@ -176,7 +176,7 @@ if not solved("06.mask"):  # until yours is right, the lesson uses minipeft's ma
 
 # %% [markdown]
 # **Exercise 3.** Write the equation for one head: `attend(q, k, v, K_P, V_P)` returns y, (t, w). Where `prefix_mask` is False, set
-# the score to −∞. (Adding booleans hides nothing.)
+# the score to −∞. (Adding True hides nothing.)
 
 
 # %% tags=["exercise"]

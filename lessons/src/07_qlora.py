@@ -242,7 +242,7 @@ claim(errors[1] < 1.01 * errors[0], "double quantization hardly adds to the erro
 # %% [markdown]
 # ## The answer to your guess
 #
-# We measure NF4 and int2. The other points are shipped. intN has evenly spaced levels, as many above zero as below, so one code
+# Here we measure NF4 and int2; the figure's other points were measured before. intN has evenly spaced levels, as many above zero as below, so one code
 # is unused: int4 has 15 levels, int2 three.
 
 
@@ -512,7 +512,7 @@ ahead = [values("int3", d, "score") > values("NF4", d, "score") for d in (0, 0.0
 claim(all(0.2 < a.float().mean() < 0.8 for a in ahead), "NF4 or int3: it changes from seed to seed")
 
 # %% [markdown]
-# On NF4, LoRA scores at most a little less than on float32, and forgets hardly more. On int3 we see no difference in the score, but LoRA
+# On NF4, LoRA scores about as on float32, and forgets a little more. On int3 we see no difference in the score, but LoRA
 # forgets more. Rounding alone explains only a part of this. Whether NF4 or int3 scores higher changes from seed to seed. <!-- claim: few-bits -->
 #
 # On int2, rounding destroyed most of what the base knew, and still LoRA learned most of the task. The base did not come back: on text like that
@@ -645,7 +645,7 @@ report.show(
 
 # %% [markdown]
 # In the same order, *no* request hits until all pages fit: each page is dropped before its next turn. If the order alternates,
-# a step begins with the pages that the last step ended with. In the first step no page is there yet, so the share stays below one. (There is no GPU here, but the requests are the same.)
+# a step begins with the pages that the last step ended with. In the first step no page is there yet, so the share stays below one. (There is no GPU here, but the optimizer asks for the same pages.)
 #
 # **bitsandbytes**, the library of the paper's authors, works differently. It has no pages of its own. It puts the optimizer state into CUDA *unified memory*, which CPU and GPU can both read, and the driver of the GPU moves
 # it between them. And it does so only for tensors of at least 100,000 elements. All others are kept on the GPU, as by any optimizer.

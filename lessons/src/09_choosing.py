@@ -444,7 +444,7 @@ claim(score["lora, r 64, α 16", 0.02] > 0.9, "α = 16, rank 64: the same rate w
 #
 # - At one learning rate for both, LoRA forgot less. With settings of its own, it forgot more.
 # - Compare fronts: the least forgetting at a required score, each method with its own search.
-# - Here, weight decay towards the start makes the forgetting of both many times smaller. In nats, their difference shrinks too.
+# - Here, weight decay towards the start makes LoRA and full fine-tuning forget many times less. In nats, their difference shrinks too.
 # - Choose on validation examples, and report on test examples, with intervals of paired differences.
 # - α acts much like the learning rate. Tune one of them.
 #
@@ -610,7 +610,7 @@ claim(2 / 3 < work < 0.75, "LoRA needs more than two thirds of the arithmetic")
 claim(kept > 0.95, "LoRA keeps nearly all activations")
 
 # %% [markdown]
-# *BitFit* trains only the biases. A step has three parts of about equal size: forward, back to the layers' inputs, and back to the weights. Freezing saves the third. LoRA's own matrices add a little. Prompt tuning makes the sequence
+# *BitFit* trains only the biases. A step has three parts of about equal size: forward, back to the layers' inputs, and back to the weights. Freezing saves the third part. LoRA's own matrices add a little. Prompt tuning makes the sequence
 # longer by 20 virtual tokens, and prefix tuning need not go back to the input of the first block. (`FlopCounterMode` does not see QLoRA's dequantizing.)
 #
 # The gradient of A needs the layer's input, as the gradient of W did, so LoRA keeps the same activations. BitFit, bottleneck adapters and the prompt methods need not keep the inputs of frozen layers. They keep what attention, LayerNorm and GELU need, and the activations of their own

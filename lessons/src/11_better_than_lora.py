@@ -1,15 +1,15 @@
 # %% [markdown]
 # # 11 · Better than LoRA?
 #
-# Your LoRA for a 7B model works, and it answers twenty customers. Then a colleague sends you a paper: the new method scores two points more than LoRA. Next week it is
-# another paper, and another method. Each would cost you a week to try. Six names come up again and again: rsLoRA, LoRA+, PiSSA, DoRA, VeRA and (IA)³.
+# Your LoRA for a 7B model works, and it answers twenty customers. Then a colleague sends you a paper: the new method scores two points more than LoRA. Next week there is
+# another paper. Each method would cost you a week. Six names come up again and again: rsLoRA, LoRA+, PiSSA, DoRA, VeRA and (IA)³.
 #
 # After this lesson you can
 # - say in one sentence what each of the six changes;
 # - write the core of each, and count what it trains;
 # - see why rsLoRA at one rank is LoRA with another α;
 # - compare methods so that nobody wins by the choice of settings;
-# - show how any of them "wins".
+# - show how a bad comparison makes a method win.
 #
 # **Time.** 25 minutes to read, 1 to run, 35 for the exercises. The measurements are for a GPT with 1 million parameters, on one task. [Glossary](README.md#glossary).
 
@@ -67,7 +67,7 @@ check("11.alpha", alpha)
 # %% [markdown]
 # ## Six changes
 #
-# Orange is trained, grey is frozen. W is the weight of a layer, and A and B are LoRA's factors.
+# Orange is trained, grey is frozen. W is a layer's weight, A and B are LoRA's factors.
 
 # %%
 report.show(
@@ -92,7 +92,7 @@ reason = ""
 # %% [markdown]
 # ## rsLoRA is another α
 #
-# With α/r, the update gets smaller as the rank grows. With α/√r it does not: this is what the paper shows for large ranks.
+# With α/r, the update gets smaller as the rank grows. With α/√r it does not.
 #
 # **Exercise 1.** rsLoRA has r = 8 and α = 16. Which α gives plain LoRA of rank 8 the same scaling?
 
@@ -107,7 +107,7 @@ check("11.rslora", same_scaling)
 
 
 # %% [markdown]
-# Let us see. Both train for ten steps with the same seed:
+# Both train for ten steps with the same seed:
 
 # %%
 losses = {}
@@ -212,7 +212,7 @@ def dora_weight(w, m, a, b, s):
 check("11.dora_weight", dora_weight)
 
 # %% [markdown]
-# Compare with minipeft. `directions()` is V. In training, ‖V‖ counts as a constant: no gradient flows through it, as in the paper.
+# Compare with minipeft. `directions()` is V. ‖V‖ counts as a constant: no gradient flows through it, as in the paper.
 
 # %%
 print(inspect.getsource(DoraLinear.ratio))
@@ -221,8 +221,8 @@ print(inspect.getsource(DoraLinear.merged))
 # %% [markdown]
 # ## VeRA and (IA)³: only vectors
 #
-# VeRA computes $y = W x + b \cdot B (d \cdot A x)$. A and B are random, frozen, and shared by all layers. Only the vectors d (r numbers) and b (one number per output) are
-# trained. (IA)³ has no matrices at all: $y = l \cdot W x$, with one trained number per output.
+# VeRA computes $y = W x + b \cdot B (d \cdot A x)$. (The dot multiplies entry by entry.) A and B are random, frozen, and shared by all layers. Only the vectors d (r numbers) and b (one number per output) are
+# trained. (IA)³ has no matrices: $y = l \cdot W x$, with one trained number per output.
 #
 # **Exercise 5.** Again the layer with 128 inputs and 384 outputs. How many numbers does VeRA train there with r = 256? And (IA)³, on the outputs?
 
@@ -240,8 +240,8 @@ check("11.vectors", vera_numbers, ia3_numbers)
 # %% [markdown]
 # ## The tournament
 #
-# Every method gets an equal grid on the task `describe`: five learning rates around a good one, each twice the one before (six where the best lay at an edge), and three strengths of weight decay towards the start (lesson 02).
-# Each setting is trained with three seeds, for 100 steps. LoRA and its kin have rank 8, and VeRA 256. (LoRA+ keeps λ = 16.) First the learning rate alone, without decay:
+# Every method gets an equal grid on the task `describe`: five learning rates around a good one, each twice the one before (six where the best was the first or last), and three strengths of weight decay towards the start (lesson 02).
+# Each setting is trained with three seeds, for 100 steps. LoRA and its kin have rank 8, and VeRA 256. First the learning rate alone, without decay:
 
 # %%
 found = tournament.grid_points()
@@ -300,12 +300,12 @@ display(Markdown(report.markdown_table(head, lines)))
 claim(sum(tuned[m] > lora for m in METHODS[2:]) >= 5, "against one low rate, at least five win")
 
 # %% [markdown]
-# Against LoRA at a low rate, almost everybody wins. The last column is the fair one. (It still flatters all methods: each is shown at the best of five rates, on the examples that chose it.)
+# Against LoRA at the lowest of its rates, almost everybody wins. The last column is the fair one. (It still flatters all methods: each is shown at its best rate, on the examples that chose it.)
 #
 # ## Who wins, then?
 #
-# Now decay joins in. Each method gets the setting that forgets least among those that score at most two hundredths below its best. For the same seed, all methods see the same examples in the same order. So we take
-# differences to LoRA seed by seed.
+# Now decay joins in. For each method, take its best validation score, and keep all settings at most two hundredths below it. Of these, take the one that forgets least. (So a small gap in the score can come from this rule.) It is trained with
+# new seeds. For the same seed, all methods see the same examples in the same order, so we subtract LoRA's result seed by seed.
 #
 # **Exercise 7.** Write the verdict. It is `"better"` or `"worse"` if the t interval of the mean difference excludes zero, and else `"not shown"`. For n differences, the
 # interval is the mean ± t · s / √n. Here s is the sample standard deviation, and t is given.
@@ -363,7 +363,7 @@ report.show(
 )
 
 # %% [markdown]
-# Full fine-tuning wins on both sides. Of the six, nobody does: DoRA and PiSSA score a little higher than LoRA, and forget more; VeRA and (IA)³ score lower, and forget more. (With seven comparisons, an interval that
+# Full fine-tuning wins on both sides. Of the six, nobody does: DoRA and PiSSA score a little higher than LoRA, and forget more; VeRA and (IA)³ score lower, and forget more. (With fourteen comparisons, an interval that
 # hardly excludes zero proves little.) A higher score and more forgetting can be one thing: a setting that changes the model more. So compare at equal scores:
 
 # %%
@@ -378,15 +378,15 @@ claim(least["full"][1]["forgetting"] < min(rivals.values()), "full fine-tuning f
 
 # %% [markdown]
 # Each entry is the least forgetting of all settings that reach the score: without decay → with it. A dash means that none does. (These are validation scores; VeRA reaches the first only without decay.) With decay, LoRA, rsLoRA, LoRA+ and DoRA
-# forget about the same in the middle column. In the last one LoRA falls behind. We did not tune α; rsLoRA, which is LoRA with another α, does well there. So first try another α.
+# forget about the same in the middle column. In the last one LoRA falls behind. We did not tune α; rsLoRA, which is LoRA with another α, does well there, as do LoRA+ and DoRA. So first try another α.
 #
-# Our intervals come from five seeds, one small model and one task. For large models, the paper *Learning Rate Matters* (lesson 09) reports much the same. <!-- claim: tournament -->
+# Our intervals come from five seeds, one small model and one task. For large models, the paper *Learning Rate Matters* (lesson 09) finds tuned variants about as good as LoRA. <!-- claim: tournament -->
 #
 # ## Summary
 #
 # - Five of the six change LoRA: its scaling, its learning rates, its start, or what is trained. (IA)³ has no matrices.
 # - rsLoRA at one rank is LoRA with another α.
-# - DoRA and PiSSA train as many numbers as LoRA, or hardly more. VeRA and (IA)³ train far fewer.
+# - VeRA and (IA)³ train far fewer numbers than LoRA.
 # - Each method has its own best learning rate. A comparison at one rate compares settings.
 # - Give every method the same grid, choose on validation examples, and look at intervals of paired differences.
 #
@@ -440,7 +440,7 @@ claim(doubled > right + 1, "the model is damaged before any training")
 #
 # *LayerNorm tuning* ([paper](https://arxiv.org/abs/2312.11420)) trains only the scales and shifts of the LayerNorms.
 #
-# **Exercise 8.** Write `add_ln_tuning(model)`. It freezes the model except for its `nn.LayerNorm` modules, and returns their names.
+# **Exercise 8.** Write `add_ln_tuning(model)`. It freezes the model except for its `nn.LayerNorm` modules, and returns the names of these modules.
 
 
 # %% tags=["exercise"]
