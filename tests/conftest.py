@@ -9,6 +9,7 @@ from minipeft.lab import DATA
 from minipeft.lab.base import Base, load_base
 
 BASE = DATA / "base" / "1m"
+torch.set_num_threads(1)  # on such small models, more threads only wait for each other
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a script's background
 
 

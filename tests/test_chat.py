@@ -131,6 +131,7 @@ def test_what_evaluate_and_generate_need(monkeypatch, capfd):
         assert message in refused(monkeypatch, capfd, *words.split(), status=2)
 
 
+@pytest.mark.slow
 def test_an_adapter_trained_on_chats_says_so_and_generate_warns(monkeypatch, capfd, tmp_path):
     file, out = write(tmp_path / "chat.jsonl", TALK), str(tmp_path / "out")
     words = f"finetune --base {SMALL} --train {file} --validation {file} --steps 1 --output {out}"

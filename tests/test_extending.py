@@ -114,6 +114,7 @@ def test_a_new_method_starts_as_the_base_trains_merges_saves_and_counts(gpt, ids
     assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(ids).logits, logits)
 
 
+@pytest.mark.slow
 def test_the_laboratory_trains_a_new_method(base, ssf):
     task = tasks.load_task(base, "describe")
     run = RunConfig(steps=4, learning_rate=0.05, quiet=True, n_generate=2, n_evaluations=1)
