@@ -112,7 +112,9 @@ def measure(setting: Setting) -> dict:
         began = time.perf_counter()
         try:
             batches = micro_batches(task, run, base.end, model.device)
-            row["training_loss"] = train(model, batches, run, recipe.optimizer).losses[-1]
+            groups = recipe.groups and recipe.groups(model, run.learning_rate)
+            training = train(model, batches, run, recipe.optimizer, groups=groups)
+            row["training_loss"] = training.losses[-1]
         except FloatingPointError:
             return row
         row["seconds"] = time.perf_counter() - began
