@@ -240,7 +240,7 @@ check("11.vectors", vera_numbers, ia3_numbers)
 # %% [markdown]
 # ## The tournament
 #
-# Every method gets an equal grid on the task `describe`: five learning rates around a good one, each twice the one before (six where the best was the first or last), and three strengths of weight decay towards the start (lesson 02).
+# Every method gets an equal grid on the task `describe`: five learning rates around a good one, each twice the one before (six where the chosen one was the last), and three strengths of weight decay towards the start (lesson 02).
 # Each setting is trained with three seeds, for 100 steps. LoRA and its kin have rank 8, and VeRA 256. First the learning rate alone, without decay:
 
 # %%
@@ -300,7 +300,7 @@ display(Markdown(report.markdown_table(head, lines)))
 claim(sum(tuned[m] > lora for m in METHODS[2:]) >= 5, "against one low rate, at least five win")
 
 # %% [markdown]
-# Against LoRA at the lowest of its rates, almost everybody wins. The last column is the fair one. (It still flatters all methods: each is shown at its best rate, on the examples that chose it.)
+# The table takes LoRA's lowest rate; at its highest, LoRA fails, as everybody would see. Almost all win. The last column is the fair one. (It still flatters all methods: each is shown at its best rate, on the examples that chose it.)
 #
 # ## Who wins, then?
 #
@@ -363,7 +363,7 @@ report.show(
 )
 
 # %% [markdown]
-# Full fine-tuning wins on both sides. Of the six, nobody does: DoRA and PiSSA score a little higher than LoRA, and forget more; VeRA and (IA)³ score lower, and forget more. (With fourteen comparisons, an interval that
+# Full fine-tuning beats LoRA on score and on forgetting. Of the six, nobody does: DoRA and PiSSA score a little higher than LoRA, and forget more; VeRA and (IA)³ score lower, and forget more. (With fourteen comparisons, an interval that
 # hardly excludes zero proves little.) A higher score and more forgetting can be one thing: a setting that changes the model more. So compare at equal scores:
 
 # %%
@@ -377,7 +377,7 @@ claim(least["pissa"][1]["forgetting"] > 2 * rivals["lora"], "PiSSA forgets more 
 claim(least["full"][1]["forgetting"] < min(rivals.values()), "full fine-tuning forgets less")
 
 # %% [markdown]
-# Each entry is the least forgetting of all settings that reach the score: without decay → with it. A dash means that none does. (These are validation scores; VeRA reaches the first only without decay.) With decay, LoRA, rsLoRA, LoRA+ and DoRA
+# Each entry is the least forgetting of all settings that reach the score on validation examples: without decay → with decay allowed. A dash means that none does. With decay, LoRA, rsLoRA, LoRA+ and DoRA
 # forget about the same in the middle column. In the last one LoRA falls behind. We did not tune α; rsLoRA, which is LoRA with another α, does well there, as do LoRA+ and DoRA. So first try another α.
 #
 # Our intervals come from five seeds, one small model and one task. For large models, the paper *Learning Rate Matters* (lesson 09) finds tuned variants about as good as LoRA. <!-- claim: tournament -->
