@@ -300,7 +300,7 @@ display(Markdown(report.markdown_table(head, lines)))
 claim(sum(tuned[m] > lora for m in METHODS[2:]) >= 5, "against one low rate, at least five win")
 
 # %% [markdown]
-# The table takes LoRA's lowest rate; at its highest, LoRA fails, as everybody would see. Almost all win. The last column is the fair one. (It still flatters all methods: each is shown at its best rate, on the examples that chose it.)
+# The table takes LoRA's lowest rate; at its highest, LoRA simply fails. Almost all win. The last column is the fair one. (It still flatters all methods: each is shown at its best rate, on the examples that chose it.)
 #
 # ## Who wins, then?
 #
