@@ -193,6 +193,10 @@ WIDER = {
     "full": around(0.002)[1:4], "lora": around(0.04)[1:4], "qlora": around(0.04)[1:4],
     "adalora": around(0.04)[1:4], "adalora, no penalty": around(0.08)[1:4],
 }  # fmt: skip
+HIGHEST = {  # the next rate of each method in the tournament
+    "full": 0.008, "lora": 0.08, "rslora": 0.04, "lora_plus": 0.02, "pissa": 0.02, "dora": 0.08,
+    "vera": 0.8, "ia3": 0.8,
+}  # fmt: skip
 LORA_RATES = around(0.01)[1:4]
 PLACES = dict.fromkeys(("lora", "lora, attention", "lora, mlp"), LORA_RATES)
 BITS = dict.fromkeys(("lora", "qlora", "lora, int3 base", "lora, int2 base"), (0.01,))
@@ -216,23 +220,34 @@ EXPERIMENTS = {
     "sentiment": Grid(SENTIMENT, decays=(0.0, 0.02, 0.04), common={"task": "sentiment"}),
     "tournament": Several((  # with rows of "forgetting", copied
         Grid({m: WEIGHT_METHODS[m] for m in ("full", "lora")} | SUCCESSORS, (0.0, 0.04, 0.16)),
-        Grid({"full": (0.008,), "lora": (0.08,), "lora_plus": (0.02,)}, (0.0, 0.04, 0.16)),
+        Grid({method: (rate,) for method, rate in HIGHEST.items()}, (0.0, 0.04, 0.16)),
+        Grid({m: (rate / 4, rate / 2, rate) for m, rate in HIGHEST.items()}, (0.32,)),
     )),
     "finals-tournament": Chosen(
         "tournament", tuple(range(5)), {"part": "test", "curve": True}, score=None
     ),
-    "tournament-ranks": Grid(
-        {
-            f"{method}, r {r}": rates
-            for method, rates in (SUCCESSORS | {"lora": around(0.01)}).items()
-            for r in ((1, 8, 32) if method == "vera" else (1, 32))
-            if method != "ia3"
-        },
-        (0.0, 0.04, 0.16),
+    "tournament-ranks": Several(tuple(
+        Grid(
+            {
+                f"{method}, r {r}": rates
+                for method, rates in (SUCCESSORS | {"lora": around(0.01)}).items()
+                for r in ((1, 8, 32) if method == "vera" else (1, 32))
+                if method != "ia3"
+            },
+            decays,
+        )
+        for decays in ((0.0,), (0.04, 0.16))
+    )),
+    "finals-tournament-ranks": Chosen(
+        "tournament-ranks", tuple(range(5)), {"part": "test"}, score=None
     ),
-    "tournament-sentiment": Grid(
-        {method: tuple(rate / 4 for rate in rates) for method, rates in SUCCESSORS.items()},
+    "tournament-sentiment": Grid(  # with rows of "sentiment", copied
+        {m: SENTIMENT[m] for m in ("full", "lora")}
+        | {method: tuple(rate / 4 for rate in rates) for method, rates in SUCCESSORS.items()},
         (0.0, 0.02, 0.04), common={"task": "sentiment"},
+    ),
+    "finals-tournament-sentiment": Chosen(
+        "tournament-sentiment", tuple(range(5)), {"part": "test"}, score=None
     ),
     "finals": Chosen("forgetting", tuple(range(10)), {"part": "test"}),
     "finals-sentiment": Chosen("sentiment", tuple(range(5)), {"part": "test"}),

@@ -150,9 +150,9 @@ check("07.quantize", quantize)
 # near ±1. *NF4* (4-bit normal float) takes *quantiles*. The quantile Φ⁻¹(p) is the value below which a share p of normally
 # distributed numbers (mean 0, variance 1) lies.
 #
-# For n positive levels, go from p_max down to ½ in n equal steps: n + 1 values of p. Drop ½, as Φ⁻¹(½) = 0
-# is a level already. (p_max is below one because Φ⁻¹(1) is infinite.) Make the negative levels in the same way (n is now their number), and change their sign. Then divide all by Φ⁻¹(p_max), so that they
-# lie between −1 and 1. NF4 has 7 negative levels, zero, and 8 positive ones.
+# To make n positive levels, start at a share p_max and go down to ½ in n equal steps. Leave out ½ itself: Φ⁻¹(½) = 0, and zero is a level of its own.
+# The levels are Φ⁻¹ of the n shares that are left. (p_max is below one because Φ⁻¹(1) is infinite.) Negative levels are made in the same way, with a minus sign. At the end, divide all levels by Φ⁻¹(p_max): they
+# then lie between −1 and 1. NF4 has 7 negative levels, zero, and 8 positive ones.
 #
 # **Exercise 3.** Write `make_levels(n_negative, n_positive, p_max)`. It returns all levels in a tensor, in ascending order.
 # `NormalDist().inv_cdf(p)` is Φ⁻¹(p), for a number p.
@@ -242,8 +242,7 @@ claim(errors[1] < 1.01 * errors[0], "double quantization hardly adds to the erro
 # %% [markdown]
 # ## The answer to your guess
 #
-# Here we measure NF4 and int2; the figure's other points were measured before. intN has evenly spaced levels, as many above zero as below, so one code
-# is unused: int4 has 15 levels, int2 three.
+# Here we measure NF4 and int2; the figure's other points were measured before. The formats int4, int3 and int2 have evenly spaced levels around zero: 15, 7 and 3 of them.
 
 
 # %%
@@ -309,8 +308,8 @@ report.show(figure, alt)
 #
 # ## A layer that stores codes
 #
-# The layer dequantizes W, multiplies by it, and drops it. But the backward pass needs W as well. If PyTorch
-# keeps W from the forward pass until then, in every layer, no memory is saved. So the backward pass must dequantize *again*.
+# The layer dequantizes W, multiplies by it, and drops it. But the backward pass needs W too. To keep W until then, in every layer,
+# would save no memory. So the backward pass dequantizes *again*.
 #
 # **Exercise 5.** In PyTorch, inputs and gradients are rows: y = x Wᵀ. Write this function. `q` holds the codes and absmax values of W, and `dequantize_nf4(q)` returns W, of the shape (out, in).
 # You may keep `q`, but nothing as large as W. `backward` returns two values: the gradient of x, and `None` for `q`.
@@ -470,8 +469,8 @@ def values(name, decay, key):
     return torch.tensor([r[key] for r in sorted(found, key=lambda r: r["seed"])])
 
 
-print("differences of runs with the same seed: their mean ± half of its 95 % interval")
-print("(in brackets: the difference in forgetting before training)")
+print("runs with the same seed: mean difference, with a 95 % interval as ±")
+print("in brackets: how much the rounded base has forgotten before training")
 for decay in (0, 0.04):
     for name in ("NF4", "int3", "int2"):
         text = f"{name} minus float32, {'with' if decay else 'no'} decay:"
@@ -594,10 +593,14 @@ for code in bits.CODES:
 # %% [markdown]
 # ## Paged optimizers
 #
-# AdamW keeps two numbers per trained parameter. A *paged* optimizer keeps them in CPU memory, cut into *pages* of equal size. It copies a page to the GPU when it is needed. If a page is there already, that is a *hit*. When the GPU memory set aside for pages is full, the page that was used least recently goes back. So a moment that needs much memory, like a batch of long texts, does not stop the training. It costs time for copies, and changes no number:
-# our `PagedAdamW` gives exactly the weights of torch's AdamW.
+# AdamW keeps two numbers per trained parameter. A batch of long texts may need the GPU memory that they take, and then training stops with an error. A *paged* optimizer keeps the two numbers in CPU memory instead, cut into *pages* of equal size. Only a part of the pages fits on the GPU:
 #
-# Each step needs each page once. **Guess:** half of the pages fit. If all steps visit the pages in the same order, what share of
+# - To update a parameter, the optimizer needs its page on the GPU. If the page is there already, that is a *hit*. If not, it is copied.
+# - When there is no room for another page, the one that was used least recently goes back to the CPU.
+#
+# The copies cost time, but they change no number: our `PagedAdamW` gives exactly the weights of torch's AdamW.
+#
+# Every training step needs every page once. **Guess:** half of the pages fit. If all steps visit the pages in the same order, what share of
 # the requests are hits?
 
 # %%
@@ -647,8 +650,8 @@ report.show(
 # In the same order, *no* request hits until all pages fit: each page is dropped before its next turn. If the order alternates,
 # a step begins with the pages that the last step ended with. In the first step no page is there yet, so the share stays below one. (There is no GPU here, but the optimizer asks for the same pages.)
 #
-# **bitsandbytes**, the library of the paper's authors, works differently. It has no pages of its own. It puts the optimizer state into CUDA *unified memory*, which CPU and GPU can both read, and the driver of the GPU moves
-# it between them. And it does so only for tensors of at least 100,000 elements. All others are kept on the GPU, as by any optimizer.
+# **bitsandbytes**, the library of the paper's authors, leaves the work to CUDA's *unified memory*. CPU and GPU can both read this memory, and the GPU's driver moves its pages between them when they are needed.
+# bitsandbytes puts the optimizer state of a tensor there if the tensor has at least 100,000 elements. The state of smaller tensors stays on the GPU.
 #
 # **Exercise 8.** The linear layers of Llama-2-7B have sides of 4,096 and 11,008. A and B are separate tensors. What is the smallest rank at which bitsandbytes
 # pages any tensor of a LoRA adapter?
@@ -800,5 +803,5 @@ claim(left < live["int2"], "the correction helps")
 claim(mean(squares) < 1.5 * mean(noise), "the error lies in almost all directions")
 
 # %% [markdown]
-# The error of rounding is almost as spread out as a random matrix, and rank 8 corrects only a small part. No other A and B of rank 8 correct more of the squared error.
+# Rank 8 corrects only a small part of the rounding error, hardly more than it would correct of a random matrix. And no other A and B of rank 8 correct more of the squared error.
 # So the LoRA that learned the task on int2 *cannot* have repaired the weights.

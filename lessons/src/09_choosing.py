@@ -6,7 +6,7 @@
 # You have to pick one method, and to defend your choice.
 #
 # Start from this result: [*Learning Rate Matters*](https://arxiv.org/abs/2602.04998) (2026) tuned the learning
-# rate of LoRA and of nine variants. With its own best rate, each scored about the same. So tune plain LoRA first. This lesson shows how to find out whether you need more.
+# rate of LoRA and of nine variants. With its own best rate, each scored about the same. So tune plain LoRA first. Do you need more?
 #
 # After this lesson you can
 # - compare two methods so that the settings do not decide;
@@ -15,8 +15,8 @@
 # - explain what α does;
 # - find out why a run does not learn.
 #
-# **Time.** 25 minutes to read, 3 to run, 25 for the exercises. "Going further" takes another 50. All our results are for a GPT with 1 million parameters, on
-# one task, after 100 steps. Unknown words are in the [glossary](README.md#glossary).
+# **Time.** 25 minutes to read, 3 to run, 25 for the exercises. "Going further" takes another 50. Our results are for a GPT with 1 million parameters,
+# one task and 100 steps. [Glossary](README.md#glossary).
 
 # %%
 import math
@@ -186,7 +186,7 @@ check("09.best_rate", best_rate)
 # $$ \min_{\eta,\, \lambda}\ \text{forgetting}(\eta, \lambda) \quad \text{such that} \quad \text{score}(\eta, \lambda) \ge s $$
 #
 # Each setting is a point (score, forgetting). A different point *beats* it if it is at least as good in both numbers. The points that no other point beats are
-# the *front* of the method. For every s that some setting reaches, one point is the answer.
+# the *front* of the method. Whatever score s you ask for, the best setting lies on the front.
 #
 # **Exercise 2.** Write `front(points)`. It gets a list of pairs (score, forgetting), and returns those that no other pair beats, in any order. High scores and low
 # forgetting are good.
@@ -266,7 +266,7 @@ claim(all(b["forgetting"] < a["forgetting"] / 1.5 for a, b in both), "decay move
 # Up and to the left is better. Weight decay moves the fronts of LoRA and full fine-tuning far to the left. With decay, all three lie close together, and full fine-tuning
 # forgets least. AdaLoRA needs decay least: its penalty (lesson 03) is a regularizer too. Without the penalty, it forgets about as much as LoRA ([RESULTS.md](../data/RESULTS.md)). <!-- claim: decay-decides -->
 #
-# We tried few rates, so the printed scores are not exactly equal. This may explain a part of the differences in forgetting.
+# The printed scores are not exactly equal, which may explain a part of the differences in forgetting.
 #
 # ## Choose on validation, report on test
 #
@@ -313,8 +313,8 @@ check("09.differs", differs)
 # %% [markdown]
 # ## A decision table
 #
-# The table chooses on *validation* examples (three seeds), and measures scores on *test* examples and forgetting on new text, with ten new seeds. The bar is a
-# score of 90 %. For *high score*, take the settings whose score is at most two hundredths below the method's best. The one that forgets least enters.
+# The table compares full fine-tuning, LoRA, QLoRA, AdaLoRA (with and without its penalty), BitFit (only biases) and bottleneck adapters. Settings are chosen on *validation* examples (three seeds). Scores are from *test* examples, and forgetting from new text (ten new seeds). The bar is a
+# score of 90 %. For *high score*, we look at each method's settings within two hundredths of its best score. We take the one that forgets least.
 
 # %%
 tried = [sum(point["method"] == method for point in points) for method in least]
@@ -367,17 +367,17 @@ small = verdicts["small file at score 0.9"]
 claim(small == "choice not sure, runner-up passes", "only the runner-up surely passes the bar")
 
 # %% [markdown]
-# *Level*: the interval of the difference contains zero. Then take the one easier to use. By score, nothing here clearly beats plain LoRA. *Not sure*: the interval of a score is not wholly above the bar.
+# *Level*: the interval of the difference contains zero. Then take the one easier to use. By score, nothing here clearly beats plain LoRA. *Not sure*: a score's interval is not wholly above the bar.
 #
 # *Bottleneck adapters* are small networks after the layers. They have the smallest file of these, but may miss the bar. QLoRA's file is larger, and it passes. (*Memory*: weights, gradients, optimizer states.) (Prompt methods
-# scored far less: lessons 04 to 06.)
+# scored far less.)
 #
 # ## What does α do?
 #
-# The *scaling* α/r multiplies the update. It acts much like the learning rate, so the LoRA paper tunes the rate only. With α = 2 r, the scaling is 2 for every rank. The variant
-# [rsLoRA](https://arxiv.org/abs/2312.03732) divides by √r, so that large ranks are scaled down less.
+# LoRA multiplies its update by the *scaling* α/r. A larger α acts much like a larger rate, so the LoRA paper tunes only that. People often set α = 2 r: then the scaling is 2 at every rank. The variant
+# [rsLoRA](https://arxiv.org/abs/2312.03732) has the scaling α/√r, which shrinks more slowly as r grows.
 #
-# **Exercise 5.** You found good settings with r = 8 and α = 16. Now r is 32. Which α keeps LoRA's scaling α/r? And had you used rsLoRA, which α keeps its α/√r?
+# **Exercise 5.** You found good settings with r = 8 and α = 16. Now r is 32. Which α keeps LoRA's scaling α/r the same? And with rsLoRA, which α keeps α/√r the same?
 
 # %% tags=["exercise"]
 alpha_lora = None
@@ -442,9 +442,9 @@ claim(score["lora, r 64, α 16", 0.02] > 0.9, "α = 16, rank 64: the same rate w
 #
 # ## Summary
 #
-# - At one learning rate for both, LoRA forgot less. With settings of its own, it forgot more.
+# - Both blogs can be right. At one learning rate for both, LoRA forgot less; with settings of its own, more.
 # - Compare fronts: the least forgetting at a required score, each method with its own search.
-# - Here, weight decay towards the start makes LoRA and full fine-tuning forget many times less. In nats, their difference shrinks too.
+# - Weight decay towards the start makes LoRA and full fine-tuning forget many times less.
 # - Choose on validation examples, and report on test examples, with intervals of paired differences.
 # - α acts much like the learning rate. Tune one of them.
 #
@@ -496,9 +496,10 @@ print("our learning rates:", rates)
 #
 # ## What is in the weights: intruder dimensions
 #
-# Lesson 02 took a matrix apart into simple ones, each with a singular value, an input direction and an output direction (a *singular value decomposition*). The output directions are called left singular vectors. Most of those of a trained weight W' are
-# close to some direction that W already had. [Shuttleworth et al.](https://arxiv.org/abs/2410.21228) call a direction of W' an *intruder dimension* if its cosine with *every* left singular vector of W is small. We
-# look at the ten strongest directions of each layer, and call a cosine below c = ⅗ small:
+# Lesson 02 took a matrix apart with a *singular value decomposition*: into simple matrices, each with a strength (its singular value), an input direction and an output direction (its left singular vector). In this section *direction* means output direction.
+#
+# W is a pretrained weight, and W' the same weight after training. Most directions of W' are close to some direction of W. [Shuttleworth et al.](https://arxiv.org/abs/2410.21228) call a direction of W' an *intruder dimension* if it is close to none: its cosine with *every* direction of W is small. We
+# look at the ten strongest directions u'ᵢ of each layer, and call a cosine below c = ⅗ small. The uⱼ are the directions of W:
 #
 # $$ u'_i \text{ is an intruder} \iff \max_j |u_j^\top u'_i| < c, \qquad i \le 10 $$
 #
@@ -520,8 +521,8 @@ def intruders(before, after, k, below):
 check("09.intruders", intruders)
 
 # %% [markdown]
-# The left figure shows one layer of two runs of the first section: full fine-tuning at 10⁻³, and LoRA at 10⁻². For the right figure we *edited* LoRA models after training (stored runs, three seeds): in every layer of W', the singular values
-# of the intruders were halved. As a control, the same was done to as many others of these ten directions. **Guess first:** which of the two edits lowers forgetting?
+# The left figure shows one layer of two runs of the first section: full fine-tuning at 10⁻³, and LoRA at 10⁻². For the right figure, we *edited* LoRA models after training (stored runs, three seeds). One edit halves the singular values of the intruders in every layer. The other edit is a control: it halves
+# as many of the ten directions that are no intruders. **Guess first:** which edit lowers forgetting?
 
 # %%
 name, cosines = "transformer.h.1.attn.c_proj", {}
