@@ -117,7 +117,7 @@ def test_the_comparison_table_has_names_spreads_and_no_empty_columns():
         forgetting={"base": 1.0, "start": 1.0, "on": 2.0},
     )  # fmt: skip
     assert compare.table(found, TOY).splitlines() == [
-        "| method | learning rate | trainable | weights, kB | disk, kB | s / step "
+        "| method | lr | trainable | weights, kB | disk, kB | s / step "
         "| validation loss | exact match | share of gap | forgetting at step 0 | forgetting "
         "| adapter off |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

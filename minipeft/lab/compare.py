@@ -85,14 +85,14 @@ def in_spread(record: Record, others: list[Record], name="score", margin: float 
 
 
 NARROW = (  # columns for a terminal, next to the score
-    "method", "learning rate", "trainable", "validation loss", "share of gap", "forgetting",
+    "method", "lr", "trainable", "s / step", "validation loss", "share of gap", "forgetting",
 )  # fmt: skip
 
 
 def table(records: list[Record], task: Task, wide: bool = True) -> str:
     """A Markdown table with one line per method; columns without any value are left out.
 
-    wide: all columns. Otherwise those seven that fit into a terminal.
+    wide: all columns. Otherwise those eight that fit into a terminal.
     """
     lines = [cells(name, row, records, task.metric) for name, row in rows(records).items()]
     used = [column for column in lines[0] if any(line[column] != "–" for line in lines)]
@@ -119,7 +119,7 @@ def cells(name: str, row: list[Record], records: list[Record], metric: str) -> d
 
     return {
         "method": report.name_of(name),
-        "learning rate": average("learning_rate", "g"),
+        "lr": average("learning_rate", "g"),
         "trainable": average("trainable", ",.0f"),
         "weights, kB": kilobytes(row[0].weight_bytes),
         "disk, kB": kilobytes(row[0].disk_bytes),
