@@ -107,7 +107,7 @@ COMMON = {
     "full": (2e-5, None), "lora": (2e-4, 16), "qlora": (2e-4, 16), "adalora": (1e-3, 8),
     "prompt_tuning": (3e-2, 20), "p_tuning": (1e-3, 20), "prefix_tuning": (1e-2, 20),
     "bitfit": (1e-3, None), "bottleneck": (3e-4, 64), "rslora": (1e-4, 16),
-    "lora_plus": (5e-5, 16), "pissa": (2e-5, 16), "dora": (2e-4, 16), "vera": (4e-3, 256),
+    "lora_plus": (5e-5, 16), "pissa": (2e-5, 16), "dora": (2e-4, 16), "vera": (1e-3, 256),
     "ia3": (3e-3, None),
 }  # fmt: skip
 COMMON_WARMUP = 0.03  # of the steps
