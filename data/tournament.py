@@ -14,9 +14,9 @@ ONE_RATE = 0.0025  # LoRA's in the unfair comparison: a quarter of its best
 ENOUGH = 0.9  # the score that the curves are asked for
 
 
-def grid_points() -> list[dict]:
+def grid_points(name: str = "tournament") -> list[dict]:
     """The mean of each setting whose seeds have all been run."""
-    return [p for p in points(load("tournament")) if p["seeds"] == len(TRIALS)]
+    return [p for p in points(load(name)) if p["seeds"] == len(TRIALS)]
 
 
 def sensitivity(found: list[dict], method: str, slack: float = 0.05) -> tuple[int, int]:
@@ -63,9 +63,9 @@ def grid_table(found: list[dict]) -> str:
     return report.markdown_table(head, lines)
 
 
-def at_points(rows: list[dict]) -> dict[tuple[str, bool], list[dict]]:
+def at_points(rows: list[dict], name: str = "tournament") -> dict[tuple[str, bool], list[dict]]:
     """The runs with each method's chosen settings, without decay and with any."""
-    found = grid_points()
+    found = grid_points(name)
     return {
         (point["method"], decayed): at(rows, point)
         for decayed in (False, True)
@@ -73,8 +73,8 @@ def at_points(rows: list[dict]) -> dict[tuple[str, bool], list[dict]]:
     }
 
 
-def finals() -> dict[tuple[str, bool], list[dict]]:
-    return at_points(load("finals-tournament"))
+def finals(name: str = "tournament") -> dict[tuple[str, bool], list[dict]]:
+    return at_points(load(f"finals-{name}"), name)
 
 
 def compared() -> tuple[dict[tuple[str, bool], list[dict]], str]:
@@ -92,9 +92,9 @@ def verdict(differences: list[float], t: float) -> str:
     return "better" if mean > half else "worse" if mean < -half else "not shown"
 
 
-def finals_table() -> str:
+def finals_table(name: str = "tournament") -> str:
     """The operating points on test examples, minus LoRA, paired by seed."""
-    runs, lines = finals(), []
+    runs, lines = finals(name), []
     for (method, decayed), mine in runs.items():
         lora = runs["lora", decayed]
         gaps = [
@@ -161,6 +161,40 @@ def steps_table() -> str:
     return report.markdown_table(["method", f"steps to a score of {ENOUGH}, by seed"], lines)
 
 
+def on_sentiment() -> str:
+    """Empty as long as runs are missing."""
+    if missing("tournament-sentiment") or missing("finals-tournament-sentiment"):
+        return ""
+    return f"""
+The same on `sentiment`, with rates four times lower and decays of 0.02 and 0.04. The finals:
+
+{finals_table("tournament-sentiment")}
+"""
+
+
+def rank_table() -> str:
+    """The operating points without decay on validation examples, at several ranks."""
+    found = grid_points("tournament-ranks")
+    plain = {point["method"]: point for point in operating_points(found, False)}
+    plain |= {
+        f"{p['method']}, r 8": p
+        for p in operating_points(grid_points(), False)
+        if p["method"] not in ("full", "vera", "ia3")
+    }
+    lines = []
+    for method in ("lora", *SUCCESSORS[:-1]):
+        for r in (1, 8, 32):
+            point = plain[f"{method}, r {r}"]
+            near, tried = sensitivity(found if r != 8 or method == "vera" else grid_points(),
+                                      point["method"])  # fmt: skip
+            lines.append([
+                report.NAMES[method], str(r), f"{point['learning_rate']:g}", *shown(point),
+                f"{near} of {tried}",
+            ])  # fmt: skip
+    head = ["method", "r", "η, no decay", "score", "forgets", "rates within 0.05 of the best"]
+    return report.markdown_table(head, lines)
+
+
 def section() -> str:
     """Empty as long as runs are missing."""
     if missing("tournament") or missing("finals-tournament"):
@@ -197,11 +231,11 @@ is the least forgetting at equal scores, without decay → with decay allowed (v
 {equal_table(found)}
 
 At a score of 0.95, LoRA, rsLoRA, LoRA+ and DoRA with decay forget about the same. At 0.97, LoRA
-forgets more than these three, on a grid of three decays. Without decay, rsLoRA forgets less than
+forgets more than these three, on this grid. Without decay, rsLoRA forgets less than
 LoRA, and we see no difference in the score. At one rank, rsLoRA is LoRA with another α: so a
 larger α than 16 may suit LoRA here. We did not tune α. This is one small model, one task, one rank
 and 100 steps.
 
 {steps_table()}
 <!-- claim: tournament -->
-"""
+{on_sentiment()}"""

@@ -240,7 +240,7 @@ check("11.vectors", vera_numbers, ia3_numbers)
 # %% [markdown]
 # ## The tournament
 #
-# Every method gets an equal grid on the task `describe`: five learning rates around a good one, each twice the one before (six where the chosen one was the last), and three strengths of weight decay towards the start (lesson 02).
+# Every method gets an equal grid on the task `describe`: six learning rates, each twice the one before, without weight decay and with three strengths of decay towards the start (lesson 02; the strongest for the three highest rates only).
 # Each setting is trained with three seeds, for 100 steps. LoRA and its kin have rank 8, and VeRA 256. First the learning rate alone, without decay:
 
 # %%
