@@ -515,6 +515,13 @@ def test_no_successor_of_lora_wins_on_score_and_forgetting():
         assert with_interval(gap, "+.3f") in told
 
 
+def test_sentiment_is_too_easy_to_rank_the_successors_of_lora():
+    runs = [run for rows in tournament.finals("tournament-sentiment").values() for run in rows]
+    assert len(runs) == 2 * 8 * 5
+    assert min(run["score"] for run in runs) > 0.99
+    assert max(run["forgetting"] for run in runs) < 0.05
+
+
 def test_steps_to_a_score_are_counted_in_twenties():
     row = {"scores": [0.1, 0.5, 0.92, 0.89, 0.95]}
     assert tournament.steps_to(0.9, row) == 60
