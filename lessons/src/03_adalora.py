@@ -144,12 +144,12 @@ check("03.stays", only_e_zero, all_zero)
 
 # %% [markdown]
 # So a pruned triplet can come back: the next step makes e nonzero, then AdaLoRA scores all again. With p and q at zero, it could not.
-# After the last pruning, AdaLoRA sets e to zero after every step.
+# After the last pruning, AdaLoRA sets the e of all pruned triplets to zero after every step.
 #
 # ## Importance
 #
 # Should the triplets with the smallest |e| go? AdaLoRA asks instead how much the *loss* depends on them. The *sensitivity* of a weight w (an entry of P, Λ or Q) with gradient g is
-# I = |w · g|: its distance from zero, times the slope. It estimates how much the loss would change if w became zero. (In training, g includes a penalty, and w is already updated.) In this example, size would choose wrongly:
+# I = |w · g|: its distance from zero, times the slope. It estimates how much the loss would change if w became zero. (In training, g includes a penalty, and w is the value after the step.) In this example, size would choose wrongly:
 
 # %%
 small = AdaLoraConfig(init_r=2, target_r=1, total_step=1, lora_alpha=2)
@@ -505,17 +505,17 @@ report.show(figure, "Slot accuracy of full, LoRA, AdaLoRA and random ranks: the 
 claim(abs(mean(scores["AdaLoRA"]) - mean(scores["LoRA"])) < 0.08, "AdaLoRA and LoRA are level")
 
 # %% [markdown]
-# Random ranks have the higher slot loss in most pairs, but three pairs are too few to tell what they cost. AdaLoRA is not ahead of LoRA. So a pattern can be more than chance, and still not raise the score visibly.
+# Random ranks are nearly equal. They have the higher slot loss in most pairs, but three pairs prove little. AdaLoRA is not ahead of LoRA. So a pattern can be more than chance, and still not raise the score.
 #
 # ## Should you use it today?
 #
 # Not as a first choice. Take LoRA, and spend your time on its learning rate and weight decay.
 #
 # - **Score:** no advantage here. In peft's [comparison on a 3B model](https://github.com/huggingface/peft/tree/main/method_comparison) (one run per method), AdaLoRA scored less than LoRA.
-# - **Forgetting** (see "Going further"): without weight decay, AdaLoRA forgets much less than LoRA. With neither decay nor penalty, it forgets nearly as much as LoRA. With weight decay, the differences are small. <!-- claim: finals-forgetting -->
+# - **Forgetting** (see "Going further"): without weight decay, AdaLoRA forgets much less than LoRA. Without its penalty too, it forgets nearly as much as LoRA. With decay, both forget little. <!-- claim: finals-forgetting -->
 # - **Cost:** it trains more parameters than it keeps, computes the penalty, and must know the number of steps in advance.
 #
-# The paper reports gains over LoRA, especially with small budgets. If parameters are scarce, try it.
+# The paper reports gains over LoRA, especially with small budgets.
 #
 # ## Summary
 #
@@ -624,7 +624,7 @@ check("03.angles", angles)
 #
 # ## Does the uncertainty matter?
 #
-# The models of the random control can tell. They have Ī and Ū too, but were not pruned by them. Each kept 128 triplets. Suppose that 64 of these must go. We choose them by the score, by Ī alone, or by |e|, always the lowest. How much do the three choices agree?
+# We look at the models with random ranks. They have Ī and Ū too, but were not pruned by them. Each kept 128 triplets. Suppose that 64 of these must go. We choose them by the score, by Ī alone, or by |e|, always the lowest. How much do the three choices agree?
 
 # %%
 for seed, allocator in enumerate(random_allocators):
@@ -642,7 +642,7 @@ for seed, allocator in enumerate(random_allocators):
     claim(by_average > max(by_size, 54), "without Ū the choice is almost the same")
 
 # %% [markdown]
-# Here the choice by Ī alone is nearly the same, so the uncertainty hardly matters. The choice by |e| differs more.
+# In these models, the choice by Ī alone is nearly the same, so the uncertainty hardly matters there. The choice by |e| differs more. (We did not train an AdaLoRA that prunes by Ī alone.)
 #
 # ## Another task
 #
