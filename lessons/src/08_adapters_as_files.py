@@ -107,7 +107,7 @@ def other_completions(task, name, completion, **how):
 
 # %%
 def one_person(key):
-    """`describe`, but only the sentence about this person. The prompt names a second one too."""
+    """`describe`, but the answer is only about this person, though the prompt names two."""
 
     def sentence(e):
         facts = dict(describe.facts(e.prompt))
@@ -316,8 +316,8 @@ if solved("08.serve"):
 
 # %%
 def score(model, name, n=16):
-    """A model's score on a task. The extra example at the end is not scored: it is long, and all
-    answers may be as long as the longest example."""
+    """A model's score on a task. Answers may be as long as the longest reference of the batch. So a
+    long example is added, which is not scored."""
     examples = wishes[name].test[:n]
     texts = complete(model, base, [*examples, describe.test[0]])
     return wishes[name].score(examples, texts[:n])
@@ -357,7 +357,8 @@ claim(max(grid["frozen base"]) < 0.1, "the base does none of them")
 #
 # | call | what happens | how to undo it |
 # |---|---|---|
-# | `merge_and_unload()` in minipeft and peft | returns a plain model with W' (minipeft: a copy) | load the base again |
+# | `merge_and_unload()` in minipeft | returns a plain copy with W' | not needed |
+# | `merge_and_unload()` in peft | writes W' into the model | load the base again |
 # | `merge_adapter()` in minipeft | keeps W, and stores W' next to it: more memory | `unmerge_adapter()` discards W' |
 # | `merge_adapter()` in peft | overwrites W with W + ΔW: no more memory | `unmerge_adapter()` subtracts ΔW |
 #
@@ -403,8 +404,8 @@ claim(abs(shares[0] - shares[1]) < 0.1, "the share of weights is similar in both
 #
 # ## Against full fine-tuning
 #
-# Full fine-tuning and LoRA learn `describe` from the same examples in the same order, for 100 steps, each at its own best learning rate. Is a merged LoRA
-# the same model as a fully fine-tuned one? The last column of the table compares each model with the LoRA of seed 0. It is the mean *Kullback-Leibler divergence* of their predictions, in nats per token, on text like that of
+# Full fine-tuning and LoRA learn `describe` from the same examples in the same order, for 100 steps, each at its best learning rate. Is a merged LoRA
+# the same model as a fully fine-tuned one? In the next table, the last column compares each model with the LoRA of seed 0. It has the mean *Kullback-Leibler divergence* of their predictions, in nats per token, on text like that of
 # pretraining: 0 for equal predictions. The control, a LoRA with another seed, shows how far two LoRAs differ.
 
 # %%
@@ -604,7 +605,7 @@ report.show(
 
 # %% [markdown]
 # Left: the cross terms of `linear` destroy what the adapters learned. `cat` and `svd` keep most of `sentiment`, but `describe` loses a part. Right, with equal weights: `describe` always scores lower than alone. At the
-# smallest weight it scores 0, even without `sentiment` (see "The wrong α"). The largest weight damages `sentiment`. Now take all ten pairs.
+# smallest weight it scores 0, even without `sentiment`. The largest weight damages `sentiment`. Now take all ten pairs.
 
 # %%
 REVIEWS = {"sentiment", "colors"}
@@ -681,7 +682,7 @@ claim(max(map(max, losses["different prompts"])) > 0.8, "there too, a skill can 
 # ## Negative weights
 #
 # A weight may be negative: the update is subtracted. With `cat` and `svd`, the sign needs no care. `linear` uses √(w s) on both sides, and there is no real root of a negative number. So peft
-# takes the root of |w s|, and gives the sign to A only. On both sides, two signs would cancel.
+# takes the root of |w s|, and gives the sign to A only. With the sign in A and in B, the product would be positive again.
 #
 # **Exercise 7.** Write `linear(pairs)`, with the same input as `add`. All ranks are equal. A = Σ ±√|wᵢ sᵢ| Aᵢ, with the sign of wᵢ sᵢ, and B = Σ √|wᵢ sᵢ| Bᵢ.
 
@@ -725,7 +726,7 @@ for seed, m in zip(SEEDS, models, strict=True):
 # %% [markdown]
 # In these two runs, the negative of an update is not the opposite skill.
 #
-# peft has more combination types. [TIES](https://arxiv.org/abs/2306.01708) drops small entries, and those whose signs contradict. [DARE](https://arxiv.org/abs/2311.03099) drops entries at
+# peft has more combination types. [TIES](https://arxiv.org/abs/2306.01708) drops small entries, and entries whose sign differs from that of most adapters. [DARE](https://arxiv.org/abs/2311.03099) drops entries at
 # random, and rescales the rest.
 #
 # ## The wrong α
