@@ -197,6 +197,10 @@ HIGHEST = {  # the next rate of each method in the tournament
     "full": 0.008, "lora": 0.08, "rslora": 0.04, "lora_plus": 0.02, "pissa": 0.02, "dora": 0.08,
     "vera": 0.8, "ia3": 0.8,
 }  # fmt: skip
+EDGE_RATES = {  # of tournament-ranks: where the best rate without decay was at an edge
+    "lora, r 1": (0.08,), "rslora, r 1": (0.04,), "pissa, r 1": (0.02,), "dora, r 1": (0.08,),
+    "rslora, r 32": (0.000625,), "lora_plus, r 32": (0.0003125,),
+}  # fmt: skip
 LORA_RATES = around(0.01)[1:4]
 PLACES = dict.fromkeys(("lora", "lora, attention", "lora, mlp"), LORA_RATES)
 BITS = dict.fromkeys(("lora", "qlora", "lora, int3 base", "lora, int2 base"), (0.01,))
@@ -226,7 +230,7 @@ EXPERIMENTS = {
     "finals-tournament": Chosen(
         "tournament", tuple(range(5)), {"part": "test", "curve": True}, score=None
     ),
-    "tournament-ranks": Several(tuple(
+    "tournament-ranks": Several((Grid(EDGE_RATES, (0.0,)), *(
         Grid(
             {
                 f"{method}, r {r}": rates
@@ -237,7 +241,7 @@ EXPERIMENTS = {
             decays,
         )
         for decays in ((0.0,), (0.04, 0.16))
-    )),
+    ))),
     "finals-tournament-ranks": Chosen(
         "tournament-ranks", tuple(range(5)), {"part": "test"}, score=None
     ),

@@ -187,21 +187,31 @@ def on_ranks() -> str:
         if point["method"] not in ("full", "vera", "ia3")
     ]
     chosen = {point["method"]: point for point in operating_points(found, False)}
-    lines = []
-    for method, r in product(("lora", "rslora", "lora_plus", "pissa", "dora", "vera"), (1, 8, 32)):
+    lines, like_lora = [], ("lora", "rslora", "lora_plus", "pissa", "dora")
+    for method, r in product((*like_lora, "vera"), (1, 8, 32)):
         name = f"{method}, r {r}"
         rate, star = chosen[name]["learning_rate"], "*" * bool(edges(chosen[name], found))
         near, tried = sensitivity(found, name)
+        score, forgets = shown(chosen[name])
         lines.append([
-            report.NAMES[method], str(r), f"{rate:g}{star}", *shown(chosen[name]),
-            f"{near} of {tried}",
+            report.NAMES[method], str(r), f"{rate:g}{star}",
+            f"{score} ± {chosen[name]['score_spread']:.3f}", forgets, f"{near} of {tried}",
         ])  # fmt: skip
     head = ["method", "r", "η, no decay", "score", "forgets", "rates within 0.05 of the best"]
+    low, high = (sorted(chosen[f"{m}, r {r}"]["score"] for m in like_lora) for r in (1, 32))
+    words = (
+        f"At rank 1, LoRA, rsLoRA, LoRA+, PiSSA and DoRA score {low[0]:.2f} to {low[-1]:.2f}. "
+        "(There rsLoRA is LoRA, as √1 = 1.) "
+        f"At rank 32 they score {high[0]:.2f} to {high[-1]:.2f}, so little is left to win on "
+        "this task. VeRA of equal rank trains far fewer parameters, and scores less."
+    )
     return f"""
-At other ranks, with α = 2 r, without decay, on validation examples (three seeds). A star marks a
-rate at the edge of the grid.
+At other ranks, with α = 2 r and without decay: mean and standard deviation of three seeds, on the
+validation examples that chose the learning rate. A star marks a rate at the edge of the grid.
 
 {report.markdown_table(head, lines)}
+
+{fill(words)}
 """
 
 

@@ -432,6 +432,14 @@ claim(max(forgot) < 0.1, "no run forgets much")
 # %% [markdown]
 # Every method learns it, and none forgets much. So this task cannot rank the methods. Before you trust a benchmark, ask whether it could have shown a difference.
 #
+# ## At other ranks
+#
+# All this was rank 8. **Guess first:** do LoRA, rsLoRA, LoRA+, PiSSA and DoRA differ more at rank 1, or at rank 32?
+
+# %%
+display(Markdown(tournament.on_ranks()))
+
+# %% [markdown]
 # ## What breaks it: a start that is not subtracted
 #
 # Somebody starts A and B like PiSSA, and forgets to take their product out of W. The largest part of each weight is then there twice.
