@@ -69,7 +69,7 @@ total = 3  # each of the 3 rows sums to 1
 check("00.softmax", total)
 
 # %% [markdown]
-# If an answer is wrong, call `hint(1)`, `hint(2)` or `solution()` in a new cell. They belong to the check that you ran last. Skip lines with `claim`: they test the lesson's text.
+# If an answer is wrong, call `hint(1)`, `hint(2)` or `solution()` in a new cell. They help with the check that you ran last. Skip lines with `claim`: they test the lesson's text.
 #
 # ## How does a skill appear?
 #
@@ -114,7 +114,7 @@ check("00.to_text", to_text)
 
 # %% [markdown]
 # Our *base models* were trained on ten million tokens about a small invented world. This is called *pretraining*.
-# Here are three documents. Names are pairs of words, and one pair in eight is *held out*: it never occurs in these texts. Each of its words does, in other names.
+# Here are three documents. Names are pairs of words, and one pair in eight is *held out*: it never occurs in these texts. Its words occur in other pairs.
 
 # %%
 for seed in (13, 34, 20):
@@ -333,7 +333,7 @@ if not solved("00.attention"):  # until yours is right, the lesson uses PyTorch'
 
 
 # %% [markdown]
-# Compare with [minipeft's attention](../minipeft/gpt.py). Its comments write k for $d_k$, and `past` is for generation (lesson 06).
+# Compare with [minipeft's attention](../minipeft/gpt.py). Its shape comments write k for $d_k$, and `past` is for generation (lesson 06).
 
 # %%
 sentence = "The names: Rita Clay, Pablo Sands, Jana Bell. Again: Rita Clay, Pablo Sands,"
@@ -373,7 +373,7 @@ claim(people[0] < people[1] < people[2], "larger bases tell people apart better"
 claim(min(p[key] for p in columns.values() for key in list(titles)[:2]) > 0.95, "all bases copy")
 
 # %% [markdown]
-# All bases copy. But look at the last two rows. Row three allows a shortcut: if a text names only one person, the model can name that person. Row four has three people: naming one of them is
+# All bases copy. But look at the last two rows. Row three allows a shortcut: if a text has only one person, the model can answer with that person. Row four has three people: naming one of them is
 # right one time in three. All bases do better than that, but worse than in row three.
 #
 # ## Watch it learn to copy
@@ -486,7 +486,7 @@ claim(max(share for _, share in twin_points) < 0.15, "the twin never copies")
 # ## Look inside
 #
 # How could a model copy? Say it read A B … A. A head could find the earlier A, and attend to the token *after* it: B. Such a head is an *induction head*
-# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). Before a new name, A must be longer: the previous name and its comma. We take each word that is copied. At the position just before it, how much weight does each head put on that word in the original list?
+# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). At a comma, one token is not enough: A must include the name before it. Take every word that should be copied. One position before it, how much weight does each head put on that word in the original list?
 
 
 # %%
@@ -733,7 +733,7 @@ if solved("00.looks_back"):
 # %% [markdown]
 # In this one sentence, the best heads of some layers prefer that position, but none gives it nearly all of its weight. Perhaps several heads together pass on the previous token. We did not test this.
 #
-# **Exercise 8, harder.** Write the rule of an induction head, without learning. `follow(tokens)` gets a list of ids and says which id comes next. Find the longest sequence of tokens at the end of the list that
+# **Exercise 8, harder.** Write the rule of an induction head, without learning. `follow(tokens)` gets a list of ids and says which id comes next. Find the longest sequence of tokens at the end of `tokens` that
 # also occurs earlier (the two occurrences may overlap), and return the token that followed it there. If there are several such places, take the latest. If even the last token is new, return `None`.
 
 
