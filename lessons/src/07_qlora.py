@@ -308,8 +308,8 @@ report.show(figure, alt)
 #
 # ## A layer that stores codes
 #
-# The layer dequantizes W, multiplies by it, and drops it. But the backward pass needs W too. To keep W until then, in every layer,
-# would save no memory. So the backward pass dequantizes *again*.
+# The layer dequantizes W, multiplies by it, and drops it. But the backward pass needs W too. Keeping W until then would save no memory.
+# So the backward pass dequantizes *again*.
 #
 # **Exercise 5.** In PyTorch, inputs and gradients are rows: y = x Wᵀ. Write this function. `q` holds the codes and absmax values of W, and `dequantize_nf4(q)` returns W, of the shape (out, in).
 # You may keep `q`, but nothing as large as W. `backward` returns two values: the gradient of x, and `None` for `q`.
@@ -511,7 +511,7 @@ ahead = [values("int3", d, "score") > values("NF4", d, "score") for d in (0, 0.0
 claim(all(0.2 < a.float().mean() < 0.8 for a in ahead), "NF4 or int3: it changes from seed to seed")
 
 # %% [markdown]
-# On NF4, LoRA scores about as on float32, and forgets a little more. On int3 we see no difference in the score, but LoRA
+# On NF4, LoRA scores a little lower than on float32, and forgets hardly more. On int3 we see no difference in the score, but LoRA
 # forgets more. Rounding alone explains only a part of this. Whether NF4 or int3 scores higher changes from seed to seed. <!-- claim: few-bits -->
 #
 # On int2, rounding destroyed most of what the base knew, and still LoRA learned most of the task. The base did not come back: on text like that
@@ -593,7 +593,7 @@ for code in bits.CODES:
 # %% [markdown]
 # ## Paged optimizers
 #
-# AdamW keeps two numbers per trained parameter. A batch of long texts may need the GPU memory that they take, and then training stops with an error. A *paged* optimizer keeps the two numbers in CPU memory instead, cut into *pages* of equal size. Only a part of the pages fits on the GPU:
+# AdamW keeps two numbers per trained parameter. On a batch of long texts, the GPU's memory may not be enough for them too, and training stops with an error. A *paged* optimizer keeps the two numbers in CPU memory instead, cut into *pages* of equal size. Only a part of the pages fits on the GPU:
 #
 # - To update a parameter, the optimizer needs its page on the GPU. If the page is there already, that is a *hit*. If not, it is copied.
 # - When there is no room for another page, the one that was used least recently goes back to the CPU.
