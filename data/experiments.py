@@ -197,9 +197,14 @@ HIGHEST = {  # the next rate of each method in the tournament
     "full": 0.008, "lora": 0.08, "rslora": 0.04, "lora_plus": 0.02, "pissa": 0.02, "dora": 0.08,
     "vera": 0.8, "ia3": 0.8,
 }  # fmt: skip
-EDGE_RATES = {  # of tournament-ranks: where the best rate without decay was at an edge
-    "lora, r 1": (0.08,), "rslora, r 1": (0.04,), "pissa, r 1": (0.02,), "dora, r 1": (0.08,),
-    "rslora, r 32": (0.000625,), "lora_plus, r 32": (0.0003125,),
+EDGE_RATES = {  # of tournament-ranks: where the best rate was at an edge
+    "lora, r 1": (0.08,), "rslora, r 1": (0.04, 0.08), "pissa, r 1": (0.02, 0.04),
+    "dora, r 1": (0.08,), "lora_plus, r 1": (0.02,), "rslora, r 32": (0.000625,),
+    "lora_plus, r 32": (0.0003125,), "vera, r 32": (0.8,),
+}  # fmt: skip
+EDGE_DECAY = {  # and where the best decay was
+    "lora, r 32": (0.01, 0.02, 0.04), "rslora, r 32": (0.00125, 0.0025, 0.005),
+    "dora, r 32": (0.01, 0.02, 0.04),
 }  # fmt: skip
 LORA_RATES = around(0.01)[1:4]
 PLACES = dict.fromkeys(("lora", "lora, attention", "lora, mlp"), LORA_RATES)
@@ -230,7 +235,7 @@ EXPERIMENTS = {
     "finals-tournament": Chosen(
         "tournament", tuple(range(5)), {"part": "test", "curve": True}, score=None
     ),
-    "tournament-ranks": Several((Grid(EDGE_RATES, (0.0,)), *(
+    "tournament-ranks": Several((Grid(EDGE_RATES, (0.0, 0.04, 0.16)), Grid(EDGE_DECAY, (0.32,)), *(
         Grid(
             {
                 f"{method}, r {r}": rates
