@@ -176,38 +176,53 @@ def on_sentiment() -> str:
     return f"\n{fill(words)}\n"
 
 
+def ranks_runs() -> dict[tuple[str, int, bool], tuple[dict, list[dict]]]:
+    """By method, rank and whether it may decay: the chosen setting, and its final runs."""
+    found = {}
+    for name in ("tournament", "tournament-ranks"):
+        trials, runs = grid_points(name), finals(name)
+        for decayed in (False, True):
+            for point in operating_points(trials, decayed):
+                method, _, r = point["method"].partition(", r ")
+                star = "*" * bool(edges(point, trials))
+                found[method, int(r or 8), decayed] = (
+                    point | {"star": star}, runs[point["method"], decayed]
+                )  # fmt: skip
+    return found
+
+
 def on_ranks() -> str:
-    """The operating points without decay at several ranks; empty as long as runs are missing."""
-    if any(not setting.decay for setting in missing("tournament-ranks")):
+    """The finals at several ranks; empty as long as runs are missing."""
+    if missing("tournament-ranks") or missing("finals-tournament-ranks"):
         return ""
-    found = grid_points("tournament-ranks")
-    found += [
-        point | {"method": f"{point['method']}, r 8"}
-        for point in grid_points()
-        if point["method"] not in ("full", "vera", "ia3")
-    ]
-    chosen = {point["method"]: point for point in operating_points(found, False)}
-    lines, like_lora = [], ("lora", "rslora", "lora_plus", "pissa", "dora")
-    for method, r in product((*like_lora, "vera"), (1, 8, 32)):
-        name = f"{method}, r {r}"
-        rate, star = chosen[name]["learning_rate"], "*" * bool(edges(chosen[name], found))
-        near, tried = sensitivity(found, name)
-        score, forgets = shown(chosen[name])
-        lines.append([
-            report.NAMES[method], str(r), f"{rate:g}{star}",
-            f"{score} ± {chosen[name]['score_spread']:.3f}", forgets, f"{near} of {tried}",
-        ])  # fmt: skip
-    head = ["method", "r", "η, no decay", "score", "forgets", "rates within 0.05 of the best"]
-    low, high = (sorted(chosen[f"{m}, r {r}"]["score"] for m in like_lora) for r in (1, 32))
+    found, lines, ahead = ranks_runs(), [], []
+    for r, method in product((1, 8, 32), ("lora", "rslora", "lora_plus", "pissa", "dora", "vera")):
+        line = [str(r), report.NAMES[method]]
+        for decayed in (False, True):
+            (point, mine), (_, lora) = found[method, r, decayed], found["lora", r, decayed]
+            gaps = paired(mine, lora, "score")
+            setting = f"{point['learning_rate']:g}"
+            line += [
+                setting + (f", {point['decay']:g}" if decayed else "") + point["star"],
+                f"{statistics.mean(run['score'] for run in mine):.3f}",
+                "–" if method == "lora" else with_interval(gaps, "+.3f"),
+                f"{statistics.mean(run['forgetting'] for run in mine):+.2f}",
+            ]
+            if method != "lora" and verdict(gaps, report.T_95[len(gaps) - 2]) == "better":
+                how = "with" if decayed else "without"
+                ahead.append(f"{report.NAMES[method]} (r = {r}, {how} decay)")
+        lines.append(line)
+    head = ["r", "method", "η, no decay", "score", "minus LoRA", "forgets",
+            "η and ηλ, with decay", "score", "minus LoRA", "forgets"]  # fmt: skip
     words = (
-        f"At rank 1, LoRA, rsLoRA, LoRA+, PiSSA and DoRA score {low[0]:.2f} to {low[-1]:.2f}. "
-        "(There rsLoRA is LoRA, as √1 = 1.) "
-        f"At rank 32 they score {high[0]:.2f} to {high[-1]:.2f}, so little is left to win on "
-        "this task. VeRA of equal rank trains far fewer parameters, and scores less."
+        "At rank 1, rsLoRA is LoRA, as √1 = 1. Of the other 22 intervals of rsLoRA, LoRA+, PiSSA "
+        f"and DoRA, {len(ahead)} lie above zero: {', '.join(ahead) or 'none'}. One of them may do "
+        "so by chance. VeRA trains far fewer parameters at equal rank, and scores less."
     )
     return f"""
-At other ranks, with α = 2 r and without decay: mean and standard deviation of three seeds, on the
-validation examples that chose the learning rate. A star marks a rate at the edge of the grid.
+At other ranks, with α = 2 r, LoRA and its successors at their chosen settings: test examples, five
+new seeds, paired by seed with LoRA of equal rank. A star marks a rate or a decay at the edge of the
+grid. (At rank 8, only VeRA's runs are not those above: VeRA has r = 256 there.)
 
 {report.markdown_table(head, lines)}
 

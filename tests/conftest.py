@@ -1,3 +1,4 @@
+import os
 import signal
 from dataclasses import replace
 
@@ -11,6 +12,12 @@ from minipeft.lab.base import Base, load_base
 BASE = DATA / "base" / "1m"
 torch.set_num_threads(1)  # on such small models, more threads only wait for each other
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a script's background
+
+
+def pytest_configure(config):
+    """Only `-m gpu` uses a GPU: the other tests compare with what the CPU computes."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_ignore_collect(collection_path, config):

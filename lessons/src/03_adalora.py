@@ -385,7 +385,7 @@ right.set(
 report.show(figure, "Ranks by step, and at the end by matrix: attention keeps less than the MLPs.")
 
 # %% [markdown]
-# Attention keeps less. Is that chance? Compare with random pruning, and with four stored runs (made earlier, by older code).
+# Attention keeps less. Is that chance? Compare with random pruning, and with four stored runs.
 
 
 # %%
@@ -475,7 +475,7 @@ claim(abs(mean(cost)) < 0.12, "random ranks score about the same")
 claim(higher >= 2, "random ranks have a higher slot loss in most pairs")
 
 # %% [markdown]
-# Now all methods, in stored runs: same data and steps, best learning rates, but other test examples.
+# Now all methods, in stored runs: same data and steps, best learning rates, all 400 test examples.
 
 # %%
 rows = [r for r in stored if r.method in ("frozen", "full", "lora", "adalora") and not r.random_base]  # fmt: skip

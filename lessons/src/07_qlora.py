@@ -269,12 +269,12 @@ truth = log_probabilities(base.model())
 models = {"NF4": quantize_model(base.model()), "int2": coarse("int2")}
 live = {code: changed(truth, log_probabilities(model)) for code, model in models.items()}
 records = [r for r in json.loads(bits.RESULTS.read_text()) if r["base"] == "1m"]
-shipped = {(r["code"], r["blocksize"]): (r["bits"], 1 - r["agreement"]) for r in records}
-share = {key: changes for key, (_, changes) in shipped.items()}
+stored_runs = {(r["code"], r["blocksize"]): (r["bits"], 1 - r["agreement"]) for r in records}
+share = {key: changes for key, (_, changes) in stored_runs.items()}
 for code, value in live.items():
-    print(f"{code}: changed at {value:.1%} of the positions; shipped {share[code, 64]:.1%}")
-    claim(abs(value - share[code, 64]) < 0.02, f"{code} changes as many tokens as shipped")
-print(f"int3, shipped: {share['int3', 64]:.1%}. Your guess: {guess} bits")
+    print(f"{code}: changed at {value:.1%} of the positions; in stored runs {share[code, 64]:.1%}")
+    claim(abs(value - share[code, 64]) < 0.02, f"{code} changes as many tokens as in stored runs")
+print(f"int3, stored: {share['int3', 64]:.1%}. Your guess: {guess} bits")
 claim(share["NF4", 64] < share["int4", 64] < 0.1 < share["int3", 64], "between 3 and 4 bits")
 claim(share["int3", 64] < share["int4", None], "3 bits in blocks are better than 4 without")
 
@@ -282,7 +282,7 @@ claim(share["int3", 64] < share["int4", None], "3 bits in blocks are better than
 figure, axis = plt.subplots(figsize=(7, 3.8))
 for code, marker, color in (("NF4", "o", PINK), ("int", "s", "black")):
     for size in (64, None):
-        places = [at for (c, b), at in shipped.items() if c.startswith(code) and b == size]
+        places = [at for (c, b), at in stored_runs.items() if c.startswith(code) and b == size]
         label = f"{code}, {'blocks of 64' if size else 'one absmax per matrix'}"
         style = {"color": color, "mfc": color if size else "white", "label": label}
         axis.plot(*zip(*places, strict=True), marker + ("-" if size else ":"), **style)
@@ -451,11 +451,11 @@ claim(runs["LoRA on NF4"].score > 0.8, "LoRA learns the task on NF4")
 claim(runs["LoRA on int2"].score > 0.6, "LoRA learns most of the task on int2")
 
 # %% [markdown]
-# (The first two rows are shipped. Embeddings and head stay in float32, so NF4 saves less than on a large model.)
+# (The first two rows are stored runs. Embeddings and head stay in float32, so NF4 saves less than on a large model.)
 #
 # One run each is too few to compare. The figure has ten seeds per point, on validation examples,
 # without weight decay (as above) and with decay towards the values at step 0 (lesson 02).
-# Forgetting is measured against the float32 base. It contains what rounding destroyed (triangles) and what training changed.
+# Forgetting is measured against the float32 base. It contains what rounding destroyed (in the figure, triangles) and what training changed.
 
 # %%
 lines = (DATA / "results" / "bits.jsonl").read_text().splitlines()

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 09 · Choosing a method
 #
-# Your team has a week to fine-tune a 7B model for twenty customers. A new paper says that its method beats LoRA by two points. One blog
+# Your team has a week to fine-tune a 7B model. A new paper says that its method beats LoRA by two points. One blog
 # says that LoRA forgets less than full fine-tuning, another that it forgets more.
-# You have to pick one method, and to defend your choice.
+# You have to pick a method, and to defend it.
 #
 # Start from this result: [*Learning Rate Matters*](https://arxiv.org/abs/2602.04998) (2026) tuned the learning
 # rate of LoRA and of nine variants. With its own best rate, each scored about the same. So tune plain LoRA first. Do you need more?
@@ -106,8 +106,7 @@ near = compare.in_spread(live["lora", 0.01], others)
 claim(near, "LoRA's score is at most 3 standard deviations + 0.05 from its other seeds' mean")
 
 # %% [markdown]
-# The next figure adds stored runs with ten seeds. There each method has its own setting: of those with a validation score of at least 90 %, the one
-# that forgets least. (*Decay* is weight decay that pulls towards the start.)
+# The next figure adds stored runs with ten seeds. There each method has its own setting: the one that forgets least, of those with a validation score of at least 90 %. (*Decay* is weight decay that pulls towards the start.)
 
 # %%
 trials, finals = experiments.load("forgetting"), experiments.load("finals")
@@ -258,7 +257,7 @@ axis.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5], ["0.05", "0.1", "0.2", "0.5", "1
 axis.minorticks_off()
 axis.axhline(0.9, color="black", linewidth=0.6, linestyle=":")
 axis.legend(frameon=False, loc="lower right", fontsize=8)
-report.show(figure, "Score against forgetting: with weight decay all three fronts lie far more to the left, that of full fine-tuning furthest.")  # fmt: skip
+report.show(figure, "Score against forgetting: weight decay moves the fronts of LoRA and full fine-tuning far to the left, and that of AdaLoRA less.")  # fmt: skip
 both = [least[method] for method in ("full", "lora", "adalora")]
 claim(all(b["forgetting"] < a["forgetting"] / 1.5 for a, b in both), "decay moves the fronts")
 
@@ -270,7 +269,7 @@ claim(all(b["forgetting"] < a["forgetting"] / 1.5 for a, b in both), "decay move
 #
 # ## Choose on validation, report on test
 #
-# The best of many settings is partly the luckiest. Its score is too high on average, more so with more settings. So use two
+# The best of many settings is partly the luckiest, so its validation score tends to be too high. So use two
 # sets of examples: one to choose, the other to report.
 #
 # **Exercise 3.** Write `choose(validation, test)`. Both are dictionaries of scores by setting. It returns the chosen setting and the score that you may report.
@@ -313,8 +312,10 @@ check("09.differs", differs)
 # %% [markdown]
 # ## A decision table
 #
-# The table compares full fine-tuning, LoRA, QLoRA, AdaLoRA (with and without its penalty), BitFit (only biases) and bottleneck adapters. Settings are chosen on *validation* examples (three seeds). Scores are from *test* examples, and forgetting from new text (ten new seeds). The bar is a
-# score of 90 %. For *high score*, we look at each method's settings within two hundredths of its best score. We take the one that forgets least.
+# The table compares full fine-tuning, LoRA, QLoRA, AdaLoRA (with and without its penalty), BitFit (only biases) and bottleneck adapters. Settings are chosen on *validation* examples (three seeds). Scores are from *test* examples, and forgetting from new text (ten new seeds).
+#
+# Each method enters with one setting, the one that forgets least. In the rows *at score 0.9*, we choose it among those with a score of 90 % (BitFit has none); in the rows *high score*,
+# among those within two hundredths of the method's best score.
 
 # %%
 tried = [sum(point["method"] == method for point in points) for method in least]
@@ -369,12 +370,12 @@ claim(small == "choice not sure, runner-up passes", "only the runner-up surely p
 # %% [markdown]
 # *Level*: the interval of the difference contains zero. Then take the one easier to use. By score, nothing here clearly beats plain LoRA. *Not sure*: a score's interval is not wholly above the bar.
 #
-# *Bottleneck adapters* are small networks after the layers. They have the smallest file of these, but may miss the bar. QLoRA's file is larger, and it passes. (*Memory*: weights, gradients, optimizer states.) (Prompt methods
+# *Bottleneck adapters* (small networks after the layers) have the smallest file, but may miss the bar. QLoRA's file is larger, and it passes. (*Memory*: weights, gradients, optimizer states.) (Prompt methods
 # scored far less.)
 #
 # ## What does α do?
 #
-# LoRA multiplies its update by the *scaling* α/r. A larger α acts much like a larger rate, so the LoRA paper tunes only that. People often set α = 2 r: then the scaling is 2 at every rank. The variant
+# LoRA multiplies its update by the *scaling* α/r. A larger α acts much like a larger learning rate, so the LoRA paper fixes α and tunes the rate. People often set α = 2 r: then the scaling is 2 at every rank. The variant
 # [rsLoRA](https://arxiv.org/abs/2312.03732) has the scaling α/√r, which shrinks more slowly as r grows.
 #
 # **Exercise 5.** You found good settings with r = 8 and α = 16. Now r is 32. Which α keeps LoRA's scaling α/r the same? And with rsLoRA, which α keeps α/√r the same?
@@ -522,7 +523,7 @@ check("09.intruders", intruders)
 
 # %% [markdown]
 # The left figure shows one layer of two runs of the first section: full fine-tuning at 10⁻³, and LoRA at 10⁻². For the right figure, we *edited* LoRA models after training (stored runs, three seeds). One edit halves the singular values of the intruders in every layer. The other edit is a control: it halves
-# as many of the ten directions that are no intruders. **Guess first:** which edit lowers forgetting?
+# equally many of the ten that are no intruders. **Guess first:** which edit lowers forgetting?
 
 # %%
 name, cosines = "transformer.h.1.attn.c_proj", {}
@@ -584,7 +585,7 @@ claim(max(a) < 0 < min(b), "halving intruders lowers forgetting, halving others 
 # %% [markdown]
 # (The count depends on c: one of LoRA's directions lies almost on the line.)
 #
-# Without decay, LoRA's intruders carry a part of the forgetting. Halving them makes the model forget less. But they also carry a part of what was learned: the score falls, so the comparison is not at equal score.
+# Without decay, halving LoRA's intruders removes about a third of the forgetting. But they also carry a part of what was learned: the score falls, so the comparison is not at equal score.
 # The control is not quite fair either: the other directions also hold much of the pretrained weight. Shrinking the whole update would be a fairer control; we did not run it. With decay there are few intruders, and halving these changes little. Decay is the better cure at these settings:
 # it lowers forgetting and keeps the score. <!-- claim: intruders-scaled -->
 #
@@ -618,7 +619,7 @@ claim(kept > 0.95, "LoRA keeps nearly all activations")
 # parts. Prompt tuning also keeps all this for its 20 virtual tokens. For all methods, gradient checkpointing (lesson 10: compute activations again instead of keeping them) saves most of the activations.
 #
 # **Exercise 7.** Sixteen equal linear layers in a row. Per layer, the forward pass costs one unit, the gradient of its input one, and the gradient of its weight one: 48 units for full fine-tuning. (a) All weights are frozen, and
-# each layer has an adapter so small that it costs nothing. (b) Only the last four layers have adapters, and the gradient goes back through these four. In (a) and (b), count also the gradient of the input of the first layer with an adapter. Which share of the 48 units is left?
+# each layer has an adapter so small that it costs nothing. (b) Only the last four layers have adapters, and the gradient goes back through these four. Count the gradient of a layer's input for each layer with an adapter, the lowest one too. Which share of the 48 units is left?
 
 # %% tags=["exercise"]
 everywhere = None  # (a), for example 10 / 48
@@ -698,10 +699,10 @@ plus = {rate: slot_loss(rate, 16) for rate in (0.000625, 0.00125, 0.0025)}
 print("slot loss by the rate of A: LoRA", {k: f"{v:.3f}" for k, v in plain.items()})
 print("                            LoRA+", {k: f"{v:.3f}" for k, v in plus.items()})
 claim(plus[0.0025] < 0.7 * plain[0.0025], "at the same rate for A, LoRA+ is ahead")
-claim(min(plus.values()) > 0.7 * min(plain.values()), "each at its best rate, it is not far ahead")
+claim(min(plus.values()) > min(plain.values()), "each at its best rate, it is behind")
 
 # %% [markdown]
-# At the same rate for A, LoRA+ is ahead. With each at the best of its three rates, it is not. (One seed and short lists; our layers have width 128, and the argument of the paper grows with the width.)
+# At the same rate for A, LoRA+ is ahead. With each at the best of its three rates, it is behind. (One seed and short lists; our layers have width 128, and the argument of the paper grows with the width.)
 #
 # **Exercise 9, harder. DoRA.** [Liu et al.](https://arxiv.org/abs/2402.09353) split a weight into magnitude and direction, and let LoRA change the direction:
 #
