@@ -265,7 +265,7 @@ claim(all(b["forgetting"] < a["forgetting"] / 1.5 for a, b in both), "decay move
 # Up and to the left is better. Weight decay moves the fronts of LoRA and full fine-tuning far to the left. With decay, all three lie close together, and full fine-tuning
 # forgets least. AdaLoRA needs decay least: its penalty (lesson 03) is a regularizer too. Without the penalty, it forgets about as much as LoRA ([RESULTS.md](../data/RESULTS.md)). <!-- claim: decay-decides -->
 #
-# The printed scores are not exactly equal, which may explain a part of the differences in forgetting.
+# The printed scores are not equal, which may explain part of the differences.
 #
 # ## Choose on validation, report on test
 #
@@ -368,7 +368,7 @@ small = verdicts["small file at score 0.9"]
 claim(small == "choice not sure, runner-up passes", "only the runner-up surely passes the bar")
 
 # %% [markdown]
-# *Level*: the interval of the difference contains zero. Then take the one easier to use. By score, nothing here clearly beats plain LoRA. *Not sure*: a score's interval is not wholly above the bar.
+# *Level*: the interval of the difference contains zero. Take the one easier to use. By score, nothing here clearly beats plain LoRA. *Not sure*: a score's interval is not wholly above the bar.
 #
 # *Bottleneck adapters* (small networks after the layers) have the smallest file, but may miss the bar. QLoRA's file is larger, and it passes. (*Memory*: weights, gradients, optimizer states.) (Prompt methods
 # scored far less.)
