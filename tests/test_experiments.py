@@ -515,6 +515,20 @@ def test_no_successor_of_lora_wins_on_score_and_forgetting():
         assert with_interval(gap, "+.3f") in told
 
 
+def test_at_other_ranks_no_successor_of_lora_is_ahead_of_it():
+    found, ahead = tournament.ranks_runs(), []
+    for method, r, decayed in product(
+        ("rslora", "lora_plus", "pissa", "dora"), (1, 8, 32), (False, True)
+    ):
+        (point, mine), (_, lora) = found[method, r, decayed], found["lora", r, decayed]
+        assert sorted(run["seed"] for run in mine) == list(range(5))
+        assert {run["learning_rate"] for run in mine} == {point["learning_rate"]}
+        gaps = paired(mine, lora, "score")
+        if tournament.verdict(gaps, 2.78) == "better":
+            ahead.append((method, r, decayed))
+    assert ahead == [("pissa", 8, True), ("dora", 8, True)]
+
+
 def test_sentiment_is_too_easy_to_rank_the_successors_of_lora():
     runs = [run for rows in tournament.finals("tournament-sentiment").values() for run in rows]
     assert len(runs) == 2 * 8 * 5

@@ -476,7 +476,7 @@ report.show(
     "Share of names copied by step: near zero for about 120 steps, then a jump to 0.6 within 40 steps, and above 0.8 at the end. The twin stays at zero.",
 )
 before = max(share for step, share in points if step <= half - 60)
-print(f"60 steps before half: {before:.2f}; guessing one of 24 words: {1 / 24:.2f}")
+print(f"up to 60 steps before half: at most {before:.2f}; guessing one of 24 words: {1 / 24:.2f}")
 claim(before < 0.25 < 0.6 < points[-1][1], "copying comes suddenly, after many steps without it")
 claim(max(share for _, share in twin_points) < 0.15, "the twin never copies")
 
@@ -485,8 +485,10 @@ claim(max(share for _, share in twin_points) < 0.15, "the twin never copies")
 #
 # ## Look inside
 #
-# How could a model copy? Say it read A B … A. A head could find the earlier A, and attend to the token *after* it: B. Such a head is an *induction head*
-# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). At a comma, one token is not enough: A must include the name before it. Take every word that should be copied. One position before it, how much weight does each head put on that word in the original list?
+# How could a model copy? After "Again: Rita", a head could find the earlier "Rita", and attend to the token *after* it: "Clay". Such a head is an *induction head*
+# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). After a comma it must look for "Clay,", because every name has a comma.
+#
+# Take every word that should be copied. It is predicted at the token before it. From there, how much weight does each head put on that word in the original list?
 
 
 # %%
@@ -563,7 +565,7 @@ report.show(
 
 # %% [markdown]
 # Orange boxes mark the word that must come next. Both models have a head that looks there (the figure shows the base's). Is it an induction head? It could also follow a rule about
-# positions, such as "look 10 back". Read a list back in *reverse order*: then such a rule finds the wrong name. (We measure second words only: before a first word, nothing says which name comes.)
+# positions, such as "look 10 back". Read a list back in *reverse order*: then such a rule finds the wrong name. (There we measure second words only: no model can know which name comes next.)
 #
 # **Your guess:** in which of the two models does the head still find the right name?
 
@@ -658,8 +660,8 @@ report.show(
 )  # fmt: skip
 
 # %% [markdown]
-# With an offset of one, the tiny GPT has lost its skill, and its best head too. So it needs the positions that it was trained with. A rule about positions is possible because
-# our lists have only three lengths. (Three and six hurt less, perhaps as a name with its comma takes three tokens.)
+# With an offset of one, the tiny GPT hardly copies, and none of its heads looks much at the next name. So it needs the positions that it was trained with. A rule about positions can work, because
+# our lists have only three lengths: a name has only three distances to its copy. (Three and six hurt less, perhaps because a name and its comma take three tokens.)
 #
 # The base loses almost nothing at an offset of one, and more at larger ones. On the right, only "Again" and what follows get an offset, so the distance to the original list changes. A head of the base still finds
 # the names.

@@ -316,8 +316,8 @@ if solved("08.serve"):
 
 # %%
 def score(model, name, n=16):
-    """A model's score on a task. Answers may be as long as the longest reference of the batch. So a
-    long example is added, which is not scored."""
+    """A model's score on a task. Answers stop at the length of the batch's longest reference, so one
+    more example, which is not scored, gives all tasks the same room."""
     examples = wishes[name].test[:n]
     texts = complete(model, base, [*examples, describe.test[0]])
     return wishes[name].score(examples, texts[:n])
@@ -405,8 +405,8 @@ claim(abs(shares[0] - shares[1]) < 0.1, "the share of weights is similar in both
 # ## Against full fine-tuning
 #
 # Full fine-tuning and LoRA learn `describe` from the same examples in the same order, for 100 steps, each at its best learning rate. Is a merged LoRA
-# the same model as a fully fine-tuned one? In the next table, the last column compares each model with the LoRA of seed 0. It has the mean *Kullback-Leibler divergence* of their predictions, in nats per token, on text like that of
-# pretraining: 0 for equal predictions. The control, a LoRA with another seed, shows how far two LoRAs differ.
+# the same model as a fully fine-tuned one? The last column of the next table compares each model's predictions with those of the LoRA of seed 0: the mean *Kullback-Leibler divergence* on text like that of
+# pretraining, in nats per token: 0 for equal predictions. The control, a LoRA with another seed, shows how far two LoRAs differ.
 
 # %%
 rows = [json.loads(line) for line in (DATA / "results" / "finals.jsonl").read_text().splitlines()]
@@ -472,8 +472,8 @@ right.set_xlabel("slot accuracy; bar: 95 % interval of mean\ndots: ten seeds; di
 report.show(figure, "Left: twenty full copies take 280 GB, one base with adapters 15. Right: the ten seeds of full and LoRA overlap; this run's LoRA is lower.")  # fmt: skip
 
 # %% [markdown]
-# A merged LoRA equals its own adapter, up to rounding. It differs from full fine-tuning, but two LoRAs with different seeds differ about as much from each other. The dots of the methods overlap, so these runs do not rank them.
-# The diamonds are scores on only 64 prompts.
+# A merged LoRA equals its own adapter, up to rounding. It differs from full fine-tuning, but two LoRAs with different seeds differ about as much from each other. Of the ten seeds (dots), neither method's are clearly ahead.
+# (The diamonds: this run, on 64 prompts.)
 #
 # ## Add adapters
 #
@@ -600,12 +600,12 @@ right.legend(frameon=False, loc="lower center", fontsize=8)
 left.legend(frameon=False, loc="center right", fontsize=8)
 report.show(
     figure,
-    "Scores of the sum: cat and svd keep most of sentiment and a part of describe, linear little of both; by weight, describe rises up to 1, and sentiment falls after it.",
+    "Scores of the sum: cat and svd keep most of sentiment and a part of describe, linear little of both; describe rises up to weight 1, and sentiment falls beyond it.",
 )  # fmt: skip
 
 # %% [markdown]
 # Left: the cross terms of `linear` destroy what the adapters learned. `cat` and `svd` keep most of `sentiment`, but `describe` loses a part. Right, with equal weights: `describe` always scores lower than alone. At the
-# smallest weight it scores 0, even without `sentiment`. The largest weight damages `sentiment`. Now take all ten pairs.
+# smallest weight it scores 0. The largest weight damages `sentiment`. Now take all ten pairs.
 
 # %%
 REVIEWS = {"sentiment", "colors"}
@@ -655,7 +655,7 @@ claim(different < same - 0.05, "different prompts lose less")
 claim(max(map(max, losses["different prompts"])) > 0.8, "there too, a skill can be lost completely")
 
 # %% [markdown]
-# A sum of updates is not a sum of skills: most damage at least one of the two. Adapters for the same prompts lose more on average. (Their tasks want different answers to one prompt.)
+# A sum of updates is not a sum of skills: most of these sums damage at least one skill. Adapters for the same prompts lose more on average. (Their tasks want different answers to one prompt.)
 # But with different prompts too, some sums lose one skill completely. Test a combined adapter on every task.
 #
 # ## Summary
@@ -668,7 +668,7 @@ claim(max(map(max, losses["different prompts"])) > 0.8, "there too, a skill can 
 #
 # **Do you remember?** Answer first, then open.
 #
-# <details><summary>1. What do you need besides A and B to compute ΔW, and in which file is it?</summary>r and α, in adapter_config.json.</details>
+# <details><summary>1. What do you need besides A and B to compute ΔW, and in which file is it?</summary>α, in adapter_config.json, which also has r.</details>
 #
 # <details><summary>2. You merged and unmerged an adapter with peft. Why is the base not exactly the old one?</summary>W + ΔW was rounded. Subtracting ΔW leaves the error.</details>
 #
@@ -726,7 +726,7 @@ for seed, m in zip(SEEDS, models, strict=True):
 # %% [markdown]
 # In these two runs, the negative of an update is not the opposite skill.
 #
-# peft has more combination types. [TIES](https://arxiv.org/abs/2306.01708) drops small entries, and entries whose sign differs from that of most adapters. [DARE](https://arxiv.org/abs/2311.03099) drops entries at
+# peft has more combination types. [TIES](https://arxiv.org/abs/2306.01708) drops small entries, takes for each entry the sign with the larger sum over the adapters, and drops entries of the other sign. [DARE](https://arxiv.org/abs/2311.03099) drops entries at
 # random, and rescales the rest.
 #
 # ## The wrong α

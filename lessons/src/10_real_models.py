@@ -521,7 +521,7 @@ check("10.serve", as_merged, as_adapters)
 #
 # Lessons 01 to 09 used our own bases. Here are their main findings once more, on two of these bases and on SmolLM2. The task is `describe`, and on SmolLM2 there
 # are 60 steps. Each method has two settings, chosen on validation examples: one without decay, where we tried learning rates, and one with decay, where we tried pairs of rate and decay. Then these settings were run with
-# five new seeds (ten on the 1M base), and scored on test examples. Brackets hold 95 % intervals; "–" means: not measured. [RESULTS.md](../data/RESULTS.md) has the details.
+# five new seeds (ten on the 1M base), and scored on test examples. Brackets hold 95 percent intervals; "–" means: not measured. [RESULTS.md](../data/RESULTS.md) has the details.
 #
 # **Your guess:** SmolLM2 is far larger than our bases, and was trained on real text. With weight decay, which of `"full"`, `"lora"` and `"qlora"` forgets least on it? Which forgets most?
 
