@@ -204,7 +204,7 @@ EDGE_RATES = {  # of tournament-ranks: where the best rate was at an edge
 }  # fmt: skip
 EDGE_DECAY = {  # and where the best decay was
     "lora, r 32": (0.01, 0.02, 0.04), "rslora, r 32": (0.00125, 0.0025, 0.005),
-    "dora, r 32": (0.01, 0.02, 0.04),
+    "dora, r 32": (0.01, 0.02, 0.04), "lora_plus, r 32": (0.000625, 0.00125, 0.0025),
 }  # fmt: skip
 LORA_RATES = around(0.01)[1:4]
 PLACES = dict.fromkeys(("lora", "lora, attention", "lora, mlp"), LORA_RATES)
@@ -319,8 +319,7 @@ def measure(setting: Setting) -> dict:
 
     try:
         batches = micro_batches(task, run, base.end, model.device)
-        groups = recipe.groups and recipe.groups(model, run.learning_rate)
-        training = train(model, batches, run, recipe.optimizer, after_step, groups=groups)
+        training = train(model, batches, run, recipe, after_step)
         row["training_loss"] = training.losses[-1]
     except FloatingPointError:
         return row

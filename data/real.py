@@ -112,8 +112,7 @@ def measure(setting: Setting) -> dict:
         began = time.perf_counter()
         try:
             batches = micro_batches(task, run, base.end, model.device)
-            groups = recipe.groups and recipe.groups(model, run.learning_rate)
-            training = train(model, batches, run, recipe.optimizer, groups=groups)
+            training = train(model, batches, run, recipe)
             row["training_loss"] = training.losses[-1]
         except FloatingPointError:
             return row

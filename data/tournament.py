@@ -260,7 +260,7 @@ seed.
 
 {verdict_words}
 
-A higher score and more forgetting can be one thing: a setting that changes the model more. So here
+A setting that changes the model more may both score higher and forget more. So here
 is the least forgetting at equal scores, without decay → with decay allowed (validation examples):
 
 {equal_table(found)}

@@ -1,6 +1,7 @@
 """DoRA, PiSSA, VeRA, (IA)³ and LoRA+: what the first four share, then each on its own."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from minipeft import (
 from minipeft.lab.finetune import build_model
 from minipeft.lab.recipes import RECIPES, RunConfig
 from minipeft.lab.train import train as train_loop
+from minipeft.lab.train import with_decay
 from minipeft.methods.dora import DoraLinear
 from minipeft.methods.ia3 import IA3Linear
 from minipeft.methods.pissa import PissaLinear
@@ -225,9 +227,8 @@ def test_a_4bit_base_is_refused(gpt, name):
 def test_the_labs_recipe_trains(base, ids, name):
     run = RunConfig(steps=4, learning_rate=1e-2, quiet=True)
     model = build_model(base, RECIPES[name], run)
-    groups = RECIPES[name].groups and RECIPES[name].groups(model, run.learning_rate)
     batch = {"input_ids": ids, "labels": ids}
-    losses = train_loop(model, [[batch]] * 4, run, groups=groups).losses
+    losses = train_loop(model, [[batch]] * 4, run, RECIPES[name]).losses
     assert losses[-1] < losses[0]
 
 
@@ -442,8 +443,7 @@ def test_ia3_needs_a_list_of_feedforward_modules():
 def test_lora_plus_gives_b_a_higher_rate_and_both_follow_the_schedule(gpt, ids):
     model = get_peft_model(gpt, LoraConfig(r=2, target_modules=ENDS))
     run = RunConfig(steps=6, learning_rate=1e-3, quiet=True)
-    groups = lora_plus_groups(model, run.learning_rate, ratio=4)
-    made, rates = [], []
+    groups, made, rates = lora_plus_groups(model, run.learning_rate, ratio=4), [], []
 
     def make(groups, **options):
         made.append(torch.optim.AdamW(groups, **options))
@@ -453,13 +453,32 @@ def test_lora_plus_gives_b_a_higher_rate_and_both_follow_the_schedule(gpt, ids):
         rates.append([group["lr"] for group in made[0].param_groups])
 
     batch = {"input_ids": ids, "labels": ids}
-    train_loop(model, [[batch]] * 6, run, make, after_step, groups=groups)
-    for step, (slow, fast) in enumerate(rates, 1):
+    recipe = replace(RECIPES["lora_plus"], optimizer=make, groups=lambda *_: groups)
+    train_loop(model, [[batch]] * 6, run, recipe, after_step)
+    for step, (slow, _, fast, _) in enumerate(rates, 1):  # matrices and vectors apart
         assert slow == pytest.approx(run.learning_rate_at(step))
         assert fast == pytest.approx(4 * slow)
     names = {p: name for name, p in model.named_parameters()}
     assert all("lora_A" in names[p] for p in groups[0]["params"])
     assert all("lora_B" in names[p] for p in groups[1]["params"])
+
+
+@pytest.mark.parametrize(("decay_to", "left"), [("zero", 0.99), ("start", 1.0)])
+def test_lora_plus_decays_as_the_run_says(decay_to, left):
+    """With gradients of zero, a step leaves 1 - ηλ of A; the rate of B is 16 times as high."""
+    model = nn.Sequential()
+    for name, sizes in {"lora_A": (4, 2), "lora_B": (2, 3)}.items():
+        model.add_module(name, nn.Linear(*sizes, bias=False))
+    before = [p.detach().clone() for p in model.parameters()]
+    run = RunConfig(learning_rate=0.01, weight_decay=1.0, decay_to=decay_to)
+    groups = with_decay(lora_plus_groups(model, 0.01), run)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    torch.optim.AdamW(groups).step()
+    assert torch.allclose(model.lora_A.weight, left * before[0])
+    assert torch.allclose(model.lora_B.weight, (1 - 16 * (1 - left)) * before[1])
+    with pytest.raises(ValueError, match=r"learning rate 0\.16 x weight decay 7 is the share"):
+        train_loop(model, [], replace(run, weight_decay=7, decay_to="zero"), RECIPES["lora_plus"])
 
 
 def test_lora_plus_refuses_a_ratio_below_1_and_a_model_without_lora(gpt):

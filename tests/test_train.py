@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from torch import nn
 from minipeft import GPT
 from minipeft.gpt import Output
 from minipeft.lab import train as module
-from minipeft.lab.recipes import RunConfig
+from minipeft.lab.recipes import RECIPES, RunConfig
 from minipeft.lab.train import autocast, pick_device, train, weights
 
 
@@ -117,7 +118,8 @@ def test_gradients_are_clipped_to_the_norm_of_the_run(gpt):
     def descent(groups, lr, betas):
         return torch.optim.SGD(groups, lr=lr)
 
-    train(gpt, [[{"input_ids": ids, "labels": ids}]], run, make_optimizer=descent)
+    recipe = replace(RECIPES["full"], optimizer=descent)
+    train(gpt, [[{"input_ids": ids, "labels": ids}]], run, recipe)
     after = torch.cat([p.detach().flatten() for p in gpt.parameters()])
     assert (after - before).norm().item() == pytest.approx(0.25, rel=1e-4)
 
@@ -192,7 +194,14 @@ def test_a_training_run_by_hand(monkeypatch, capfd):
         max_grad_norm=100.0,
     )  # fmt: skip
     model = Linear().eval()
-    found = train(model, batches, run, descent, rows.append, title="counting")
+    found = train(
+        model,
+        batches,
+        run,
+        replace(RECIPES["full"], optimizer=descent),
+        rows.append,
+        title="counting",
+    )
     assert made == [(0.1, (0.9, 0.9), [(1, 0.0), (1, 0.0)])]
     # the sum is 6; each step moves 4 entries by 0.1 · 1.25
     assert found.losses == pytest.approx([1.25 * (6 - 0.5 * n) for n in range(10)])

@@ -246,7 +246,7 @@ axis.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
 axis.minorticks_off()
 report.show(
     figure,
-    "Training loss by step: it starts near 7.6, passes the model that counts tokens within 50 steps, and ends above the 5-gram model and the 1M base.",
+    "Training loss by step: it starts near 7.7, passes the model that counts tokens within 50 steps, and ends above the 5-gram model and the 1M base.",
 )
 claim(known["5-gram"] < losses[-1] < known["unigram"] - 1, "the small GPT ends in between")
 
@@ -378,7 +378,7 @@ claim(min(p[key] for p in columns.values() for key in list(titles)[:2]) > 0.95, 
 #
 # ## Watch it learn to copy
 #
-# Now test your guess. A second tiny GPT, the *twin*, sees lists in which other names follow "Again:".
+# Now test your guess with two tiny GPTs. One sees such lists. The other, the *twin*, sees lists in which other names follow "Again:".
 
 # %%
 firsts, lasts = (sorted({name.split()[i] for name in PEOPLE})[:24] for i in (0, 1))
@@ -486,9 +486,9 @@ claim(max(share for _, share in twin_points) < 0.15, "the twin never copies")
 # ## Look inside
 #
 # How could a model copy? After "Again: Rita", a head could find the earlier "Rita", and attend to the token *after* it: "Clay". Such a head is an *induction head*
-# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). After a comma it must look for "Clay,", because every name has a comma.
+# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). After a comma it must also match the word before the comma.
 #
-# Take every word that should be copied. It is predicted at the token before it. From there, how much weight does each head put on that word in the original list?
+# Take every word that should be copied. At the position just before it, how much weight does each head put on that word in the original list?
 
 
 # %%
@@ -565,7 +565,7 @@ report.show(
 
 # %% [markdown]
 # Orange boxes mark the word that must come next. Both models have a head that looks there (the figure shows the base's). Is it an induction head? It could also follow a rule about
-# positions, such as "look 10 back". Read a list back in *reverse order*: then such a rule finds the wrong name. (There we measure second words only: no model can know which name comes next.)
+# positions, such as "look 10 back". Read a list back in *reverse order*: then such a rule finds the wrong name. (There we measure second words only: first words cannot be known.)
 #
 # **Your guess:** in which of the two models does the head still find the right name?
 
@@ -660,8 +660,8 @@ report.show(
 )  # fmt: skip
 
 # %% [markdown]
-# With an offset of one, the tiny GPT hardly copies, and none of its heads looks much at the next name. So it needs the positions that it was trained with. A rule about positions can work, because
-# our lists have only three lengths: a name has only three distances to its copy. (Three and six hurt less, perhaps because a name and its comma take three tokens.)
+# Left: all positions move by one, so no distance changes, and still the tiny GPT hardly copies. So it learned which positions to read. Such a rule can work here, because
+# our lists have only three lengths, and each starts at a multiple of six. (So an offset of six hurts less. Three does too, perhaps because a name and its comma take three tokens.)
 #
 # The base loses almost nothing at an offset of one, and more at larger ones. On the right, only "Again" and what follows get an offset, so the distance to the original list changes. A head of the base still finds
 # the names.

@@ -117,7 +117,7 @@ def make_labels(prompt_ids, completion_ids, end, length):
 check("01.make_labels", make_labels)
 
 # %% [markdown]
-# **Exercise 2.** Write `masked_loss(logits, labels)`: the mean cross-entropy over all positions whose next label is not -100. Shapes: logits (b, t, v), labels (b, t).
+# **Exercise 2.** Write `masked_loss(logits, labels)`: the mean cross-entropy over all positions t where the label at t + 1 is not -100. Shapes: logits (b, t, v), labels (b, t).
 
 
 # %% tags=["exercise"]
@@ -218,7 +218,7 @@ print("torch.optim.AdamW moves them by", [round(value, 4) for value in w.data.to
 # Training holds four things: the weights, a gradient for each weight, AdamW's two averages, and the *activations*. Activations are all results of
 # the forward pass that the backward pass needs. Their size grows with the number of tokens in a batch.
 #
-# **Your guess:** our GPT, in float32, is trained on 16 texts of 64 tokens. Divide the memory of training by the memory of the weights: what do you get? And for 7 billion parameters, with weights and gradients in bfloat16, and AdamW's averages in float32?
+# **Your guess:** our GPT, in float32, is trained on 16 texts of 64 tokens. Divide the memory of training by the memory of the weights: what do you get? And for 7 billion parameters, as many tokens, with weights and gradients in bfloat16, and AdamW's averages in float32?
 
 # %%
 guess_small, guess_7b = None, None  # times the weights
@@ -274,7 +274,7 @@ check("01.gigabytes", gigabytes)
 # %% [markdown]
 # ## Fine-tune it
 #
-# A prompt has four *facts*, such as "near is Black Oven", and the *value* of this fact is "Black Oven". In a completion, the tokens of the values are *slot tokens*. All others are *template tokens*: "This is the story of" begins half of all completions.
+# A prompt states four *facts*. In the fact "near is Black Oven", "Black Oven" is the *value*. In a completion, the tokens of values are *slot tokens*. All others are *template tokens*: "This is the story of" begins half of all completions.
 # Each fact has two phrasings. *Slot accuracy* is the share of facts that the generated text states in one of its phrasings, with the right value. To save time, it is measured on 32 of the validation examples here.
 #
 # **Your guess:** after how many of 100 steps is the loss on template tokens a tenth of its value at the start? And the loss on slot tokens?
@@ -358,7 +358,7 @@ claim(blind[-1]["score"] < 0.1, "a blind model states nearly no fact")
 claim(full[-1]["score"] > 0.85, "the fine-tuned model states most facts")
 
 # %% [markdown]
-# A model that cannot do the task at all makes most of the improvement in the loss. So we report template and slot tokens separately, and count facts in generated text. We also compare with
+# A model that cannot do the task at all makes most of the improvement in the loss. So we report template and slot tokens separately, and count facts in generated text. We compare with
 # the *random base*: a model that starts from random weights, trained on the same examples. (These runs come with minipeft: the mean of four seeds, at the learning rate with the lowest loss.) What the random base learns comes from the training examples only.
 
 # %%
@@ -547,7 +547,7 @@ for name, values in scores.items():
     print(f"{report.NAMES[name]:14} {[f'{value:.2f}' for value in values]}")
 
 # %% [markdown]
-# **Exercise 7, harder.** Two methods have different means. Could that be chance? If the method makes no difference, each score could as well belong to the other method. So put the scores of both together, and go through *all* ways to split them into two groups of the sizes of a and b.
+# **Exercise 7, harder.** Two methods have different means. Could that be chance? If the method makes no difference, each score might as well have come from the other method. So put the scores of both together, and go through *all* ways to split them into two groups of the sizes of a and b.
 # Write `chance(a, b)`: the share of these splits whose means are at least as far apart as the means of a and b, in either direction (allow 1e-9 for rounding).
 
 
@@ -602,7 +602,7 @@ claim(few[-1]["template_loss"] > lowest["template_loss"], "the loss on template 
 claim(few[-1]["score"] > lowest["score"] - 0.15, "but the score does not fall with it")
 
 # %% [markdown]
-# The validation loss falls and then rises, on template and on slot tokens: the model becomes too sure of what it has memorized. But slot accuracy does not fall with it. **The loss is not the score**, so stop training by the number that you care about.
+# The validation loss falls and then rises, on template and on slot tokens: perhaps the model becomes too sure of what it has memorized. But slot accuracy does not fall with it. **The loss is not the score**, so stop training by the number that you care about.
 #
 # ## Where the time goes
 #

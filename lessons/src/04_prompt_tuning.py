@@ -133,7 +133,7 @@ between = [4, 5]
 check("04.seen", after, between)
 
 # %% [markdown]
-# Now ask the model itself.
+# Now ask the model.
 
 # %%
 torch.manual_seed(0)
@@ -224,7 +224,7 @@ print(f"step 0: logits differ by up to {difference:.1f}; with the adapter disabl
 # P may start as noise (`RANDOM`, the default of Hugging Face peft), or as embeddings of real tokens: of random ones (`SAMPLE_VOCAB`), or those of a text that describes the task (`TEXT`).
 #
 # **Exercise 4.** In one step, Adam moves a number by at most about the learning rate. A number in P has a size of about 1 if P starts as noise, and about 1/5 if it starts as
-# embeddings. The learning rate is 10⁻². How far can a number move in 20 steps, divided by its size?
+# embeddings. The learning rate is 10⁻². In 20 steps, how many times its own size can a number move?
 
 # %% tags=["exercise"]
 noise = None
@@ -370,12 +370,12 @@ claim(min(r.score for r in larger["prompt_tuning"]) > 0.9, "on the 3M base, thre
 
 # %% [markdown]
 # On `sentiment`, three of four seeds learn to answer with the right word; one stays near chance. On `describe`, prompt tuning states
-# almost no fact right after 100 steps; LoRA and full fine-tuning learn the task. A possible reason, not tested here: virtual tokens change the input of the layers, but not their weights.
+# almost no fact right after 100 steps; LoRA and full fine-tuning learn the task. Frozen weights alone are not the reason: prefix tuning (lesson 06) learns it, and freezes them too.
 #
 # But these runs start from noise. In the first figure, embeddings are ahead, so the weak seed may be due to this start. And 100 steps may be too few ("Going further").
-# The paper finds that prompt tuning comes closer to full fine-tuning the larger the model is. Our 3M base fits that, but three seeds prove little.
+# The paper (Lester et al.) finds that prompt tuning comes closer to full fine-tuning the larger the model is. Our 3M base fits that, but three seeds prove little.
 #
-# Now look at the column *forgetting*. No weight has changed, and yet the model forgets. Part of this is there at step 0: noise in front of a text disturbs it. With the adapter disabled, the base is back, exactly:
+# Now look at the column *forgetting*. No weight has changed, and yet the model forgets. Part of this is there at step 0: noise in front of a text disturbs it. Training adds the rest. With the adapter disabled, the base is back, exactly:
 
 # %%
 assert ours.forgot("off") == 0
@@ -421,7 +421,7 @@ for name, accuracy in published.items():
 
 # %% [markdown]
 # The embeddings were those of random tokens. Both prompt tuning runs had the learning rate 10⁻³, so noise may not have had its best rate. In our first figure, too,
-# embeddings got further at equal rates. "More steps?" below gives each start its best rate.
+# embeddings got further at equal rates. "More steps?" below tries more rates.
 #
 # ## Summary
 #
@@ -521,7 +521,7 @@ claim(longer.score > max(prompts), "the seed above scores more than the mean of 
 claim(prefix > 0.7, "prefix tuning learns most of it")
 
 # %% [markdown]
-# It is not this seed: three others score even less, on average. Nor is it the start, or one bad rate: prompt tuning learns little of `describe` at each rate that we tried, from both starts. At their best rates, both starts score about the same. The loss is lowest at the largest rates, so still larger ones may help a little. We did not try them, nor more steps. Prefix tuning (lesson 06) trains vectors in every layer,
+# The seed above was lucky: three others score even less, on average. Nor is it the start, or one bad rate: prompt tuning learns little of `describe` at each rate that we tried, from both starts. At their best rates, both starts score about the same. The loss is lowest at the largest rates, so still larger ones may help a little. We did not try them, nor more steps. Prefix tuning (lesson 06) trains vectors in every layer,
 # and learns most of it. Embeddings disturb old text less at step 0, but after training both starts forget about equally.
 #
 # Few trained parameters do not make a step cheap: the gradient of P goes back through all layers, and each text is 20 tokens longer.
@@ -545,6 +545,8 @@ loss = task_loss(one, sentiment.validation, base.end)["loss"]
 claim(loss < undecided, "a single virtual token does better than undecided")
 
 # %% [markdown]
+# In this run, one virtual token gets almost as far as twenty.
+#
 # ## What breaks it: unseen tokens
 #
 # Now the answers are 👍 and 👎, and nothing else changes. The tokenizer splits each of them into a space (Ġ) and four bytes. The pretraining text has no such bytes. As controls, we train a LoRA, and a LoRA that also trains the rows of these tokens in the embedding.
@@ -590,7 +592,7 @@ check("04.fill", fill)
 
 # %% [markdown]
 # **Exercise 7.** What do virtual tokens mean? Perhaps each is near a word. Write `nearest(P, E)`: for each row of P (p, d), the index of the row of E (v, d) with the largest *cosine*, the
-# product of two vectors divided by their lengths.
+# dot product of two vectors, divided by both lengths.
 
 
 # %% tags=["exercise"]

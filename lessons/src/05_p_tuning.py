@@ -75,8 +75,8 @@ check("05.mergeable", mergeable)
 # %% [markdown]
 # ## Why train a network only to throw it away?
 #
-# The task is `sentiment`: a review, and the answer "good" or "bad". Below are the scores of prompt tuning with 20 virtual tokens, 100 steps and four seeds. P-tuning gets
-# as many of each.
+# The task is `sentiment`: a review, and the answer "good" or "bad". Below are the scores of prompt tuning: 20 virtual tokens, 100 steps, four seeds. P-tuning uses
+# these numbers too.
 #
 # **Your guess:** what is the mean score of P-tuning?
 
@@ -245,7 +245,7 @@ check("05.rows", mlp_rows, lstm_rows)
 # - **The start.** At step 0, P is the output of an untrained network. These numbers are much smaller than prompt tuning's noise.
 # - **The step.** A step changes every weight of the network a little, and each virtual token depends on many weights. So many small changes add up: at the same learning rate, P moves further than in prompt tuning.
 #
-# We train three kinds for 50 steps: `plain` is prompt tuning from noise, `small noise` is prompt tuning from noise divided by 10, and `MLP` is P-tuning. All get the rate 10⁻², and each gets two rates near its own best.
+# We train three kinds for 50 steps: `plain` is prompt tuning from noise, `small noise` is prompt tuning from noise divided by 10, and `MLP` is P-tuning. All get the rate 10⁻². Each also gets two others, so that its best rate is among the three.
 
 
 # %%
@@ -295,7 +295,7 @@ claim(same["MLP"] < min(same["small noise"], same["plain"]), "at 0.01 the MLP is
 claim(found["MLP"][0.01][1] > 2 * found["small noise"][0.01][1], "it moves P further")
 
 # %% [markdown]
-# On the dotted line, all kinds have the same learning rate, and the MLP is ahead. You would conclude that the network helps. Now compare each kind at the best of its three rates: most of the MLP's lead over `small noise` is gone.
+# On the dotted line, all kinds have the same learning rate, and the MLP is ahead. So the network seems to help. But this is the MLP's best rate, and too low for the others. With each kind at its best rate, most of the MLP's lead over `small noise` is gone.
 #
 # Next, four seeds of the MLP and of small noise, each at the rate that was best in seed 0:
 
@@ -324,7 +324,7 @@ claim(max(seeds["small noise"]) < 2 * max(seeds["MLP"]), "and without it, from s
 # %% [markdown]
 # With these four seeds, prompt tuning from small noise does about as well as the MLP. The network may still help a little: four seeds are too few to see a small effect.
 #
-# When a trick helps, ask what else it changes. Then change the same in the other method, and compare again.
+# When a trick helps, ask what else it changes. Give the other method that change, and compare again.
 #
 # **Exercise 5.** Two methods were trained with the same seeds. Write `paired(a, b)` for their lists of scores. It returns the mean of all differences a - b, and the number of seeds in which a is ahead (a tie is not ahead).
 
@@ -420,7 +420,7 @@ print("P-tuning", *(f"{s:.2f}" for s in both[1]))
 claim(max(both[0] + both[1]) < 0.1, "on describe, both are near zero")
 
 # %% [markdown]
-# On `sentiment`, P-tuning is ahead with each seed, on both bases, and none of its seeds fails. That is the best evidence for it. On the 1M base the interval of the mean difference includes zero:
+# On `sentiment`, P-tuning is ahead with each seed, on both bases, and none of its seeds fails. On the 1M base the interval of the mean difference includes zero:
 # one seed of prompt tuning fails, so the four differences vary widely. This failing seed also causes most of the mean difference. The comparison is with noise of full size, and we have not run small noise here.
 # <!-- claim: p-tuning-sentiment -->
 #
@@ -454,7 +454,7 @@ for name, (accuracy, number, rate) in published.items():
 #
 # **Do you remember?** Answer first, then open.
 #
-# <details><summary>1. Why can the network be removed after training?</summary>H and its weights no longer change, so it always computes the same P. It is enough to keep P.</details>
+# <details><summary>1. Why can the network be removed after training?</summary>P does not depend on the text, and its numbers no longer change. It is enough to keep P.</details>
 #
 # <details><summary>2. At one learning rate, the MLP was ahead. Why was this not a fair comparison?</summary>The network also makes P start small and move further per step. From small noise, and at its own learning rate, prompt tuning did about as well.</details>
 #
@@ -486,12 +486,12 @@ claim(max(highest.values()) < 0.3, "all three stay low on this task")
 claim(highest["p_tuning, LSTM"] < 0.05, "with the BiLSTM, every run stays near zero")
 
 # %% [markdown]
-# With the BiLSTM, no run gets further than a few hundredths. Prompt tuning and the MLP reach about a fifth in their best runs. All scores are low, so we cannot say which is better after longer training. In 300 steps, virtual tokens that see each other did not learn faster.
+# With the BiLSTM, no run gets further than a few hundredths. Prompt tuning and the MLP reach about a fifth in their best runs. All scores are low, so we cannot say which is better after longer training. In 300 steps and at these rates, virtual tokens that see each other did not learn faster.
 #
 # ## Version two is another method
 #
 # *P-tuning v2* ([Liu et al. 2021](https://arxiv.org/abs/2110.07602)) is not a better network. It gives every layer virtual keys and values of its own, and needs no network: it is prefix tuning, the subject of lesson 06. Below, `PrefixTuningConfig` makes it, and a test shows the difference.
-# Change one trained number: which block of the GPT is the first whose output changes?
+# Change one trained number at a time: which is the first block of the GPT whose output changes?
 
 
 # %%
@@ -530,7 +530,7 @@ for kind, model in (
 #
 # ## More exercises
 #
-# **Exercise 6.** Version two by hand. Write `deep_prompt(model, P, ids)`: the logits when layer i has the keys P[i, 0] and the values P[i, 1] in front of those of the text. P is (l, 2, p, d) for l layers; `ids` is (b, t), b texts of t tokens; the logits are (b, t, v) for a vocabulary of v tokens. `past_key_values`
+# **Exercise 6.** Version two by hand. Write `deep_prompt(model, P, ids)`. Layer i gets the keys P[i, 0] and the values P[i, 1], in front of its keys and values of the text. Return the logits. P is (l, 2, p, d) for l layers; `ids` is (b, t), b texts of t tokens; the logits are (b, t, v) for a vocabulary of v tokens. `past_key_values`
 # wants a pair (keys, values) per layer, each of shape (b, h, p, k), where h heads of width k make d = h · k. The model has `model.config.n_head` heads. Do not pass positions: the model gives the text the positions p, p + 1, and so on. P must get a gradient.
 
 

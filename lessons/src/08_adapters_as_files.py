@@ -316,8 +316,8 @@ if solved("08.serve"):
 
 # %%
 def score(model, name, n=16):
-    """A model's score on a task. Answers stop at the length of the batch's longest reference, so one
-    more example, which is not scored, gives all tasks the same room."""
+    """A model's score on a task. Answers are cut at the length of the longest reference. One more
+    example, which is not scored, makes this length the same for all tasks."""
     examples = wishes[name].test[:n]
     texts = complete(model, base, [*examples, describe.test[0]])
     return wishes[name].score(examples, texts[:n])
@@ -394,7 +394,7 @@ for dtype in (torch.float32, torch.bfloat16):
         largest = max(largest, (error.abs().max() / w.abs().max()).item())
     shares.append(torch.cat(differ).mean().item())
     print(f"subtracting in {dtype}: {shares[-1]:.0%} of all weights differ from W, "
-          f"by up to {largest:.0e} of a layer's largest one")  # fmt: skip
+          f"by up to {largest:.0e} of the layer's largest weight")  # fmt: skip
 claim(min(shares) > 0.01, "subtracting ΔW does not restore W exactly")
 claim(abs(shares[0] - shares[1]) < 0.1, "the share of weights is similar in both types")
 
@@ -405,8 +405,8 @@ claim(abs(shares[0] - shares[1]) < 0.1, "the share of weights is similar in both
 # ## Against full fine-tuning
 #
 # Full fine-tuning and LoRA learn `describe` from the same examples in the same order, for 100 steps, each at its best learning rate. Is a merged LoRA
-# the same model as a fully fine-tuned one? The last column of the next table compares each model's predictions with those of the LoRA of seed 0: the mean *Kullback-Leibler divergence* on text like that of
-# pretraining, in nats per token: 0 for equal predictions. The control, a LoRA with another seed, shows how far two LoRAs differ.
+# the same model as a fully fine-tuned one? We compare each model's predictions with those of the LoRA of seed 0, on text like that of pretraining. The measure is the mean *Kullback-Leibler divergence*
+# in nats per token; 0 means equal. The control, a LoRA with another seed, shows how far two LoRAs differ.
 
 # %%
 rows = [json.loads(line) for line in (DATA / "results" / "finals.jsonl").read_text().splitlines()]
@@ -472,7 +472,7 @@ right.set_xlabel("slot accuracy; bar: 95 % interval of mean\ndots: ten seeds; di
 report.show(figure, "Left: twenty full copies take 280 GB, one base with adapters 15. Right: the ten seeds of full and LoRA overlap; this run's LoRA is lower.")  # fmt: skip
 
 # %% [markdown]
-# A merged LoRA equals its own adapter, up to rounding. It differs from full fine-tuning, but two LoRAs with different seeds differ about as much from each other. Of the ten seeds (dots), neither method's are clearly ahead.
+# A merged LoRA equals its own adapter, up to rounding. It differs from full fine-tuning, but two LoRAs with different seeds differ about as much from each other. With ten seeds (dots), neither method is clearly ahead.
 # (The diamonds: this run, on 64 prompts.)
 #
 # ## Add adapters
@@ -655,7 +655,7 @@ claim(different < same - 0.05, "different prompts lose less")
 claim(max(map(max, losses["different prompts"])) > 0.8, "there too, a skill can be lost completely")
 
 # %% [markdown]
-# A sum of updates is not a sum of skills: most of these sums damage at least one skill. Adapters for the same prompts lose more on average. (Their tasks want different answers to one prompt.)
+# A sum of updates is not a sum of skills: most of these sums damage at least one skill. Adapters for the same prompts lose more on average. (A possible reason: their tasks want different answers to one prompt.)
 # But with different prompts too, some sums lose one skill completely. Test a combined adapter on every task.
 #
 # ## Summary
@@ -664,7 +664,7 @@ claim(max(map(max, losses["different prompts"])) > 0.8, "there too, a skill can 
 # - Switching and disabling never write into W, so the base comes back exactly.
 # - minipeft keeps W when it merges. peft overwrites W and subtracts later: rounding errors remain.
 # - `cat` is exact, `svd` has the smallest squared error for its rank, and `linear` has cross terms.
-# - Even an exact sum of two adapters often damaged one of the two skills here: measure it.
+# - Even an exact sum of two adapters usually damaged a skill here: measure it.
 #
 # **Do you remember?** Answer first, then open.
 #
@@ -726,13 +726,13 @@ for seed, m in zip(SEEDS, models, strict=True):
 # %% [markdown]
 # In these two runs, the negative of an update is not the opposite skill.
 #
-# peft has more combination types. [TIES](https://arxiv.org/abs/2306.01708) drops small entries, takes for each entry the sign with the larger sum over the adapters, and drops entries of the other sign. [DARE](https://arxiv.org/abs/2311.03099) drops entries at
+# peft has more combination types. [TIES](https://arxiv.org/abs/2306.01708) drops small entries. Then the adapters vote on the sign of each entry, with their values as weights, and the losing entries are dropped. [DARE](https://arxiv.org/abs/2311.03099) drops entries at
 # random, and rescales the rest.
 #
 # ## The wrong α
 #
 # The tensors do not say what α was. If it is lost, all shapes still fit. Suppose that someone guesses α. We trained with 16. To see the effect of another α, we give the
-# adapter the weight α/16. *Forgetting* is the rise of the loss on text like that of pretraining, in nats per token:
+# adapter of seed 0 the weight α/16. *Forgetting* is the rise of the loss on text like that of pretraining, in nats per token:
 
 # %%
 table, at_start = [], text_loss(bare, base.held_out)

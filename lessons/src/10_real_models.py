@@ -121,7 +121,7 @@ lora_bytes = 3e9 * 2 + 10e6 * (4 + 4 + 8)  # the adapter: weights, gradients, op
 check("10.bytes", lora_bytes)
 
 # %% [markdown]
-# In a Llama, each block has seven linear layers: queries, keys, values, output, and three in its MLP. Each layer and each of the two norms keeps its input (queries, keys and values share one, as do two MLP layers). *Gradient checkpointing* keeps only each block's input, and computes the rest again in the backward pass.
+# In a Llama, each block has seven linear layers: queries, keys, values, output, and three in its MLP. For the backward pass, a block keeps the inputs of its layers and norms, the queries, keys and values, and what its MLP computes in between. *Gradient checkpointing* keeps only each block's input, and computes the rest again, one block at a time.
 
 
 # %%
@@ -219,10 +219,10 @@ check("10.blocks", blocks)
 # %% [markdown]
 # ## Which method, on which layers?
 #
-# Start with LoRA on all linear layers, and add checkpointing if needed; then QLoRA. Full fine-tuning forgot least in lesson 09: take it if you have the memory and serve one model.
+# Start with LoRA on all linear layers. If memory is short, add checkpointing, then QLoRA. If you have enough and serve one model, try full fine-tuning too.
 # [HYPERPARAMETERS.md](HYPERPARAMETERS.md) has learning rates and ranks, with sources.
 #
-# Each family of models names its layers differently. minipeft finds attention and MLP from the model's structure. The table counts LoRA parameters at rank 1: sum them over your layers, and multiply by your rank.
+# Each family of models names its layers differently. minipeft finds attention and MLP from the model's structure. The table counts LoRA parameters at rank 1: sum those that you use, and multiply by your rank.
 
 
 # %%
@@ -417,7 +417,7 @@ claim(test_losses[1] < test_losses[0], "the test loss falls")
 claim(match < 0.5, "fewer than half of the answers are right")
 
 # %% [markdown]
-# The test loss has fallen, but hardly any of these answers is right. The loss falls long before the facts are learned, so read answers. Here are longer runs on
+# The test loss has fallen, but few or no answers are right. The loss falls long before the facts are learned, so read answers. Here are longer runs on
 # SmolLM2, with 75 steps and more questions:
 
 # %%
@@ -480,7 +480,7 @@ del others, other
 # For one customer, serve the merged folder: `vllm serve out/10/merged`. For several, serve one base with adapters: `vllm serve BASE --enable-lora
 # --lora-modules library=out/10/adapter`. (We have not tried these commands.)
 #
-# A QLoRA adapter was trained on rounded weights. So `merge --4bit` rounds the base first; the result is in 32 bits. If you merge into the original weights, evaluate again (lesson 07).
+# A QLoRA adapter was trained on rounded weights. So `merge --4bit` rounds the base too, and writes the sum in 32 bits. If you merge into the original weights, evaluate again (lesson 07).
 #
 # **Exercise 7.** Twenty customers share a base of 14 GB. Each adapter takes 40 MB. How many GB are twenty merged models? And one base with twenty adapters?
 
@@ -652,12 +652,12 @@ claim(kept["LoRA, upper quarter"] < kept["LoRA"], "adapters in the upper quarter
 
 # %% [markdown]
 # LoRA keeps almost as many activations as full fine-tuning. (The small difference: a norm that is trained keeps its normalized input too.) Checkpointing removes
-# most of them. Of what is left on SmolLM2, the logits are the largest part, because its vocabulary is large and its layers are narrow. Exercise 10 removes them.
+# most of them. Of what is left on SmolLM2, the logits are the largest part, because its vocabulary is large and its layers are narrow. Exercise 10 computes them in pieces.
 # Take the computed memory with a margin, and look at `torch.cuda.max_memory_allocated()` after the first step.
 #
 # **Exercise 8: checkpointing by hand.** The forward pass below keeps a block's input and nothing else. (PyTorch records nothing inside
 # such a function: it runs as under `torch.no_grad()`.) Write the backward pass: compute the block again, this time with recording, and send `grad` through it. The
-# block's own trainable parameters must get their gradients too, added to those that they have. It must also work in a chain: there, `x` has a history, and the backward pass of this block must
+# block's own trainable parameters must get their gradients too, added to those that they have. It must also work in a chain: there, the block below computed `x`, and the backward pass of this block must
 # stop at `x`.
 
 
@@ -725,7 +725,7 @@ report.show(
 )
 
 # %% [markdown]
-# (The curve has stairs at powers of two: between two of them, all bfloat16 numbers have the same distance.) Most weights would stay where they are, step after step. Mixed precision therefore adds its steps to a float32 copy of
+# (The curve has stairs, because between two powers of two, such as 1 and 2, bfloat16 numbers are evenly spaced.) Most weights would stay where they are, step after step. Mixed precision therefore adds its steps to a float32 copy of
 # the weights, and minipeft refuses `--method full --dtype bfloat16`. A frozen weight has no such problem, and adapters are float32 anyway.
 #
 # ## Several processes
@@ -774,7 +774,7 @@ print(f"llama-2-7b, computed: full {full} (in 16 bits), LoRA {lora} (in 32 bits)
 # If the model does not fit on one card, `--shard` (for full fine-tuning and LoRA) splits every tensor over the processes. Weights, gradients and optimizer state are divided by
 # their number. Activations are not divided: each process keeps those of its own texts.
 #
-# **Exercise 9.** Write `cards(divided, activations, card)`: the smallest number of cards (any positive integer) on which it fits. All three are in bytes: `divided` is the sum of the parts that are divided, `card` is
+# **Exercise 9.** Write `cards(divided, activations, card)`: the smallest number of cards (any positive integer) on which it fits. All three are in bytes: `divided` is the sum of the parts that are divided, `activations` what each process keeps, `card`
 # the memory of one card. Exactly full still fits. Return 0 if no number of cards is enough.
 
 

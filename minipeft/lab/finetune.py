@@ -229,8 +229,7 @@ def train_and_save(
         torch.cuda.reset_peak_memory_stats()
     title = f"{recipe.method}{' on a random base' if run.random_base else ''}, seed {run.seed}"
     batches = micro_batches(task, run, base.end, model.device)
-    groups = recipe.groups(model, run.learning_rate) if recipe.groups else None
-    training = train(model, batches, run, recipe.optimizer, after_step, checkpoint, title, groups)
+    training = train(model, batches, run, recipe, after_step, checkpoint, title)
     for name, value in vars(training).items():
         setattr(record, name, value)
     record.max_memory_allocated = torch.cuda.max_memory_allocated() if on_gpu else None

@@ -219,7 +219,7 @@ def measure(base: Base, method: str, r: int, batch_size: int, length: int) -> di
     ids = torch.randint(model.config.vocab_size, (batch_size, length))
     batch = {"input_ids": ids, "labels": ids}
     kept = activation_bytes(model, batch)
-    training = train(model, [[batch]], run, recipe.optimizer)
+    training = train(model, [[batch]], run, recipe)
     sizes = weight_bytes(model), training.gradient_bytes, training.optimizer_bytes, kept
     return dict(zip(PARTS, sizes, strict=True))
 

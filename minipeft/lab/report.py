@@ -256,14 +256,15 @@ def successors_figure() -> Figure:
         "LoRA": "W + α/r · B A",
         "rsLoRA": "W + α/√r · B A",
         "LoRA+": "learning rates:\nη for A, 16 η for B",
-        "PiSSA": "B A starts as the largest\npart of W, taken out of it",
+        "PiSSA": "B A starts as the largest\npart of W; the rest is frozen",
         "DoRA": "each row scaled to length 1,\nthen times its entry of m",
         "VeRA": "A and B random, shared by all\nlayers; rows times b and d",
         "(IA)³": "each row times\nits entry of l",
     }
     figure, axes = panels(9, 4.4, 2, 4)
     for axis, (name, caption) in zip(axes, captions.items(), strict=False):
-        boxes: dict = {"W": (0, 2, 4, 4, grey)}  # x, y, width, height, color
+        frozen = r"$W_\mathrm{res}$" if name == "PiSSA" else "W"
+        boxes: dict = {frozen: (0, 2, 4, 4, grey)}  # x, y, width, height, color
         if name != "(IA)³":
             boxes |= {"B": (5.4, 2, 1.1, 4, orange), "A": (6.8, 4.9, 4, 1.1, orange)}
             axis.text(4.7, 4, "+", ha="center", va="center")
@@ -274,6 +275,9 @@ def successors_figure() -> Figure:
             "(IA)³": {"l": (-1.7, 2, 1, 4, orange)},
         }  # fmt: skip
         boxes |= added.get(name, {})
+        if name == "DoRA":  # m times the whole sum
+            axis.text(-0.35, 4, "(", ha="center", va="center", fontsize=22)
+            axis.text(11.3, 4, ")", ha="center", va="center", fontsize=22)
         for text, (x, y, width, height, color) in boxes.items():
             axis.add_patch(Rectangle((x, y), width, height, fc=color, ec="black", lw=0.8))
             axis.text(x + width / 2, y + height / 2, text, ha="center", va="center")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from minipeft.lab import parallel
 from minipeft.lab.checkpoint import Checkpoint, Stopped, delayed_interrupt
-from minipeft.lab.recipes import RunConfig
+from minipeft.lab.recipes import Recipe, RunConfig
 from minipeft.peft_model import PeftModel
 
 
@@ -39,21 +39,19 @@ def train(
     model: nn.Module,
     batches: Iterable[list[dict[str, Tensor]]],
     run: RunConfig,
-    make_optimizer: Callable | None = None,
+    recipe: Recipe | None = None,
     after_step: Callable[[dict], None] = lambda row: None,
     checkpoint: Checkpoint | None = None,
     title: str = "training",
-    groups: list[dict] | None = None,
 ) -> TrainingResult:
     """Train all parameters that require a gradient.
 
     batches: yields one list per step, from step 1: the micro-batches of that step, on the model's
     device. Each is weighted by its number of labelled tokens, so that the sum of their gradients is
-    the gradient of the mean loss per token of the whole batch. make_optimizer: called as
-    make_optimizer(groups, lr=…, betas=…); AdamW by default. after_step: called with a dict: step,
-    loss, learning_rate, seconds. checkpoint: if it has a saved state, training continues from it.
-    groups: the optimizer's parameter groups, if they have learning rates of their own: these are
-    peaks, and all of them follow the schedule of the run's learning rate.
+    the gradient of the mean loss per token of the whole batch. recipe: says which optimizer, and
+    which parameters have learning rates of their own; without one, AdamW and the run's rate. All
+    rates follow the run's schedule. after_step: called with a dict: step, loss, learning_rate,
+    seconds. checkpoint: if it has a saved state, training continues from it.
     Raises ValueError if no parameter is trainable, a micro-batch has no labelled tokens, or weights
     would decay by more than what they are;
     FloatingPointError if a loss is not finite; Stopped after Ctrl-C or SIGTERM, once the step is
@@ -63,13 +61,19 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("no trainable parameters: the whole model is frozen")
-    if run.learning_rate * run.weight_decay >= 1:
+    groups = [{"params": parameters}]
+    if recipe is not None and recipe.groups is not None:
+        groups = recipe.groups(model, run.learning_rate)
+    highest = max(group.get("lr", run.learning_rate) for group in groups)
+    rate = highest if run.decay_to == "zero" else run.learning_rate
+    if rate * run.weight_decay >= 1:
         raise ValueError(
-            f"learning rate {run.learning_rate:g} x weight decay {run.weight_decay:g} is the share "
+            f"learning rate {rate:g} x weight decay {run.weight_decay:g} is the share "
             "by which weights decay per step: it must be below 1"
         )
-    optimizer = (make_optimizer or torch.optim.AdamW)(
-        groups or parameter_groups(parameters, run), lr=run.learning_rate, betas=(0.9, run.beta2)
+    make_optimizer = (recipe and recipe.optimizer) or torch.optim.AdamW
+    optimizer = make_optimizer(
+        with_decay(groups, run), lr=run.learning_rate, betas=(0.9, run.beta2)
     )
     ratios = [group["lr"] / run.learning_rate for group in optimizer.param_groups]
     initial = [p.detach().clone() for p in parameters] if run.decay_to == "start" else []
@@ -149,14 +153,18 @@ def weights(micro_batches: list[dict[str, Tensor]]) -> list[float]:
     return [count / total for count in counts]
 
 
-def parameter_groups(parameters: list[nn.Parameter], run: RunConfig) -> list[dict]:
-    """The optimizer's parameter groups. AdamW decays matrices towards zero, but not biases and the
+def with_decay(groups: list[dict], run: RunConfig) -> list[dict]:
+    """Each parameter group in two. AdamW decays matrices towards zero, but not biases and the
     weights of LayerNorms. Decay towards the initial weights is left to `decay_to_start`."""
     decay = run.weight_decay if run.decay_to == "zero" else 0.0
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    split = []
+    for group in groups:
+        matrices, vectors = (
+            [p for p in group["params"] if (p.dim() > 1) == m] for m in (True, False)
+        )
+        split.append(group | {"params": matrices, "weight_decay": decay})
+        split.append(group | {"params": vectors, "weight_decay": 0.0})
+    return split
 
 
 @torch.no_grad()
