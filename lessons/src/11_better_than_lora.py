@@ -454,7 +454,7 @@ for r in (1, 32):
             claim(statistics.mean(gaps) <= report.interval(gaps), f"r = {r}: none is clearly ahead")
 
 # %% [markdown]
-# They differ more at rank 1. But there the seeds differ more too, and no interval excludes zero. At rank 32 all five score about the same. So the small leads of DoRA, PiSSA and LoRA+ with decay at rank 8 do not show at the other two ranks.
+# They differ more at rank 1. But there the seeds differ more too, and no interval of these five excludes zero. At rank 32 all five score about the same. So the small leads of DoRA, PiSSA and LoRA+ with decay at rank 8 do not show at the other two ranks.
 #
 # ## What breaks it: a start that is not subtracted
 #
