@@ -61,7 +61,7 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("no trainable parameters: the whole model is frozen")
-    groups = [{"params": parameters}]
+    groups: list[dict] = [{"params": parameters}]
     if recipe is not None and recipe.groups is not None:
         groups = recipe.groups(model, run.learning_rate)
     highest = max(group.get("lr", run.learning_rate) for group in groups)
