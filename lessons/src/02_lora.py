@@ -73,7 +73,7 @@ check("02.clearest", clearest)
 #
 # ## What does full fine-tuning change?
 #
-# Full fine-tuning turns each weight matrix W into W + ΔW. A matrix whose shorter side is 128 is a sum of 128 simple matrices, each a column times a row. We call each one a *direction*. Its strength is its *singular value*.
+# Full fine-tuning turns each weight matrix W into W + ΔW. The *singular value decomposition* writes a matrix whose shorter side is 128 as a sum of 128 simple matrices, each a column times a row. We call each one a *direction*. Its strength is its *singular value*.
 # The squared (*Frobenius*) *norm* of ΔW is the sum of its squared entries. It equals the sum of the squared strengths. Which share of it do the strongest directions hold?
 #
 # **Your guess:** how many of the 128 directions hold 90 % of the squared norm of ΔW, averaged over the layers? And why?
@@ -357,7 +357,7 @@ claim(ours.score > 0.85 * full.score, "LoRA comes close to full fine-tuning")
 # run had *weight decay*.
 #
 # The next figure adds weight decay *towards the start*. AdamW's decay pulls weights towards zero. This one pulls them (for LoRA, A and B) towards their values at step 0. Each step removes a fraction of the distance: learning rate × decay.
-# Each bar is one setting. Its slot accuracy on validation examples is nearly the best; among such settings, it forgets least. Without decay, several learning rates were tried; with decay, pairs of rate and decay. Values: means of ten seeds.
+# For each bar, we tried many settings (learning rates; with decay, pairs of rate and decay), kept those whose slot accuracy on validation examples is nearly the best, and took the one that forgets least. Values: means of ten seeds.
 
 # %%
 # (method, learning rate, learning rate × decay), from data/RESULTS.md
@@ -521,7 +521,7 @@ print(
 claim(freed < lora_random.test_template_loss / 4, "free embeddings repair the template")
 
 # %% [markdown]
-# Without pretraining, neither learns names in 100 steps, and LoRA does not even learn the template. LoRA does not fail at the template because of its low rank. If the embeddings are trained too, LoRA of the same rank learns the template about as well as full fine-tuning.
+# Without pretraining, neither learns names in 100 steps, and LoRA does not even learn the template. The low rank is not the reason: in one run where the embeddings are trained too, LoRA of the same rank learns the template about as well as full fine-tuning.
 # In this GPT the embeddings are also the output head, and LoRA keeps them as they are. So it needs a base whose frozen parts are useful.
 #
 # ## More exercises

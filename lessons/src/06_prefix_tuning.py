@@ -176,7 +176,7 @@ if not solved("06.mask"):  # until yours is right, the lesson uses minipeft's ma
 
 # %% [markdown]
 # **Exercise 3.** Write the equation for one head: `attend(q, k, v, K_P, V_P)` returns y, (t, w). Where `prefix_mask` is False, set
-# the score to −∞. (Adding True hides nothing.)
+# the score to −∞. (It is boolean, so you cannot add it to the scores.)
 
 
 # %% tags=["exercise"]
@@ -359,7 +359,7 @@ claim(0.4 < shares["zeros"].mean() < 0.65, "zero keys get about half of the atte
 
 # %% [markdown]
 # Here, 20 zero keys get about half of the attention: on average, a token sees only about 30 keys of the text. A score of 0 does not mean "no attention", since exp(0) is 1: only −∞ means that. The text gets
-# a share below 1, so the output of each head shrinks.
+# a share below 1 and the prefix adds zeros, so each head's output shrinks.
 #
 # ## How should it start?
 #
@@ -495,7 +495,7 @@ print("adapter disabled: exactly the logits of the base model")
 # In 100 steps, prefix tuning learns much more than prompt tuning, with eight times as many trained numbers. It stays behind full fine-tuning and
 # LoRA. (With larger models and longer training, Li and Liang come close to full fine-tuning.) In the generated text, some facts are invented.
 #
-# Of these methods, prefix tuning forgets the most, and much of it is there before training. In this run, the start from
+# Of these methods, prefix tuning forgets the most. Before training, the rise of the loss is already large. In this run, the start from
 # real text scores about the same and forgets less. **One seed**, so only a hint.
 #
 # ## Does training attract attention?
@@ -527,7 +527,7 @@ print(f"validation loss {with_values:.2f}; with the prefix's values set to zero 
 claim(without > 5 * with_values, "without its values the loss is far higher")
 
 # %% [markdown]
-# On average, hardly: the trained prefix gets about as much attention as the two starts. But without its values, the loss is many times higher. So the mean does not tell how useful a prefix is.
+# Hardly, on average: the trained prefix gets about as much attention as the two starts. But without its values, the loss is many times higher. So the mean does not tell how useful a prefix is.
 #
 # ## Summary
 #
@@ -609,6 +609,11 @@ axis.legend(frameon=False, loc="upper left")
 report.show(figure, "Validation loss on slots by learning rate: the best rates are 0.001 for full "
             "fine-tuning, 0.01 for LoRA, and 0.3 for prefix tuning.")  # fmt: skip
 
+# %% [markdown]
+# The best rate is 30 times LoRA's. Ten times above or below it, the loss is several times higher.
+#
+# Now we load the trained prefix into a GPT with the wrong mask: `is_causal=True` (above) does not know the prefix.
+
 
 # %%
 class WrongMask(GPT):
@@ -625,6 +630,8 @@ print(f"validation loss of the trained prefix: {with_values:.2f}, with the wrong
 claim(masked > 3 * with_values, "with the wrong mask, the loss is far higher")
 
 # %% [markdown]
+# There is no error, but the loss is many times higher.
+#
 # ## What it costs
 #
 # Training a prefix keeps fewer activations than LoRA: no weight gets a gradient, so the inputs of linear layers need not be kept. (LoRA keeps nearly as much as full fine-tuning, because its A needs these inputs.) The price comes later. A prefix cannot be merged into weights, so its keys and
@@ -669,7 +676,7 @@ claim(min(r.score for r in steering["lora"]) > 0.99, "LoRA learns it with every 
 claim(min(r.score for r in steering["prefix_tuning"]) < 0.95, "prefix tuning does not")
 
 # %% [markdown]
-# Always answering "good" is right in about half of the cases. With one seed of four, prefix tuning and prompt tuning are hardly better than that. So do not judge them by one seed.
+# Always answering "good" is right in about half of the cases. With one seed of four, prefix tuning and prompt tuning are hardly better than that, if at all. So do not judge them by one seed.
 #
 # ## A prefix is a gate
 #
