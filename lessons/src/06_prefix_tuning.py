@@ -610,7 +610,7 @@ report.show(figure, "Validation loss on slots by learning rate: the best rates a
             "fine-tuning, 0.01 for LoRA, and 0.3 for prefix tuning.")  # fmt: skip
 
 # %% [markdown]
-# The best rate is 30 times LoRA's. Ten times above or below it, the loss is several times higher.
+# The best rate is far above LoRA's. Ten times above or below it, the loss is much higher.
 #
 # Now we load the trained prefix into a GPT with the wrong mask: `is_causal=True` (above) does not know the prefix.
 
