@@ -144,12 +144,12 @@ check("03.stays", only_e_zero, all_zero)
 
 # %% [markdown]
 # So a pruned triplet can come back: the next step makes e nonzero, then AdaLoRA scores all again. With p and q at zero, it could not.
-# After the last pruning, AdaLoRA sets the e of all pruned triplets to zero after every step.
+# After the last pruning, no triplet comes back: every step sets the pruned e to zero.
 #
 # ## Importance
 #
 # Should the triplets with the smallest |e| go? AdaLoRA asks instead how much the *loss* depends on them. The *sensitivity* of a weight w (an entry of P, Λ or Q) with gradient g is
-# I = |w · g|: its distance from zero, times the slope. It estimates how much the loss would change if w became zero. (In training, g includes a penalty, and w is the value after the step.) In this example, size would choose wrongly:
+# I = |w · g|: its distance from zero, times the slope. It estimates how much the loss would change if w became zero. (In training, w is the value after the step; g is from before it, with a penalty.) In this example, size would choose wrongly:
 
 # %%
 small = AdaLoraConfig(init_r=2, target_r=1, total_step=1, lora_alpha=2)
@@ -505,14 +505,14 @@ report.show(figure, "Slot accuracy of full, LoRA, AdaLoRA and random ranks: the 
 claim(abs(mean(scores["AdaLoRA"]) - mean(scores["LoRA"])) < 0.08, "AdaLoRA and LoRA are level")
 
 # %% [markdown]
-# Random ranks are nearly equal. They have the higher slot loss in most pairs, but three pairs prove little. AdaLoRA is not ahead of LoRA. So a pattern can be more than chance, and still not raise the score.
+# Random ranks score nearly the same. They have the higher slot loss in most pairs, so a small cost is possible. AdaLoRA scores a little below LoRA. So a pattern can be more than chance, and still not raise the score.
 #
 # ## Should you use it today?
 #
 # Not as a first choice. Take LoRA, and spend your time on its learning rate and weight decay.
 #
 # - **Score:** no advantage here. In peft's [comparison on a 3B model](https://github.com/huggingface/peft/tree/main/method_comparison) (one run per method), AdaLoRA scored less than LoRA.
-# - **Forgetting** (see "Going further"): without weight decay, AdaLoRA forgets much less than LoRA. Without its penalty too, it forgets nearly as much as LoRA. With decay, both forget little. <!-- claim: finals-forgetting -->
+# - **Forgetting** (see "Going further"): without weight decay, AdaLoRA forgets much less than LoRA. Without decay and without its penalty, it forgets nearly as much as LoRA. With decay, both forget little. <!-- claim: finals-forgetting -->
 # - **Cost:** it trains more parameters than it keeps, computes the penalty, and must know the number of steps in advance.
 #
 # The paper reports gains over LoRA, especially with small budgets.
@@ -619,7 +619,7 @@ def angles(layers):
 check("03.angles", angles)
 
 # %% [markdown]
-# Try it: `model, *_ = adapt(penalty=angles)`, and then `text_loss(model, base.held_out) - text_loss(base.pretrained, base.held_out)` is its forgetting. Guess first, then compare with the squares in the figure. If it is near AdaLoRA's, right angles are enough.
+# Try it: `model, *_ = adapt(penalty=angles)`, and then `text_loss(model, base.held_out) - text_loss(base.pretrained, base.held_out)` is its forgetting. Guess first, then compare with the squares in the figure. If it is near AdaLoRA's, this penalty is enough.
 # If it is near that of "no penalty", unit lengths count. In between, both do. (Inner products also grow with the lengths, so this penalty is not only about angles.)
 #
 # ## Does the uncertainty matter?
