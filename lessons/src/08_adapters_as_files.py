@@ -604,8 +604,8 @@ report.show(
 )  # fmt: skip
 
 # %% [markdown]
-# Left: the cross terms of `linear` destroy what the adapters learned. `cat` and `svd` keep most of `sentiment`, but `describe` loses a part. Right, with equal weights: `describe` always scores lower than alone. At the
-# smallest weight it scores 0. The largest weight damages `sentiment`. Now take all ten pairs.
+# Left: the cross terms of `linear` destroy what the adapters learned. `cat` and `svd` keep most of `sentiment`, but `describe` loses much. Right, with equal weights: `describe` always scores lower than alone. At the
+# smallest weight it scores 0. The largest weight damages `sentiment`, and here `describe` too. Now take all ten pairs.
 
 # %%
 REVIEWS = {"sentiment", "colors"}
