@@ -170,7 +170,7 @@ def on_sentiment() -> str:
     scores, forgot = ([run[key] for run in runs] for key in ("score", "forgetting"))
     words = (
         f"On `sentiment`, with rates four times lower and decays of 0.02 and 0.04, the {len(runs)} "
-        f"final runs all score {min(scores):.3f} or more, and forget {max(forgot):.3f} nats or "
+        f"final runs score {min(scores):.3f} at least, and forget {max(forgot):.3f} nats or "
         "less. So this task is too easy to rank the methods."
     )
     return f"\n{fill(words)}\n"
@@ -216,8 +216,9 @@ def on_ranks() -> str:
             "η and ηλ, with decay", "score", "minus LoRA", "forgets"]  # fmt: skip
     words = (
         "At rank 1, rsLoRA is LoRA, as √1 = 1. Of the other 22 intervals of rsLoRA, LoRA+, PiSSA "
-        f"and DoRA, {len(ahead)} lie above zero: {', '.join(ahead) or 'none'}. One of them may do "
-        "so by chance. VeRA trains far fewer parameters at equal rank, and scores less."
+        f"and DoRA, {len(ahead)} lie above zero: {', '.join(ahead) or 'none'}. All are "
+        "differences to the same five runs of LoRA, which may score low by chance. VeRA trains far "
+        "fewer parameters at equal rank, and scores less."
     )
     return f"""
 At other ranks, with α = 2 r, LoRA and its successors at their chosen settings: test examples, five
@@ -245,9 +246,9 @@ def section() -> str:
     return f"""
 ## Better than LoRA?
 
-Six methods that came after LoRA, on the 1M base and `describe`, each with the same grid. Validation
-examples, three seeds; the last column counts the learning rates without decay whose score is at
-most 0.05 below the best one's.
+Six methods that came after LoRA, on the 1M base and `describe`, each with a grid of the same size.
+Validation examples, three seeds; the last column counts the learning rates without decay whose
+score is at most 0.05 below the best one's.
 
 {grid_table(found)}
 
@@ -268,7 +269,7 @@ is the least forgetting at equal scores, without decay → with decay allowed (v
 At a score of 0.95, LoRA, rsLoRA, LoRA+ and DoRA with decay forget about the same. At 0.97, LoRA
 forgets more than these three, on this grid. Without decay, rsLoRA forgets less than
 LoRA, and we see no difference in the score. At one rank, rsLoRA is LoRA with another α: so a
-larger α than 16 may suit LoRA here. We did not tune α. This is one small model, one task, one rank
+larger α than 16 may suit LoRA here. We did not tune α. This is one small model, one task
 and 100 steps.
 
 {steps_table()}

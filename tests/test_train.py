@@ -194,14 +194,8 @@ def test_a_training_run_by_hand(monkeypatch, capfd):
         max_grad_norm=100.0,
     )  # fmt: skip
     model = Linear().eval()
-    found = train(
-        model,
-        batches,
-        run,
-        replace(RECIPES["full"], optimizer=descent),
-        rows.append,
-        title="counting",
-    )
+    recipe = replace(RECIPES["full"], optimizer=descent)
+    found = train(model, batches, run, recipe, rows.append, title="counting")
     assert made == [(0.1, (0.9, 0.9), [(1, 0.0), (1, 0.0)])]
     # the sum is 6; each step moves 4 entries by 0.1 · 1.25
     assert found.losses == pytest.approx([1.25 * (6 - 0.5 * n) for n in range(10)])

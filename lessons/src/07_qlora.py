@@ -242,7 +242,7 @@ claim(errors[1] < 1.01 * errors[0], "double quantization hardly adds to the erro
 # %% [markdown]
 # ## The answer to your guess
 #
-# Here we measure NF4 and int2; the figure's other points were measured before. The formats int4, int3 and int2 have evenly spaced levels around zero: 15, 7 and 3 of them.
+# Here we measure NF4 and int2; the figure shows stored runs. The formats int4, int3 and int2 have evenly spaced levels around zero: 15, 7 and 3 of them.
 
 
 # %%
@@ -470,7 +470,7 @@ def values(name, decay, key):
 
 
 print("runs with the same seed: mean difference, with a 95 % interval as ±")
-print("in brackets: how much the rounded base has forgotten before training")
+print("in brackets, with nothing subtracted: what the rounded base forgot before training")
 for decay in (0, 0.04):
     for name in ("NF4", "int3", "int2"):
         text = f"{name} minus float32, {'with' if decay else 'no'} decay:"

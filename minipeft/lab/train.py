@@ -159,9 +159,8 @@ def with_decay(groups: list[dict], run: RunConfig) -> list[dict]:
     decay = run.weight_decay if run.decay_to == "zero" else 0.0
     split = []
     for group in groups:
-        matrices, vectors = (
-            [p for p in group["params"] if (p.dim() > 1) == m] for m in (True, False)
-        )
+        matrices = [p for p in group["params"] if p.dim() > 1]
+        vectors = [p for p in group["params"] if p.dim() <= 1]
         split.append(group | {"params": matrices, "weight_decay": decay})
         split.append(group | {"params": vectors, "weight_decay": 0.0})
     return split
