@@ -124,7 +124,7 @@ for blocksize, name in ((None, "one absmax for the matrix"), (64, "one per block
 claim(zeros[None] > 3 * zeros[64], "without blocks, one large weight turns most others into zero")
 
 # %% [markdown]
-# **Exercise 2.** Write `quantize(w, levels, blocksize)`. `w` is flat, and its length is a multiple of the block size. `levels` ascend. Return a pair:
+# **Exercise 2.** Write `quantize(w, levels, blocksize)`. `w` is flat, and its length is a multiple of the block size. `levels` ascend. A block may have only zeros. Return a pair:
 # the codes, integers of the shape (blocks, blocksize), and the absmax of each block, of the shape (blocks, 1).
 
 
@@ -150,8 +150,8 @@ check("07.quantize", quantize)
 # near ±1. *NF4* (4-bit normal float) takes *quantiles*. The quantile Φ⁻¹(p) is the value below which a share p of normally
 # distributed numbers (mean 0, variance 1) lies.
 #
-# To make n positive levels, start at a share p_max and go down to ½ in n equal steps. Leave out ½ itself: Φ⁻¹(½) = 0, and zero is a level of its own.
-# The levels are Φ⁻¹ of the n shares that are left. (p_max is below one because Φ⁻¹(1) is infinite.) Negative levels are made in the same way, with a minus sign. At the end, divide all levels by Φ⁻¹(p_max): they
+# To make n positive levels, start at a share p_max and go down to ½ in n equal steps. Take Φ⁻¹ of each share, but leave out ½ itself: it would give the level zero,
+# which is added separately. (p_max is below one because Φ⁻¹(1) is infinite.) Negative levels are made in the same way, with a minus sign. At the end, divide all levels by Φ⁻¹(p_max): they
 # then lie between −1 and 1. NF4 has 7 negative levels, zero, and 8 positive ones.
 #
 # **Exercise 3.** Write `make_levels(n_negative, n_positive, p_max)`. It returns all levels in a tensor, in ascending order.
@@ -363,11 +363,12 @@ if solved("07.backward"):
 assert kept >= 4 * 1024 * 1024
 assert ours == 0
 stored = sum(buffer.nbytes for buffer in layer.buffers())
-print(f"kept: F.linear {kept:,} bytes, 4-bit layer {ours}; stored: {stored:,} bytes")
+print(f"kept for the backward pass: F.linear {kept:,} bytes, 4-bit layer {ours}")
+print(f"(beside the codes, {stored:,} bytes, which the layer stores in any case)")
 print(inspect.getsource(qlora._Linear4bitFunction))
 
 # %% [markdown]
-# So "4-bit" says how a weight is *stored*; the product is computed in floating point.
+# So "4-bit" says how a weight is *stored*; products are computed in floating point.
 #
 # ## QLoRA on the GPT
 #
@@ -399,7 +400,7 @@ check("07.gigabytes", gigabytes)
 
 # %% [markdown]
 # This table is computed, in GiB (2³⁰ bytes), with rank 8, 512 tokens, and gradient checkpointing, which recomputes
-# activations instead of keeping them. Full fine-tuning and LoRA have their base in bfloat16 (gradients too). QLoRA has it in NF4, but embeddings and head in float32,
+# activations instead of keeping them. For full fine-tuning (with its gradients) and LoRA, the base is in bfloat16. For QLoRA, it is in NF4, but embeddings and head are in float32:
 # so it takes more than in exercise 6. Adapters and optimizer states are in float32.
 
 # %%
@@ -451,10 +452,10 @@ claim(runs["LoRA on NF4"].score > 0.8, "LoRA learns the task on NF4")
 claim(runs["LoRA on int2"].score > 0.6, "LoRA learns most of the task on int2")
 
 # %% [markdown]
-# (The first two rows are stored runs. Embeddings and head stay in float32, so NF4 saves less than on a large model.)
+# (The first two are stored runs. Embeddings and head stay in float32, so NF4 saves less than on a large model.)
 #
 # One run each is too few to compare. The figure has ten seeds per point, on validation examples,
-# without weight decay (as above) and with decay towards the values at step 0 (lesson 02).
+# without weight decay and with decay towards the values at step 0 (lesson 02).
 # Forgetting is measured against the float32 base. It contains what rounding destroyed (in the figure, triangles) and what training changed.
 
 # %%
@@ -511,8 +512,8 @@ ahead = [values("int3", d, "score") > values("NF4", d, "score") for d in (0, 0.0
 claim(all(0.2 < a.float().mean() < 0.8 for a in ahead), "NF4 or int3: it changes from seed to seed")
 
 # %% [markdown]
-# On NF4, LoRA scores a little lower than on float32, and forgets hardly more. On int3 we see no difference in the score, but LoRA
-# forgets more. Rounding alone explains only a part of this. Whether NF4 or int3 scores higher changes from seed to seed. <!-- claim: few-bits -->
+# On NF4, LoRA scores a little lower than on float32, and forgets a little more. On int3 we see no difference in the score, but LoRA
+# forgets much more. Rounding alone explains only a part of this. Whether NF4 or int3 scores higher changes from seed to seed. <!-- claim: few-bits -->
 #
 # On int2, rounding destroyed most of what the base knew, and still LoRA learned most of the task. The base did not come back: on text like that
 # of pretraining, the model is as bad as before training, or worse. So a good score on your task does not show that the model is good at anything else. Measure both.
@@ -648,7 +649,7 @@ report.show(
 
 # %% [markdown]
 # In the same order, *no* request hits until all pages fit: each page is dropped before its next turn. If the order alternates,
-# a step begins with the pages that the last step ended with. In the first step no page is there yet, so the share stays below one. (There is no GPU here, but the optimizer asks for the same pages.)
+# a step begins with the pages that the last step ended with. In the first step no page is there yet, so the share stays below one. (This ran without a GPU: we only counted which pages the optimizer asks for.)
 #
 # **bitsandbytes**, the library of the paper's authors, leaves the work to CUDA's *unified memory*. CPU and GPU can both read this memory, and the GPU's driver moves its pages between them when they are needed.
 # bitsandbytes puts the optimizer state of a tensor there if the tensor has at least 100,000 elements. The state of smaller tensors stays on the GPU.
@@ -727,8 +728,8 @@ claim(found["int2", "original"][0] < 0.1, "with 2 bits, the merge into the origi
 #
 # ## Round the merged weights again?
 #
-# A merged model is in float again. What if you round it, to have few bits once more? QLoRA rounds first and trains then. Here it is
-# the other way: take the LoRA of the float32 base, merge it, and then round.
+# A merged model is in float again. What if you round it, to have few bits once more? In QLoRA, rounding comes before training. Here it comes last:
+# take the LoRA of the float32 base, merge it, and round the result.
 
 # %%
 again, examples = {}, task.test[:100]
