@@ -11,7 +11,7 @@
 # - name the parts of a GPT, and compute its attention;
 # - test whether a model learned what its score suggests.
 #
-# **Time.** 40 minutes to read, 1 to run, 35 for the exercises. All results are for GPTs with at most 3 million parameters.
+# **Time.** About an hour, and 25 minutes more for "Going further". All results are for GPTs with at most 3 million parameters.
 # [Glossary](README.md#glossary).
 
 # %%
@@ -76,7 +76,7 @@ check("00.softmax", total)
 # Later you train a tiny GPT from random weights. For 400 steps it sees lists of names that are then repeated: "The names: Ada Bell, Carl Cook. Again: Ada Bell,
 # Carl Cook." A name is a pair of words; the test has pairs that it has never seen.
 #
-# **Your guess:** after how many steps does it copy half of the names? And why?
+# **Your guess:** after how many steps does it copy half of the name tokens? And why?
 
 # %%
 guess = None  # steps, 0 to 400
@@ -275,7 +275,7 @@ for prompt in (
 # - The *MLP* works on each position by itself: linear layer, nonlinear function, linear layer.
 # - Only *attention* carries information from one position to another.
 #
-# At the end, after one more LN, the logit of each token is the dot product of x with its embedding.
+# At the end, after one more LN, the logit of a token is the dot product of x with the token's embedding.
 
 # %%
 parts = {"tokens": "wte", "positions": "wpe", "attention": ".attn.", "MLP": ".mlp.", "LN": "ln_"}
@@ -486,9 +486,9 @@ claim(max(share for _, share in twin_points) < 0.15, "the twin never copies")
 # ## Look inside
 #
 # How could a model copy? After "Again: Rita", a head could find the earlier "Rita", and attend to the token *after* it: "Clay". Such a head is an *induction head*
-# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). After a comma it must also match the word before the comma.
+# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). Commas repeat, so after a comma it must also use the word before.
 #
-# Take every word that should be copied. At the position just before it, how much weight does each head put on that word in the original list?
+# When the model is about to copy a word, how much weight does each head put on this word in the original list?
 
 
 # %%
@@ -565,7 +565,7 @@ report.show(
 
 # %% [markdown]
 # Orange boxes mark the word that must come next. Both models have a head that looks there (the figure shows the base's). Is it an induction head? It could also follow a rule about
-# positions, such as "look 10 back". Read a list back in *reverse order*: then such a rule finds the wrong name. (There we measure second words only: first words cannot be known.)
+# positions, such as "look 10 tokens back". Read a list back in *reverse order*: then such a rule finds the wrong name. (Here we measure second words only: nothing tells which name comes next.)
 #
 # **Your guess:** in which of the two models does the head still find the right name?
 
@@ -660,7 +660,7 @@ report.show(
 )  # fmt: skip
 
 # %% [markdown]
-# Left: all positions move by one, so no distance changes, and still the tiny GPT hardly copies. So it learned which positions to read. Such a rule can work here, because
+# Left: all positions move by one, so no distance changes, and still the tiny GPT hardly copies. So it learned which absolute positions to read. Such a rule can work here, because
 # our lists have only three lengths, and each starts at a multiple of six. (So an offset of six hurts less. Three does too, perhaps because a name and its comma take three tokens.)
 #
 # The base loses almost nothing at an offset of one, and more at larger ones. On the right, only "Again" and what follows get an offset, so the distance to the original list changes. A head of the base still finds
@@ -668,8 +668,8 @@ report.show(
 #
 # ## Is one layer enough?
 #
-# Usually, an induction head needs help from an earlier layer, which tells each position the token *before* it. Then a later head can look for a position whose previous token was A.
-# Olsson et al. find induction heads only in models with two or more layers. **Guess first:** how much will a GPT with one layer copy, without an offset and with an offset of one?
+# Usually, an induction head needs help from an earlier layer, which tells each position the token *before* it. So after "Rita", a later head can look for the position whose previous token was "Rita".
+# Olsson et al. find induction heads only in models with two or more layers. **Guess first:** how much will a GPT with one layer copy, without an offset and with an offset of one? (Write it down.)
 
 # %%
 flat, _ = learn(layers=1)

@@ -12,7 +12,7 @@
 # - tell a model that has learned the task from one that has only learned its wording;
 # - measure how much a model forgets.
 #
-# **Time.** Up to the summary: 25 minutes to read, 2 to run, 25 for the exercises. All results are for a GPT with 1 million parameters.
+# **Time.** About an hour, and 25 minutes more for "Going further". All results are for a GPT with 1 million parameters.
 # Unknown words are in the [glossary](README.md#glossary).
 
 # %%

@@ -2,7 +2,7 @@
 # # 02 · LoRA
 #
 # You have one graphics card with 24 GB of memory, and a language model with 7 billion parameters. In bfloat16 its weights
-# take 14 GB. With gradients and optimizer states, full fine-tuning needs 84 GB, weights included (lesson 01), so it does not fit.
+# take 14 GB. With gradients and optimizer states, full fine-tuning needs 84 GB (12 bytes per weight, lesson 01), so it does not fit.
 # And if twenty customers each want a model of their own, you must store twenty models of 14 GB. LoRA trains a small addition
 # to each weight matrix and stores only that: about 40 MB per customer at rank 8.
 #
@@ -12,7 +12,7 @@
 # - say what its settings do, and merge it into the weights;
 # - compare it with full fine-tuning: what it learns, and what it forgets.
 #
-# **Time.** 20 minutes to read, 2 to run, 35 for the exercises. All results are for a GPT with 1 million parameters.
+# **Time.** About an hour, and 25 minutes more for "Going further". All results are for a GPT with 1 million parameters.
 # [Glossary](README.md#glossary).
 
 # %%
@@ -149,7 +149,7 @@ check("02.count", count)
 
 # %% [markdown]
 # **Exercise 2.** Why is only B zero at the start? Think of the first backward pass. Which of the two matrices gets a gradient that is
-# not zero? And which would, if both started at zero? Answer with lists of names: `[]`, `["A"]`, `["B"]` or `["A", "B"]`.
+# not zero? And which would have one, if both started at zero? Answer with lists of names: `[]`, `["A"]`, `["B"]` or `["A", "B"]`.
 
 # %% tags=["exercise"]
 first_step = None  # A random, B zero
@@ -300,7 +300,7 @@ print("reference: ", prompt.completion)
 claim(losses[-1] < 0.2 * losses[0], "the loss falls to less than a fifth")
 
 # %% [markdown]
-# Each fact has two phrasings, so the text may differ from the reference. Slot accuracy counts values in either phrasing. The base states the values, but in neither phrasing: it scores zero.
+# Each fact has two phrasings, so the text may differ from the reference. Slot accuracy counts values in either phrasing. The base names the values, but in other phrasings: it scores zero.
 #
 # ## The settings
 #
@@ -356,8 +356,8 @@ claim(ours.score > 0.85 * full.score, "LoRA comes close to full fine-tuning")
 # But look at the column *forgetting*: the rise of the loss on text like that of pretraining. LoRA forgot more. Is this the method, or the way it was trained? Neither
 # run had *weight decay*.
 #
-# The next figure adds weight decay *towards the start*. AdamW's decay pulls weights towards zero. This one pulls them (for LoRA, A and B) towards their values at step 0. Each step removes a fraction of the distance: learning rate × decay.
-# For each bar, we tried many settings (learning rates; with decay, pairs of rate and decay), kept those whose slot accuracy on validation examples is nearly the best, and took the one that forgets least. Values: means of ten seeds.
+# The next figure adds weight decay *towards the start*. AdamW's decay pulls weights towards zero. This one pulls them (for LoRA, A and B) towards their values at step 0. Each step removes a share of the distance: learning rate × decay.
+# For each bar, we tried many settings: learning rates, or pairs of rate and decay. Of those with nearly the best slot accuracy on validation examples, we took the one that forgets least. Values: means of ten seeds.
 
 # %%
 # (method, learning rate, learning rate × decay), from data/RESULTS.md
@@ -391,7 +391,7 @@ claim(max(means[2:]) < 0.3 < min(means[:2]), "with weight decay, both forget muc
 
 # %% [markdown]
 # With weight decay, and a learning rate that suits it, both methods forget about a tenth of what they forgot before, at the same slot accuracy. LoRA forgets about twice as much as full fine-tuning, with or without decay.
-# A study of large models found that LoRA forgets less, and learns less ([Biderman et al.](https://arxiv.org/abs/2405.09673)), so this may not generalize. Lesson 09 comes back to it.
+# A study of large models found that LoRA forgets less, and learns less ([Biderman et al.](https://arxiv.org/abs/2405.09673)), so our result may not generalize. Lesson 09 comes back to it.
 # <!-- claim: finals-forgetting -->
 #
 # And LoRA keeps the base: disable the adapter, and the model is exactly the base again, without the task.
@@ -521,7 +521,7 @@ print(
 claim(freed < lora_random.test_template_loss / 4, "free embeddings repair the template")
 
 # %% [markdown]
-# Without pretraining, neither learns names in 100 steps, and LoRA does not even learn the template. The low rank is not the reason: in one run where the embeddings are trained too, LoRA of the same rank learns the template about as well as full fine-tuning.
+# Without pretraining, neither gets the values right in 100 steps, and LoRA does not even learn the template. The low rank is not the reason: in one run where the embeddings are trained too, LoRA of the same rank learns the template about as well as full fine-tuning.
 # In this GPT the embeddings are also the output head, and LoRA keeps them as they are. So it needs a base whose frozen parts are useful.
 #
 # ## More exercises
@@ -544,7 +544,7 @@ large.print_trainable_parameters()
 
 # %% [markdown]
 # **Exercise 6.** A colleague's program knows no α: it always computes W x + B A x. Write `without_alpha(A, B, alpha, r)`. It returns
-# a pair `(A, B)` that gives the same update there. Leave the inputs unchanged.
+# a pair `(A, B)` that gives the same update in that program. Leave the inputs unchanged.
 
 
 # %% tags=["exercise"]

@@ -11,7 +11,7 @@
 # - train AdaLoRA, and test with a control whether its ranks matter;
 # - decide whether to use AdaLoRA in a project.
 #
-# **Time.** 25 minutes to read, 5 to run, 35 for the exercises. All results are for a GPT with 1 million parameters.
+# **Time.** About an hour, and 25 minutes more for "Going further". All results are for a GPT with 1 million parameters.
 # [Glossary](README.md#glossary).
 
 # %%
@@ -149,7 +149,7 @@ check("03.stays", only_e_zero, all_zero)
 # ## Importance
 #
 # Should the triplets with the smallest |e| go? AdaLoRA asks instead how much the *loss* depends on them. The *sensitivity* of a weight w (an entry of P, Λ or Q) with gradient g is
-# I = |w · g|: its distance from zero, times the slope. It estimates how much the loss would change if w became zero. (In training, w is the value after the step; g is from before it, with a penalty.) In this example, size would choose wrongly:
+# I = |w · g|: its distance from zero, times the slope. It estimates how much the loss would change if w became zero. (In training, g is computed before a step, and w is read after it.) In this example, size would choose wrongly:
 
 # %%
 small = AdaLoraConfig(init_r=2, target_r=1, total_step=1, lora_alpha=2)
@@ -414,7 +414,7 @@ claim(kept > evenly, "AdaLoRA keeps more parameters than LoRA of the same mean r
 # %% [markdown]
 # The pattern is not chance.
 #
-# Does attention need an adapter less? We placed LoRA on all layers, on attention alone, or on the MLPs alone, with about as many parameters.
+# Does attention need an adapter less? We placed LoRA on all layers, on attention alone, or on the MLPs alone, each time with about the same number of parameters.
 
 # %%
 rows = [json.loads(line) for line in (DATA / "results" / "placement.jsonl").read_text().splitlines()]  # fmt: skip
@@ -472,10 +472,9 @@ print(f"random ranks cost {mean(cost):.2f} {task.metric}, 95 % interval {low:.2f
 higher = sum(a < b for a, b in zip(*losses.values(), strict=True))
 print(f"and have a higher slot loss in {higher} of 3 pairs")
 claim(abs(mean(cost)) < 0.12, "random ranks score about the same")
-claim(higher >= 2, "random ranks have a higher slot loss in most pairs")
 
 # %% [markdown]
-# Now all methods, in stored runs: same data and steps, best learning rates, all 400 test examples.
+# Now all methods, in stored runs: same data and steps, best learning rates, all 400 test examples (this notebook: 64).
 
 # %%
 rows = [r for r in stored if r.method in ("frozen", "full", "lora", "adalora") and not r.random_base]  # fmt: skip
@@ -498,14 +497,14 @@ if guess_difference is not None:
     expected = mean(live_scores["AdaLoRA"]) - guess_difference
     axis.axvline(expected, color="black", linestyle=":", label="your guess, random ranks")
     axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
-axis.set(yticks=range(5), yticklabels=scores, xlim=(0.75, 1.1), xlabel="slot accuracy on test examples; squares: mean, 95 % interval up to 1")  # fmt: skip
+axis.set(yticks=range(5), yticklabels=scores, xlim=(0.75, 1.1), xlabel="slot accuracy on test examples; squares: mean, 95 % interval (cut at 1)")  # fmt: skip
 axis.set_xticks([0.8, 0.85, 0.9, 0.95, 1])
 axis.set_ylim(4.5, -0.5)
 report.show(figure, "Slot accuracy of full, LoRA, AdaLoRA and random ranks: the means are close.")
 claim(abs(mean(scores["AdaLoRA"]) - mean(scores["LoRA"])) < 0.08, "AdaLoRA and LoRA are level")
 
 # %% [markdown]
-# Random ranks score nearly the same. They have the higher slot loss in most pairs, so a small cost is possible. AdaLoRA scores a little below LoRA. So a pattern can be more than chance, and still not raise the score.
+# Random ranks score nearly the same. (Three pairs cannot exclude a small cost.) AdaLoRA scores a little below LoRA. So a pattern can be more than chance, without a clear gain in score.
 #
 # ## Should you use it today?
 #
@@ -619,8 +618,8 @@ def angles(layers):
 check("03.angles", angles)
 
 # %% [markdown]
-# Try it: `model, *_ = adapt(penalty=angles)`, and then `text_loss(model, base.held_out) - text_loss(base.pretrained, base.held_out)` is its forgetting. Guess first, then compare with the squares in the figure. If it is near AdaLoRA's, this penalty is enough.
-# If it is near that of "no penalty", unit lengths count. In between, both do. (Inner products also grow with the lengths, so this penalty is not only about angles.)
+# Try it: `model, *_ = adapt(penalty=angles)`, and then `text_loss(model, base.held_out) - text_loss(base.pretrained, base.held_out)` is its forgetting. Guess first, then compare with the squares in the figure. If it is near AdaLoRA's, right angles are enough.
+# If it is near the value without a penalty, it takes unit lengths. In between, both help. (Inner products also grow with the lengths, so this penalty is not only about angles.)
 #
 # ## Does the uncertainty matter?
 #

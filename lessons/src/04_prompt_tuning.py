@@ -12,7 +12,7 @@
 # - serve several tasks in one batch;
 # - compare it with full fine-tuning on two tasks, and say what people use today.
 #
-# **Time.** 20 minutes to read, 2 to run, 35 for the exercises. Results are for GPTs with 1 million parameters, unless we say otherwise.
+# **Time.** About an hour, and 25 minutes more for "Going further". Results are for GPTs with 1 million parameters, unless we say otherwise.
 # [Glossary](README.md#glossary).
 
 # %%

@@ -11,7 +11,7 @@
 # - compare two methods fairly when one also changes the start and the step size;
 # - read a published comparison with care.
 #
-# **Time.** 30 minutes to read, 3 to run, 40 for the exercises. Results are for GPTs with 1 million parameters, unless we say otherwise.
+# **Time.** About an hour, and 20 minutes more for "Going further". Results are for GPTs with 1 million parameters, unless we say otherwise.
 # Unknown words are in the [glossary](README.md#glossary).
 
 # %%

@@ -12,7 +12,7 @@
 # - choose how a prefix starts;
 # - compare it with full fine-tuning: what it learns, and what it forgets.
 #
-# **Time.** 20 minutes to read, 2 to run, 35 for the exercises. All results are for a GPT with 1 million parameters.
+# **Time.** About an hour, and 25 minutes more for "Going further". All results are for a GPT with 1 million parameters.
 # [Glossary](README.md#glossary).
 
 # %%

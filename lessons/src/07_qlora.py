@@ -12,7 +12,7 @@
 # - train a LoRA on a quantized model, and compute the memory saved;
 # - measure what fewer bits cost.
 #
-# **Time.** About an hour, and 40 minutes more for "Going further". Results are for a GPT with 1 million parameters.
+# **Time.** About an hour, and 45 minutes more for "Going further". Results are for a GPT with 1 million parameters.
 # [Glossary](README.md#glossary).
 
 # %%

