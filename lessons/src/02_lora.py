@@ -149,7 +149,7 @@ check("02.count", count)
 
 # %% [markdown]
 # **Exercise 2.** Why is only B zero at the start? Think of the first backward pass. Which of the two matrices gets a gradient that is
-# not zero? And which would have one, if both started at zero? Answer with lists of names: `[]`, `["A"]`, `["B"]` or `["A", "B"]`.
+# not zero? And which would get one, if both started at zero? Answer with lists of names: `[]`, `["A"]`, `["B"]` or `["A", "B"]`.
 
 # %% tags=["exercise"]
 first_step = None  # A random, B zero

@@ -150,8 +150,7 @@ check("07.quantize", quantize)
 # near ±1. *NF4* (4-bit normal float) takes *quantiles*. The quantile Φ⁻¹(p) is the value below which a share p of normally
 # distributed numbers (mean 0, variance 1) lies.
 #
-# To make n positive levels, start at a share p_max and go down to ½ in n equal steps. Take Φ⁻¹ of each share, but leave out ½ itself: it would give the level zero,
-# which is added separately. (p_max is below one because Φ⁻¹(1) is infinite.) Negative levels are made in the same way, with a minus sign. At the end, divide all levels by Φ⁻¹(p_max): they
+# To make n positive levels, start at a share p_max and go down to ½ in n equal steps. Of these n + 1 shares, take Φ⁻¹ of all but ½. Zero is added separately. (p_max is below one because Φ⁻¹(1) is infinite.) Negative levels are made in the same way, with a minus sign. At the end, divide all levels by Φ⁻¹(p_max): they
 # then lie between −1 and 1. NF4 has 7 negative levels, zero, and 8 positive ones.
 #
 # **Exercise 3.** Write `make_levels(n_negative, n_positive, p_max)`. It returns all levels in a tensor, in ascending order.
@@ -456,7 +455,7 @@ claim(runs["LoRA on int2"].score > 0.6, "LoRA learns most of the task on int2")
 #
 # One run each is too few to compare. The figure has ten seeds per point, on validation examples,
 # without weight decay and with decay towards the values at step 0 (lesson 02).
-# Forgetting is measured against the float32 base. It contains what rounding destroyed (in the figure, triangles) and what training changed.
+# Forgetting is measured against the float32 base, so it contains what rounding destroyed (triangles in the figure) and what training changed.
 
 # %%
 lines = (DATA / "results" / "bits.jsonl").read_text().splitlines()
@@ -471,7 +470,7 @@ def values(name, decay, key):
 
 
 print("runs with the same seed: mean difference, with a 95 % interval as ±")
-print("in brackets, with nothing subtracted: what the rounded base forgot before training")
+print("in brackets: what the rounded base has lost before training (not a difference of runs)")
 for decay in (0, 0.04):
     for name in ("NF4", "int3", "int2"):
         text = f"{name} minus float32, {'with' if decay else 'no'} decay:"
@@ -512,8 +511,8 @@ ahead = [values("int3", d, "score") > values("NF4", d, "score") for d in (0, 0.0
 claim(all(0.2 < a.float().mean() < 0.8 for a in ahead), "NF4 or int3: it changes from seed to seed")
 
 # %% [markdown]
-# On NF4, LoRA scores a little lower than on float32, and forgets a little more. On int3 we see no difference in the score, but LoRA
-# forgets much more. Rounding alone explains only a part of this. Whether NF4 or int3 scores higher changes from seed to seed. <!-- claim: few-bits -->
+# On NF4, LoRA scores a little lower than on float32, and with decay it forgets a little more. On int3 we see no difference in the score, but LoRA
+# forgets more. Rounding alone explains only a part of this. Whether NF4 or int3 scores higher changes from seed to seed. <!-- claim: few-bits -->
 #
 # On int2, rounding destroyed most of what the base knew, and still LoRA learned most of the task. The base did not come back: on text like that
 # of pretraining, the model is as bad as before training, or worse. So a good score on your task does not show that the model is good at anything else. Measure both.
@@ -545,7 +544,7 @@ claim(all(0.2 < a.float().mean() < 0.8 for a in ahead), "NF4 or int3: it changes
 # The absmax values are numbers like any others, so they can be quantized too. First their mean is subtracted. Then 256 of them form a block: each gets an 8-bit code, and the block one float32
 # scale. One more float32 per matrix holds the mean.
 #
-# **Exercise 7.** NF4 with double quantization, but in blocks of 32 weights, and still 256 absmax values per float32. How many bits does
+# **Exercise 7.** NF4 with double quantization, but in blocks of 32 weights. As before, 256 absmax values share a float32 scale. How many bits does
 # a weight take? Leave out the mean.
 
 # %% tags=["exercise"]
@@ -569,7 +568,7 @@ assert abs(q.bits() - (4 + 8 / 64 + 32 / (64 * 256))) < 1e-4
 #
 # Newer GPUs also multiply 4-bit floats directly (formats such as MXFP4 and NVFP4, with a scale per 16 or 32 values); they cannot do this with NF4 codes.
 #
-# The paper calls NF4 optimal: its levels are chosen so that all are used equally often. In our GPT they are not, as the next cell shows. A block's weights are divided by the largest of
+# The paper calls NF4 optimal: its levels are chosen so that all are used equally often. In our GPT they are not used equally often, as the next cell shows. A block's weights are divided by the largest of
 # them, which changes their distribution ([Yoshida 2023](https://arxiv.org/abs/2306.06965)). Still, NF4 changes fewer top tokens than int4 and FP4 (a 4-bit float), on each of our
 # three bases. (NF4 has 16 levels and the others 15, which may be part of the reason.) And in every format, the larger bases change less. If that goes on, it is good news for 7B models, but three bases are not a law.
 # [Dettmers and Zettlemoyer 2022](https://arxiv.org/abs/2212.09720) asks how many bits are best for a given amount of memory.

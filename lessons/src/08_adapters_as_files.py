@@ -574,10 +574,10 @@ display(Markdown(report.markdown_table(
 means = {way: sum(map(sum, found)) / 4 for way, found in ways.items()}
 claim(min(means["cat"], means["svd"]) > means["linear"] + 0.2, "cat and svd do better than linear")
 a_quarter, *_, one, more = [[sum(seeds) / 2 for seeds in zip(*f, strict=True)] for f in by_weight]
-best = max(sum(pair[0] for pair in found) / 2 for found in by_weight)
-claim(best < sum(a["describe"] for a in alone) / 2 - 0.1, "no weight keeps all of describe")
+alone_mean = sum(sum(a[name] for name in names) for a in alone) / 4
+claim(means["cat"] < alone_mean - 0.1, "even the exact sum scores lower than the two alone")
 claim(a_quarter[0] < one[0] - 0.2, "a small weight loses describe")
-claim(more[1] < one[1] - 0.1, "a larger weight damages sentiment")
+claim(sum(more) < sum(one) - 0.1, "weights above 1 do damage")
 
 # %%
 shown = {"alone": [[one[name] for name in names] for one in alone]} | ways
@@ -604,8 +604,8 @@ report.show(
 )  # fmt: skip
 
 # %% [markdown]
-# Left: the cross terms of `linear` destroy what the adapters learned. `cat` and `svd` keep most of `sentiment`, but `describe` loses much. Right, with equal weights: `describe` always scores lower than alone. At the
-# smallest weight it scores 0. The largest weight damages `sentiment`, and here `describe` too. Now take all ten pairs.
+# Left: the cross terms of `linear` destroy what the adapters learned. `cat` and `svd` keep more, but not all. Here `describe` suffers; with other seeds it was `sentiment`. Right, with equal weights: at the
+# smallest weight `describe` scores 0, and weights above 1 do damage too. Now take all ten pairs.
 
 # %%
 REVIEWS = {"sentiment", "colors"}
@@ -746,14 +746,14 @@ display(Markdown(report.markdown_table(
     ["α", "owner: score", "owner: forgetting", "describe: score", "describe: forgetting"],
     [[line[0], *(f"{x:.2f}" for x in line[1:])] for line in table],
 )))  # fmt: skip
-quarter, half, trained, double = table
-claim(quarter[1] > 0.7 < trained[1], "the owner adapter works with a quarter of its α")
-claim(quarter[2] < trained[2] / 3, "and then it forgets much less")
+_, half, trained, double = table
+claim(half[1] > 0.7 < trained[1], "the owner adapter works with half of its α")
+claim(half[2] < trained[2] / 2, "and then it forgets less than half as much")
 claim(half[3] < trained[3] - 0.1, "describe loses with half of its α")
 claim(double[1] < 0.5 > double[3], "twice α breaks both")
 
 # %% [markdown]
-# With a quarter of its α, the `owner` adapter still works, and forgets far less. But `describe` loses a large part of its score with half of its α. With twice their α, both fail. So you can change α
+# With half of its α, the `owner` adapter still works, and forgets far less, but `describe` loses a large part of its score. (With a quarter, `owner` works here; with another seed, it failed.) With twice their α, both fail. So you can change α
 # after training, if you measure. To avoid accidents, minipeft writes a checksum of the settings into the header of the tensors, and refuses a folder whose config
 # was edited. (A folder that peft wrote has no checksum.)
 
