@@ -27,6 +27,16 @@ def test_a_wrong_answer_shows_the_input_both_values_and_the_mistake(capsys):
     assert not lessons.solved("02.merge")
 
 
+def test_an_error_in_a_library_is_shown_at_the_line_of_the_student_who_called_it(capsys):
+    def my_loss(logits, ids):
+        return torch.nn.functional.cross_entropy(logits[:, :-1], ids[:, 1:])
+
+    lessons.check("00.my_loss", my_loss)
+    out = capsys.readouterr().out
+    assert "in line   return torch.nn.functional.cross_entropy(logits[:, :-1], ids[:, 1:])" in out
+    assert "likely    cross_entropy wants the classes second" in out
+
+
 def test_a_right_answer_is_remembered_until_it_is_checked_again():
     lessons.check("02.count", 4096)
     assert lessons.solved("02.count")

@@ -199,7 +199,7 @@ check("00.my_loss", my_loss)
 # %% [markdown]
 # ## A loss curve
 #
-# We do the first 250 steps of a pretraining, with a smaller GPT. A loss means little alone, so we compare with models that only count. One ignores the context: a token's probability is its share of the training text. A *5-gram model* counts which token follows each group of four.
+# We pretrain a smaller GPT for 250 steps. A loss means little alone, so we compare with models that only count. One ignores the context: a token's probability is its share of the training text. A *5-gram model* counts which token follows each group of four.
 # Their losses are on held-out text, and the curve shows the training loss, so compare roughly.
 
 # %%
@@ -365,7 +365,7 @@ titles = {
 for key in titles:
     prompt, wanted = card.PROBES[key][1](text.Writer(Random(3), text.VALUES | card.HELD_OUT))
     print(f"{prompt} [{wanted.strip()}]\n")
-columns = {f"{name} base": row["probes"] for name, row in reversed(known["bases"].items())}
+columns = {f"{name.upper()} base": row["probes"] for name, row in reversed(known["bases"].items())}
 table = [[t, *(f"{p[key]:.2f}" for p in columns.values())] for key, t in titles.items()]
 display(Markdown(report.markdown_table(["share correct", *columns], table)))
 people = [row["the same, all values people (chance 1/3)"] for row in columns.values()]
@@ -374,7 +374,7 @@ claim(min(p[key] for p in columns.values() for key in list(titles)[:2]) > 0.95, 
 
 # %% [markdown]
 # All bases copy. But look at the last two rows. Row three allows a shortcut: if a text has only one person, the model can answer with that person. Row four has three people: naming one of them is
-# right one time in three. All bases do better than that, but worse than in row three.
+# right one time in three. All bases do better than one in three, but none reaches its value in row three.
 #
 # ## Watch it learn to copy
 #
@@ -486,7 +486,7 @@ claim(max(share for _, share in twin_points) < 0.15, "the twin never copies")
 # ## Look inside
 #
 # How could a model copy? After "Again: Rita", a head could find the earlier "Rita", and attend to the token *after* it: "Clay". Such a head is an *induction head*
-# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). Commas repeat, so after a comma it must also use the word before.
+# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). A list has several commas, so there it must also use the word before.
 #
 # When the model is about to copy a word, how much weight does each head put on this word in the original list?
 
@@ -565,7 +565,7 @@ report.show(
 
 # %% [markdown]
 # Orange boxes mark the word that must come next. Both models have a head that looks there (the figure shows the base's). Is it an induction head? It could also follow a rule about
-# positions, such as "look 10 tokens back". Read a list back in *reverse order*: then such a rule finds the wrong name. (Here we measure second words only: nothing tells which name comes next.)
+# positions, such as "look 10 tokens back". Read a list back in *reverse order*: then such a rule finds the wrong name. (Here we measure second words only: the model cannot know which name comes next.)
 #
 # **Your guess:** in which of the two models does the head still find the right name?
 
@@ -653,10 +653,11 @@ for axis, found, title, label in zip(axes, (shares, apart), titles, labels, stri
     axis.set(xlabel=label, ylim=(-0.03, 1.1), title=title)
 if guess_offset is not None:
     axes[0].plot([1], [guess_offset], "k*", markersize=11, label="your guess")
-axes[0].legend(frameon=False, loc=(0.3, 0.56))
+handles = axes[0].get_legend_handles_labels()
+figure.legend(*handles, frameon=False, loc="outside upper center", ncols=3)
 report.show(
     figure,
-    "With an offset of one position, the tiny GPT falls from above 0.8 to about 0.1, and its best head too; the base stays above 0.8 in both panels.",
+    "With an offset of one position, the tiny GPT falls from above 0.8 to about 0.1, and the weight of its best head falls too; the base stays above 0.8 in both panels.",
 )  # fmt: skip
 
 # %% [markdown]

@@ -3,7 +3,7 @@
 #
 # A pretrained language model knows a lot, but it does not write in the form that your application needs. *Fine-tuning* goes on
 # training it on a few hundred examples of your own. *Full* fine-tuning changes every weight, and it is the standard that every
-# other method is compared with. It is also expensive: the weights of a model with 7 billion parameters take 14 GB in bfloat16 and fit on a card with 24 GB, but training it
+# other method is compared with. It is also expensive: in bfloat16, 7 billion weights take 14 GB. They fit on a card with 24 GB, but training
 # there fails with "out of memory". This lesson shows what training does, what it costs, and how to tell whether a model has learned anything.
 #
 # After this lesson you can
@@ -117,7 +117,7 @@ def make_labels(prompt_ids, completion_ids, end, length):
 check("01.make_labels", make_labels)
 
 # %% [markdown]
-# **Exercise 2.** Write `masked_loss(logits, labels)`: the mean cross-entropy over all positions t where the label at t + 1 is not -100. Shapes: logits (b, t, v), labels (b, t).
+# **Exercise 2.** Write `masked_loss(logits, labels)`: the mean cross-entropy over all positions i where the label at i + 1 is not -100. Shapes: logits (batch, tokens, vocabulary), labels (batch, tokens).
 
 
 # %% tags=["exercise"]
@@ -218,7 +218,7 @@ print("torch.optim.AdamW moves them by", [round(value, 4) for value in w.data.to
 # Training holds four things: the weights, a gradient for each weight, AdamW's two averages, and the *activations*. Activations are all results of
 # the forward pass that the backward pass needs. Their size grows with the number of tokens in a batch.
 #
-# **Your guess:** our GPT, in float32, is trained on 16 texts of 64 tokens. Divide the memory of training by the memory of the weights: what do you get? And for 7 billion parameters, as many tokens, with weights and gradients in bfloat16, and AdamW's averages in float32?
+# **Your guess:** our GPT, in float32, is trained on 16 texts of 64 tokens. Divide the memory of training by the memory of the weights: what do you get? And for 7 billion parameters, with equally many tokens (weights and gradients in bfloat16, AdamW's averages in float32)?
 
 # %%
 guess_small, guess_7b = None, None  # times the weights
@@ -424,7 +424,7 @@ for point in [*full[2:11:2], full[-1]]:
     )
 
 # %% [markdown]
-# The estimate is rough: tokens are not equally hard, and generation takes the most probable token each time.
+# The estimate is rough. Tokens are not equally hard. And the loss is measured after the correct text, but generation continues the model's own text, with its errors.
 #
 # ## What it forgets
 #
@@ -514,7 +514,7 @@ report.show(
 
 # %% [markdown]
 # If both methods had the same learning rate, the result would depend on which method that rate suits. The random base fails at every rate that was tried. For full fine-tuning three rates score about the same, but the highest
-# of them forgets several times as much: this lesson uses the lowest of the three.
+# of them forgets several times as much. So this lesson uses the lowest, 10⁻³.
 #
 # **Exercise 6.** Write `pick(points)`. Each point is a dict with `learning_rate` and `slot_loss`, in any order. Return the learning rate with the lowest slot loss, or `"edge"` if it is the smallest or the largest one that was tried: then
 # the best may lie outside.
@@ -547,7 +547,7 @@ for name, values in scores.items():
     print(f"{report.NAMES[name]:14} {[f'{value:.2f}' for value in values]}")
 
 # %% [markdown]
-# **Exercise 7, harder.** Two methods have different means. Could that be chance? If the method makes no difference, each score might as well have come from the other method. So put the scores of both together, and go through *all* ways to split them into two groups of the sizes of a and b.
+# **Exercise 7, harder.** Two methods have different means. Could that be chance? Suppose that the method makes no difference. Then it does not matter which scores belong to a, and which to b. So put the scores of both together, and go through *all* ways to split them into two groups of the sizes of a and b.
 # Write `chance(a, b)`: the share of these splits whose means are at least as far apart as the means of a and b, in either direction (allow 1e-9 for rounding).
 
 

@@ -55,7 +55,7 @@ label = -100
 check("04.label", label)
 
 # %% [markdown]
-# **2.** Lesson 02: you have trained a LoRA. Where is the model worse than the base model on text like that of pretraining: with the adapter
+# **2.** Lesson 02: you have trained a LoRA. When has the model forgotten something: with the adapter
 # enabled, or disabled? Answer with a list: `[]`, `["enabled"]`, `["disabled"]` or `["enabled", "disabled"]`.
 
 # %% tags=["exercise"]
@@ -82,7 +82,7 @@ chance = max(share, 1 - share)
 print(f"Always the same word: {chance:.2f} of sentiment is right.")
 
 # %% [markdown]
-# In `sentiment` the base model already knows the words. In `describe` it must write sentences that it has never seen.
+# In `sentiment` the base already knows the words, but not the task. In `describe` it must write sentences that it has never seen.
 #
 # **Your guess:** after 100 steps, full fine-tuning gets more than 90 % right in both tasks. What share will twenty trained vectors get right?
 
@@ -224,7 +224,7 @@ print(f"step 0: logits differ by up to {difference:.1f}; with the adapter disabl
 # P may start as noise (`RANDOM`, the default of Hugging Face peft), or as embeddings of real tokens: of random ones (`SAMPLE_VOCAB`), or those of a text that describes the task (`TEXT`).
 #
 # **Exercise 4.** In one step, Adam moves a number by at most about the learning rate. A number in P has a size of about 1 if P starts as noise, and about 1/5 if it starts as
-# embeddings. The learning rate is 10⁻². In 20 steps, how many times its own size can a number move?
+# embeddings. The learning rate is 10⁻². In 20 steps, how far can a number move, in multiples of its size?
 
 # %% tags=["exercise"]
 noise = None
@@ -289,7 +289,7 @@ claim(min(ratios[:2]) > 1, "at the lower rates, embeddings are ahead")
 claim(ratios[0] > 1.5 * ratios[2], "their lead is smaller at the largest rate")
 
 # %% [markdown]
-# At each of these rates, embeddings reach the lower loss. But their lead shrinks as the rate grows: one rate for both can favor one start. A fair comparison
+# At each of these rates, embeddings reach the lower loss. But their lead shrinks as the rate grows, because noise needs larger rates. So one rate for both can favor one start. A fair comparison
 # gives each start its own best rate. The figure cannot do that: for both, the best rate is the largest that we tried.
 #
 # | setting | here | on a large model | what it does |
@@ -370,10 +370,10 @@ claim(min(r.score for r in larger["prompt_tuning"]) > 0.9, "on the 3M base, thre
 
 # %% [markdown]
 # On `sentiment`, three of four seeds learn to answer with the right word; one stays near chance. On `describe`, prompt tuning states
-# almost no fact right after 100 steps; LoRA and full fine-tuning learn the task. Frozen weights alone are not the reason: prefix tuning (lesson 06) learns it, and freezes them too.
+# almost no fact right after 100 steps; LoRA and full fine-tuning learn the task. Frozen weights alone are not the reason: prefix tuning (lesson 06) freezes them too, and learns far more.
 #
 # But these runs start from noise. In the first figure, embeddings are ahead, so the weak seed may be due to this start. And 100 steps may be too few ("Going further").
-# The paper (Lester et al.) finds that prompt tuning comes closer to full fine-tuning the larger the model is. Our 3M base fits that, but three seeds prove little.
+# The paper (Lester et al.) finds that prompt tuning comes closer to full fine-tuning the larger the model is. Our 3-million-parameter base fits that, but three seeds prove little.
 #
 # Now look at the column *forgetting*. No weight has changed, and yet the model forgets. Part of this is there at step 0: noise in front of a text disturbs it. Training adds the rest. With the adapter disabled, the base is back, exactly:
 
@@ -435,7 +435,7 @@ for name, accuracy in published.items():
 #
 # <details><summary>1. Why do virtual tokens have the label -100?</summary>There is no word to predict at their positions, so they must not count in the loss.</details>
 #
-# <details><summary>2. You put the virtual tokens between prompt and answer. Which tokens can attend to them?</summary>Only themselves and what is generated after them. No token of the prompt can.</details>
+# <details><summary>2. You put the virtual tokens between prompt and answer. Which tokens can attend to them?</summary>Only themselves and what comes after them, the answer. No token of the prompt can.</details>
 #
 # <details><summary>3. Two starts are compared at one learning rate. What is wrong?</summary>It may suit one of them better. Each start needs its own.</details>
 #

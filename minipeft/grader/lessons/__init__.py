@@ -34,6 +34,11 @@ class Exercise:
     hints: tuple[str, ...]
 
 
+HERE = (os.__file__, 0), (torch.__file__, 1), (__file__, 2)  # Python; torch's folder; minipeft
+LIBRARIES = tuple(str(Path(file).parents[up]) for file, up in HERE)
+CLASSES = "cross_entropy wants the classes second: flatten batch and positions first"
+
+
 class NotDone(Exception):
     """The answer is still the one that the lesson came with."""
 
@@ -154,10 +159,13 @@ def call(function: Callable, *inputs, may_be_none: bool = False):
     except NotDone:
         raise
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        # the last line of the student's own, and not of a library that it calls
+        where = ([f for f in frames if not f.filename.startswith(LIBRARIES)] or frames)[-1]
+        likely = f"\n  likely    {CLASSES}" if "target size" in str(error) else ""
         raise Wrong(
             f"{named(function)} raises {type(error).__name__}: {error}\n"
-            f"  input     {show(kept)}\n  in line   {where.line or where.lineno}"
+            f"  input     {show(kept)}\n  in line   {where.line or where.lineno}{likely}"
         ) from None
     for value, before in zip(inputs, kept, strict=True):
         if isinstance(value, Tensor | list | dict) and not is_close(value, before, 0):
