@@ -198,9 +198,9 @@ HIGHEST = {  # the next rate of each method in the tournament
     "vera": 0.8, "ia3": 0.8,
 }  # fmt: skip
 EDGE_RATES = {  # of tournament-ranks: where the best rate was at an edge
-    "lora, r 1": (0.08,), "rslora, r 1": (0.04, 0.08), "pissa, r 1": (0.02, 0.04),
+    "lora, r 1": (0.08,), "rslora, r 1": (0.04, 0.08), "pissa, r 1": (0.02, 0.04, 0.08),
     "dora, r 1": (0.08,), "lora_plus, r 1": (0.02,), "rslora, r 32": (0.000625,),
-    "lora_plus, r 32": (0.0003125,), "vera, r 32": (0.8,),
+    "lora_plus, r 32": (0.0003125,), "vera, r 32": (0.8, 1.6),
 }  # fmt: skip
 EDGE_DECAY = {  # and where the best decay was
     "lora, r 32": (0.01, 0.02, 0.04), "rslora, r 32": (0.00125, 0.0025, 0.005),
@@ -231,6 +231,7 @@ EXPERIMENTS = {
         Grid({m: WEIGHT_METHODS[m] for m in ("full", "lora")} | SUCCESSORS, (0.0, 0.04, 0.16)),
         Grid({method: (rate,) for method, rate in HIGHEST.items()}, (0.0, 0.04, 0.16)),
         Grid({m: (rate / 4, rate / 2, rate) for m, rate in HIGHEST.items()}, (0.32,)),
+        Grid({"ia3": (1.6,)}, (0.0, 0.04, 0.16, 0.32)),  # its best rate was the highest
     )),
     "finals-tournament": Chosen(
         "tournament", tuple(range(5)), {"part": "test", "curve": True}, score=None

@@ -223,7 +223,7 @@ def on_ranks() -> str:
     return f"""
 At other ranks, with α = 2 r, LoRA and its successors at their chosen settings: test examples, five
 new seeds, paired by seed with LoRA of equal rank. A star marks a rate or a decay at the edge of the
-grid. (At rank 8, only VeRA's runs are not those above: VeRA has r = 256 there.)
+grid. (At rank 8, the runs are those above. Only VeRA was run again: above it has r = 256.)
 
 {report.markdown_table(head, lines)}
 
@@ -246,9 +246,9 @@ def section() -> str:
     return f"""
 ## Better than LoRA?
 
-Six methods that came after LoRA, on the 1M base and `describe`, each with a grid of the same size.
-Validation examples, three seeds; the last column counts the learning rates without decay whose
-score is at most 0.05 below the best one's.
+Six methods that came after LoRA, on the 1M base and `describe`, each with a grid of the same size
+((IA)³ has one more rate). Validation examples, three seeds; the last column counts the learning
+rates without decay whose score is at most 0.05 below the best one's.
 
 {grid_table(found)}
 

@@ -9,7 +9,7 @@
 # After this lesson you can
 # - say which tokens a model is trained on, and write the training loop;
 # - compute the memory of full fine-tuning before you start;
-# - tell a model that has learned the task from one that has only learned its wording;
+# - tell whether a model has learned the task, or only how answers are worded;
 # - measure how much a model forgets.
 #
 # **Time.** About an hour, and 25 minutes more for "Going further". All results are for a GPT with 1 million parameters.
@@ -274,10 +274,10 @@ check("01.gigabytes", gigabytes)
 # %% [markdown]
 # ## Fine-tune it
 #
-# A prompt states four *facts*. In the fact "near is Black Oven", "Black Oven" is the *value*. In a completion, the tokens of values are *slot tokens*. All others are *template tokens*: "This is the story of" begins half of all completions.
+# A prompt states four *facts*. In the fact "near is Black Oven", "Black Oven" is the *value*. In a completion, the tokens of values are *slot tokens*. All others are *template tokens*: for example those of "This is the story of", with which half of all completions begin.
 # Each fact has two phrasings. *Slot accuracy* is the share of facts that the generated text states in one of its phrasings, with the right value. To save time, it is measured on 32 of the validation examples here.
 #
-# **Your guess:** after how many of 100 steps is the loss on template tokens a tenth of its value at the start? And the loss on slot tokens?
+# **Your guess:** after how many of 100 steps has the loss on template tokens fallen to a tenth? And the loss on slot tokens?
 
 # %%
 guess_template, guess_slot = None, None  # steps
@@ -322,7 +322,7 @@ report.show(
 # %% [markdown]
 # ## Has it learned the task?
 #
-# A falling loss does not answer this. Suppose a model ignores all values in the prompt. What would it score? We train such a *blind* model: in each training prompt, the values are replaced by those of other examples, and the completion is kept. So
+# A falling loss does not answer this. Suppose a model ignores all values in the prompt. What slot accuracy would it have? We train such a *blind* model: in each training prompt, the values are replaced by those of other examples, and the completion is kept. So
 # the prompt's values say nothing about those in the completion, and the model learns to ignore them.
 
 
@@ -359,7 +359,7 @@ claim(full[-1]["score"] > 0.85, "the fine-tuned model states most facts")
 
 # %% [markdown]
 # A model that cannot do the task at all makes most of the improvement in the loss. So we report template and slot tokens separately, and count facts in generated text. We compare with
-# the *random base*: a model that starts from random weights, trained on the same examples. (These runs come with minipeft: the mean of four seeds, at the learning rate with the lowest loss.) What the random base learns comes from the training examples only.
+# the *random base*: a model that starts from random weights, trained on the same examples. (These runs come with minipeft: the mean of four seeds, at the learning rate with the lowest validation loss.) What the random base learns comes from the training examples only.
 
 # %%
 records = compare.load(DATA / "results" / "1m" / "compare.json")
@@ -514,7 +514,7 @@ report.show(
 
 # %% [markdown]
 # If both methods had the same learning rate, the result would depend on which method that rate suits. The random base fails at every rate that was tried. For full fine-tuning three rates score about the same, but the highest
-# of them forgets several times as much. So this lesson uses the lowest, 10⁻³.
+# of them forgets several times as much. So this lesson uses the lowest of the three, 10⁻³.
 #
 # **Exercise 6.** Write `pick(points)`. Each point is a dict with `learning_rate` and `slot_loss`, in any order. Return the learning rate with the lowest slot loss, or `"edge"` if it is the smallest or the largest one that was tried: then
 # the best may lie outside.

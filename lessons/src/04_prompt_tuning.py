@@ -224,7 +224,7 @@ print(f"step 0: logits differ by up to {difference:.1f}; with the adapter disabl
 # P may start as noise (`RANDOM`, the default of Hugging Face peft), or as embeddings of real tokens: of random ones (`SAMPLE_VOCAB`), or those of a text that describes the task (`TEXT`).
 #
 # **Exercise 4.** In one step, Adam moves a number by at most about the learning rate. A number in P has a size of about 1 if P starts as noise, and about 1/5 if it starts as
-# embeddings. The learning rate is 10⁻². In 20 steps, how far can a number move, in multiples of its size?
+# embeddings. The learning rate is 10⁻². How far can a number move in 20 steps, in multiples of its size?
 
 # %% tags=["exercise"]
 noise = None
@@ -289,7 +289,7 @@ claim(min(ratios[:2]) > 1, "at the lower rates, embeddings are ahead")
 claim(ratios[0] > 1.5 * ratios[2], "their lead is smaller at the largest rate")
 
 # %% [markdown]
-# At each of these rates, embeddings reach the lower loss. But their lead shrinks as the rate grows, because noise needs larger rates. So one rate for both can favor one start. A fair comparison
+# At each of these rates, embeddings reach the lower loss. But their lead shrinks as the rate grows: noise needs larger rates. One rate for both can favor one start. A fair comparison
 # gives each start its own best rate. The figure cannot do that: for both, the best rate is the largest that we tried.
 #
 # | setting | here | on a large model | what it does |

@@ -75,8 +75,8 @@ check("05.mergeable", mergeable)
 # %% [markdown]
 # ## Why train a network only to throw it away?
 #
-# The task is `sentiment`: a review, and the answer "good" or "bad". Below are the scores of prompt tuning: 20 virtual tokens, 100 steps, four seeds. P-tuning uses
-# these numbers too.
+# The task is `sentiment`: a review, and the answer "good" or "bad". Below are the scores of prompt tuning: 20 virtual tokens, 100 steps, four seeds. P-tuning was
+# run in the same way.
 #
 # **Your guess:** what is the mean score of P-tuning?
 
@@ -169,7 +169,7 @@ def keep(H, network):
 check("05.keep", keep)
 
 # %% [markdown]
-# Now minipeft's [class](../minipeft/methods/p_tuning.py): the line with `# (1)` computes P. The model's logits are those of the equation, and `keep_output` does not change them. The paper also puts virtual tokens between the words of a prompt. Here, as in Hugging Face peft, they all come first.
+# Now minipeft's [class](../minipeft/methods/p_tuning.py): the line with `# (1)` computes P. The next cell checks that the model's logits are those of the equation, and that `keep_output` keeps them. The paper also puts virtual tokens between the words of a prompt. Here, as in Hugging Face peft, they all come first.
 
 # %%
 torch.manual_seed(0)
@@ -243,9 +243,9 @@ check("05.rows", mlp_rows, lstm_rows)
 # What else does the network change?
 #
 # - **The start.** At step 0, P is the output of an untrained network. These numbers are much smaller than prompt tuning's noise.
-# - **The step.** A step changes every weight of the network a little, and each virtual token depends on many weights. So many small changes add up: at the same learning rate, P moves further than in prompt tuning.
+# - **The step.** A step changes every weight of the network a little, and each virtual token depends on many weights. All push it the same way, so they add up: at the same learning rate, P moves further than in prompt tuning.
 #
-# We train three kinds for 50 steps: `plain` is prompt tuning from noise, `small noise` is prompt tuning from noise divided by 10, and `MLP` is P-tuning. All get the rate 10⁻². Each also gets two others, so that its best rate is among the three.
+# We train three kinds for 50 steps: `plain` is prompt tuning from noise, `small noise` is prompt tuning from noise divided by 10, and `MLP` is P-tuning. All get the rate 10⁻². Each gets two more, so that its best is among them.
 
 
 # %%
@@ -370,7 +370,7 @@ print(f"P-tuning forgets {less['on']:.2f} less; at step 0 {less['start']:.2f} le
 assert ours.forgot("off") == 0  # without the virtual tokens, the model is the base
 
 # %% [markdown]
-# In this seed P-tuning also forgets less. About half of the difference is there at step 0: untrained virtual tokens disturb the model too. (The file includes the network, so that training can continue.)
+# In this seed P-tuning also forgets less. About half of this is there at step 0: small virtual tokens disturb less than noise. (The file includes the network, so that training can continue.)
 #
 # The figure shows more seeds, on two bases. (Stored runs, 400 test examples; the run above used 64.)
 
@@ -441,8 +441,7 @@ for name, (accuracy, number, rate) in published.items():
     print(f"{name:42} {accuracy:.0%} right, {number:10,} trained, learning rate {rate:g}")
 
 # %% [markdown]
-# P-tuning trains three times as many parameters as this LoRA, and solves fewer problems. Now compare the two runs of prompt tuning. They used the same rate, and noise needs a larger one than embeddings (lesson 04).
-# So the difference between the two starts may come from the rate. Our advice: LoRA first. If you need virtual tokens, start them small, and try several rates, before you add a network.
+# P-tuning trains three times as many parameters as this LoRA, and solves fewer problems. Now compare the two runs of prompt tuning. They used the same rate, which may be too low for noise: it needs a larger one than embeddings (lesson 04). Our advice: LoRA first. If you need virtual tokens, start them small, and try several rates, before you add a network.
 #
 # ## Summary
 #
@@ -491,7 +490,7 @@ claim(highest["p_tuning, LSTM"] < 0.05, "with the BiLSTM, every run stays near z
 # ## Version two is another method
 #
 # *P-tuning v2* ([Liu et al. 2021](https://arxiv.org/abs/2110.07602)) is not a better network. It gives every layer virtual keys and values of its own, and needs no network: it is prefix tuning, the subject of lesson 06. Below, `PrefixTuningConfig` makes it, and a test shows the difference.
-# Change one trained number at a time: which is the first block of the GPT whose output changes?
+# Change trained numbers, one at a time: which is the first block of the GPT whose output changes?
 
 
 # %%

@@ -105,7 +105,7 @@ reason = ""
 # | [K_P; k] | all keys | (p + t, w) | (20 + t, 32) |
 # | scores, mask | a row per query, a column per key | (t, p + t) | (t, 20 + t) |
 # | y | output | (t, w) | (t, 32) |
-# | keys in the cache of one layer | the prefix's keys for b texts; a second tensor has the values | (b, heads, p, w) | (b, 4, 20, 32) |
+# | keys in the cache of one layer | all heads and b texts (a second tensor: values) | (b, heads, p, w) | (b, 4, 20, 32) |
 # | P | all trained parameters | (p, 2 · layers · width) | (20, 1024) |
 #
 # Such a virtual token is no embedding: each layer has its own key and value for it. It has no query, and does not pass through the MLPs.
@@ -358,7 +358,7 @@ print({name: f"{found.mean():.2f}" for name, found in shares.items()}, f"your gu
 claim(0.4 < shares["zeros"].mean() < 0.65, "zero keys get about half of the attention")
 
 # %% [markdown]
-# Here, 20 zero keys get about half of the attention: on average, a token sees only about 30 keys of the text. A score of 0 does not mean "no attention", since exp(0) is 1: only −∞ means that. The text gets
+# Here, 20 zero keys get about half of the attention. Equal scores would give them nearly as much: on average, a token sees about 30 keys of the text. A score of 0 does not mean "no attention", since exp(0) is 1: only −∞ means that. The text gets
 # a share below 1 and the prefix adds zeros, so each head's output shrinks.
 #
 # ## How should it start?
@@ -495,7 +495,7 @@ print("adapter disabled: exactly the logits of the base model")
 # In 100 steps, prefix tuning learns much more than prompt tuning, with eight times as many trained numbers. It stays behind full fine-tuning and
 # LoRA. (With larger models and longer training, Li and Liang come close to full fine-tuning.) In the generated text, some facts are invented.
 #
-# Of these methods, prefix tuning forgets the most. Before training, the rise of the loss is already large. In this run, the start from
+# Of these methods, prefix tuning forgets the most, and a large part of it before training. In this run, the start from
 # real text scores about the same and forgets less. **One seed**, so only a hint.
 #
 # ## Does training attract attention?
@@ -575,7 +575,7 @@ for name, r in more.items():
     print(f"{name:18} {r.trainable:8,} trained, loss {loss:.2f}, slot accuracy {r.score:.2f}")
 zeros = PeftModel.from_pretrained(base.model(), OUT / "zeros").prompt_encoder.embedding.weight
 apart = ((zeros - zeros[0]).norm() / zeros.norm()).item()
-print(f"distance between the 20 tokens that started at zero, relative: {apart:.0e}")
+print(f"distance between the 20 tokens that started at zero, relative: {apart:g}")
 claim(apart < 0.02, "virtual tokens that start equal stay equal")
 few = max(more[name].score for name in ("20 tokens, zeros", "1 token"))
 claim(few < 0.25 < prefix.score, "equal tokens, or one token, learn little")
@@ -612,7 +612,7 @@ report.show(figure, "Validation loss on slots by learning rate: the best rates a
 # %% [markdown]
 # The best rate is far above LoRA's. Ten times above or below it, the loss is much higher.
 #
-# Now we load the trained prefix into a GPT with the wrong mask: `is_causal=True` (above) does not know the prefix.
+# Now we load the trained prefix into a GPT with the wrong mask: `is_causal=True`, as in exercise 2, does not know of the prefix.
 
 
 # %%
@@ -676,9 +676,9 @@ claim(min(r.score for r in steering["lora"]) > 0.99, "LoRA learns it with every 
 claim(min(r.score for r in steering["prefix_tuning"]) < 0.95, "prefix tuning does not")
 
 # %% [markdown]
-# Always answering "good" is right in about half of the cases. With one seed of four, prefix tuning and prompt tuning are hardly better than that, if at all. So do not judge them by one seed.
+# Always answering "good" is right in about half of the cases. Of the four runs of prefix tuning, one is hardly better, if at all, and so is one of prompt tuning. So do not judge them by one seed.
 #
-# ## A prefix is a gate
+# ## Attention over text and prefix is a mixture
 #
 # **Exercise 9, harder.** For one query, attention over prefix and text is a mixture of two attentions: (1 - a) times attention over the text only, and a times attention over the prefix
 # only, where a is the share of attention that the prefix gets ([He et al. 2021](https://arxiv.org/abs/2110.04366)). Write `gated(q, K_P, V_P, K, V)` in this form. q has the shape (w,), K_P and V_P (p, w), K and V (t, w). Divide scores by √w.

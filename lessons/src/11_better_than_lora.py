@@ -7,7 +7,7 @@
 # After this lesson you can
 # - say in one sentence what each of the six changes;
 # - write the core of each, and count what it trains;
-# - see why rsLoRA at one rank is LoRA with another α;
+# - see why, at a fixed rank, rsLoRA is LoRA with another α;
 # - compare methods so that nobody wins by the choice of settings;
 # - show how a bad comparison makes a method win.
 #
@@ -138,7 +138,7 @@ claim(third[-1] > first[-1], "the smaller scaling learns more slowly at this lea
 # ## LoRA+: two learning rates
 #
 # B starts at zero, so at first only B gets a gradient. In a wide layer, the paper argues, one rate is too low for B or too high for A. LoRA+ takes η for A and
-# λη for B, with λ = 16.
+# 16 η for B. (The paper calls this ratio λ.)
 #
 # **Exercise 2.** Write the parameter groups for an optimizer. `named` is a list of pairs (name, parameter). B's names contain `lora_B`. Return two
 # dictionaries with the keys `"params"` and `"lr"`: first all others, then B.
@@ -241,8 +241,8 @@ check("11.vectors", vera_numbers, ia3_numbers)
 # ## The tournament
 #
 # The task is `describe`. All methods, and full fine-tuning as a reference, get grids of equal size:
-# - six learning rates, each twice the one before, in the method's own range;
-# - no weight decay, or decay towards the start (lesson 02) in three strengths, of which the strongest only at the three highest rates: 21 settings in all;
+# - six learning rates, each twice the one before, in the method's own range ((IA)³: seven, as its sixth was the best);
+# - no weight decay, or decay towards the start (lesson 02) in two strengths; at the three highest rates also in a third;
 # - three seeds, 100 steps; r = 8 and α = 16, for VeRA r = 256.
 #
 # First without decay:
@@ -298,7 +298,7 @@ head = [
     "method",
     "its best score",
     f"lead over LoRA at {rate:g}",
-    "lead over LoRA at its best rate",
+    "lead over LoRA at LoRA's best rate",
 ]
 display(Markdown(report.markdown_table(head, lines)))
 claim(sum(tuned[m] > lora for m in METHODS[2:]) >= 5, "against one low rate, at least five win")
@@ -306,11 +306,11 @@ at_rates = {p["learning_rate"]: p["score"] for p in plain if p["method"] == "lor
 claim(at_rates[max(at_rates)] < 0.05, "at its highest rate, LoRA scores near zero")
 
 # %% [markdown]
-# Against LoRA at its lowest rate, almost all win. (Your function finds its highest, where LoRA scores near zero.) The last column is the fair one.
+# Against LoRA at its lowest rate, almost all win. (Your function returns LoRA's highest rate, where it scores near zero.) The last column is the fair one.
 #
 # ## Who wins, then?
 #
-# Now decay joins in. For each method, take its best validation score. Of all settings at most two hundredths below it, take the one that forgets least. It is trained with
+# Now decay joins in. For each method, take its best validation score. Of all settings at most two hundredths below it, take the one that forgets least. This setting is trained with
 # new seeds. For the same seed, all methods see the same examples in the same order, so we subtract LoRA's result seed by seed.
 #
 # **Exercise 7.** Write the verdict. It is `"better"` or `"worse"` if the t interval of the mean difference excludes zero, and else `"not shown"`. For n differences, the
@@ -372,7 +372,7 @@ report.show(
 
 # %% [markdown]
 # Full fine-tuning beats LoRA on score and on forgetting. Of the six, none does both. DoRA, PiSSA and LoRA+ score a little higher; the first two forget more, and for LoRA+ we see no difference. rsLoRA forgets more, and a higher score is not shown. VeRA and (IA)³ score lower, and forget more. (With fourteen comparisons, an interval that
-# hardly excludes zero proves little.) A setting that changes the model more may both score higher and forget more. So compare at equal scores. Each entry is the least forgetting of all settings that reach the score on validation examples. Left of the arrow without decay, right of it with decay allowed. (–: none does.)
+# hardly excludes zero proves little.) A setting that changes the model more may both score higher and forget more. So compare at equal scores. An entry is the least forgetting of all settings that reach the score on validation examples: first without decay, then with decay allowed. (–: none does.)
 
 # %%
 display(Markdown(tournament.equal_table(found)))
@@ -386,14 +386,14 @@ claim(least["full"][1]["forgetting"] < min(rivals.values()), "full fine-tuning f
 
 # %% [markdown]
 # With decay, LoRA, rsLoRA, LoRA+ and DoRA
-# forget about the same in the middle column. In the last one LoRA falls behind these three. rsLoRA is LoRA with another α, and we did not tune LoRA's α: so try that before you change the method.
+# forget about the same in the middle column. In the last column LoRA forgets more than these three. rsLoRA is LoRA with another α, and we did not tune LoRA's α: so try that before you change the method.
 #
 # Our intervals come from five seeds, one small model and one task. For large models, the paper *Learning Rate Matters* (lesson 09) finds tuned variants about as good as LoRA. <!-- claim: tournament -->
 #
 # ## Summary
 #
 # - Five of the six change LoRA: its scaling, its learning rates, its start, or what is trained. (IA)³ has no matrices.
-# - rsLoRA at one rank is LoRA with another α.
+# - At a fixed rank, rsLoRA is LoRA with another α.
 # - VeRA and (IA)³ train far fewer numbers than LoRA.
 # - Each method has its own best learning rate. A comparison at one rate compares settings.
 # - Give every method a grid of equal size, choose on validation examples, and look at intervals of paired differences.
@@ -406,13 +406,13 @@ claim(least["full"][1]["forgetting"] < min(rivals.values()), "full fine-tuning f
 #
 # <details><summary>3. A new method beats LoRA on average over five seeds, and the interval of the difference includes zero. What do you report?</summary>The difference and its interval: an advantage was not shown.</details>
 #
-# **To read:** [*Learning Rate Matters*](https://arxiv.org/abs/2602.04998) tunes the learning rates of LoRA and nine variants, and finds them about equal.
+# **To read:** [*Learning Rate Matters*](https://arxiv.org/abs/2602.04998), on LoRA and nine variants.
 #
 # # Going further
 #
 # ## What does a step cost?
 #
-# DoRA computes all of V in every step, and PiSSA subtracts B₀ A₀ each time. Here are the times of a training step, in multiples of LoRA's (a minute or two). (LoRA, rsLoRA and LoRA+ do the same work: their differences are noise.)
+# DoRA computes all of V in every step, and PiSSA subtracts B₀ A₀ each time. Here are the times of a training step, in multiples of LoRA's (two minutes or more). (LoRA, rsLoRA and LoRA+ do the same work: their differences are noise.)
 
 # %% tags=["timing"]
 seconds = {}

@@ -79,6 +79,13 @@ def plus_groups(named, lr, ratio):  # A slower instead of B faster
     return [{"params": others, "lr": lr / ratio}, {"params": b, "lr": lr}]
 
 
+# %% 11.plus_groups wrong
+def plus_groups(named, lr, ratio):  # only A, and not all others
+    a = [p for name, p in named if "lora_A" in name]
+    b = [p for name, p in named if "lora_B" in name]
+    return [{"params": a, "lr": lr}, {"params": b, "lr": ratio * lr}]
+
+
 # %% 11.plus_groups right
 def plus_groups(named, lr, ratio):
     groups = [{"params": [], "lr": lr}, {"params": [], "lr": ratio * lr}]

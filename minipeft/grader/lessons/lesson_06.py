@@ -193,7 +193,7 @@ def _tensors(mine: nn.Module, b: int, layers: int, shape: tuple, case: str) -> l
             f"layer {i} of past({b}) must be a pair (keys, values), got {show(pair)}",
         )
         for name, value in zip(("keys", "values"), pair, strict=True):
-            what = f"the {name} of layer {i} in past({b})"
+            what = f"the tensor of {name} of layer {i} in past({b})"
             has_shape(what, value, shape, f"{case}; the shape is (b, heads, p, w)")
             ensure(torch.equal(value, value[:1].expand_as(value)), f"{what} differ in the batch")
             ensure(bool(value.isfinite().all()), f"{what} are not finite: torch.empty?")

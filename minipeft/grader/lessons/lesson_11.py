@@ -58,7 +58,7 @@ def same_scaling(same_scaling, draw):
 
 @exercise(
     "11.plus_groups",
-    'Sort the parameters by their names: "lora_B" in name.',
+    'Split the parameters by their names: "lora_B" in name.',
     '[{"params": [the others], "lr": lr}, {"params": [those of B], "lr": ratio * lr}]',
 )
 def plus_groups(plus_groups, draw):
@@ -68,7 +68,8 @@ def plus_groups(plus_groups, draw):
             for letter, shape in (("A", (2, 3)), ("B", (4, 2))):
                 name = f"h.{i}.mlp.lora_{letter}.weight"
                 named.append((name, nn.Parameter(draw.normal(*shape))))
-        named.append(("h.0.attn.lora_A.Bias_table", nn.Parameter(draw.normal(2))))
+        for name in ("h.0.attn.lora_A.Bias_table", "score.bias"):
+            named.append((name, nn.Parameter(draw.normal(2))))
         names = {id(p): name for name, p in named}
         first, second = a_pair(call(plus_groups, named, lr, ratio))
         inputs = f"{[name for name, _ in named]}, lr {lr:g}, ratio {ratio}"
@@ -138,7 +139,8 @@ def pissa_start(pissa_start, draw):
 
 @exercise(
     "11.dora_weight",
-    "First V = W + s B A, a matrix like W. Then the length of each row: v.norm(dim=1).",
+    "First V = W + s B A, a matrix like W. Then the length of each row: v.norm(dim=1), of the "
+    "shape (out,). To divide row by row, it needs a second dimension; so does m.",
     "m[:, None] * v / v.norm(dim=1, keepdim=True)",
 )
 def dora_weight(dora_weight, draw):
