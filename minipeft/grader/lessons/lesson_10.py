@@ -478,7 +478,8 @@ def check_pieces(loss_in_pieces, hidden: Tensor, head: Tensor, labels: Tensor, n
         ensure(
             kept < max(t * v / 3, 2 * v * d),
             f"{kept:,} numbers are kept until the backward pass, and all logits are {t * v:,}\n"
-            f"  input     {inputs}\n  likely    checkpoint is missing, or logits are made outside it",
+            f"  input     {inputs}\n"
+            "  likely    checkpoint is missing, or the logits are made outside it",
         )
 
 
