@@ -205,6 +205,7 @@ EDGE_RATES = {  # of tournament-ranks: where the best rate was at an edge
 EDGE_DECAY = {  # and where the best decay was
     "lora, r 32": (0.01, 0.02, 0.04), "rslora, r 32": (0.00125, 0.0025, 0.005),
     "dora, r 32": (0.01, 0.02, 0.04), "lora_plus, r 32": (0.000625, 0.00125, 0.0025),
+    "vera, r 32": (0.2, 0.4, 0.8),
 }  # fmt: skip
 LORA_RATES = around(0.01)[1:4]
 PLACES = dict.fromkeys(("lora", "lora, attention", "lora, mlp"), LORA_RATES)

@@ -163,7 +163,7 @@ both_zero = []  # so neither would ever change
 check("02.zero", first_step, both_zero)
 
 # %% [markdown]
-# One of the two must be zero, so that the model starts as the base. The other must not, or nothing would ever train. In LoRA, B is zero.
+# One of the two must be zero, so that the model starts as the base. The other must not, or nothing would ever train. LoRA's B is zero.
 #
 # ## Write the layer
 #
@@ -205,8 +205,8 @@ if not solved("02.my_lora"):  # until yours is right, the lesson goes on with mi
 
 
 # %% [markdown]
-# (Until your `MyLora` is right, the next cells use minipeft's `LoraLinear`.) Compare with the layer in [minipeft/methods/lora.py](../minipeft/methods/lora.py). With the same A and B, the equation
-# gives the same numbers. Then read `__init__` and `forward`. Numbers such as (1) refer to the equations at the top of the file; `merged_weight` is for merging.
+# (Until your `MyLora` is right, the lesson uses minipeft's `LoraLinear`.) Compare with the layer in [minipeft/methods/lora.py](../minipeft/methods/lora.py). The next cell computes the equation by hand, and finds
+# the same numbers. Then read `__init__` and `forward`. Numbers such as (1) refer to the equations at the top of the file; `merged_weight` is for merging.
 
 # %%
 torch.manual_seed(0)
@@ -225,7 +225,7 @@ print(
 # ## Put it into a GPT
 #
 # Freeze the model, and replace its linear layers. `find_targets` returns them by name: `"all-linear"` means all except
-# the output head. Below is the first block of the GPT, before and after.
+# the output head. Below is the first block of the GPT, before and after (only its modules).
 
 
 # %%

@@ -224,7 +224,7 @@ print(f"step 0: logits differ by up to {difference:.1f}; with the adapter disabl
 # P may start as noise (`RANDOM`, the default of Hugging Face peft), or as embeddings of real tokens: of random ones (`SAMPLE_VOCAB`), or those of a text that describes the task (`TEXT`).
 #
 # **Exercise 4.** In one step, Adam moves a number by at most about the learning rate. A number in P has a size of about 1 if P starts as noise, and about 1/5 if it starts as
-# embeddings. The learning rate is 10⁻². How far can a number move in 20 steps, in multiples of its size?
+# embeddings. The learning rate is 10⁻². How far can a number move in 20 steps, divided by its size?
 
 # %% tags=["exercise"]
 noise = None
@@ -290,7 +290,7 @@ claim(ratios[0] > 1.5 * ratios[2], "their lead is smaller at the largest rate")
 
 # %% [markdown]
 # At each of these rates, embeddings reach the lower loss. But their lead shrinks as the rate grows: noise needs larger rates. One rate for both can favor one start. A fair comparison
-# gives each start its own best rate. The figure cannot do that: for both, the best rate is the largest that we tried.
+# gives each start its own best rate. The figure cannot: for both, the best rate is the largest tried; a larger one may be better.
 #
 # | setting | here | on a large model | what it does |
 # |---|---|---|---|
@@ -372,7 +372,7 @@ claim(min(r.score for r in larger["prompt_tuning"]) > 0.9, "on the 3M base, thre
 # On `sentiment`, three of four seeds learn to answer with the right word; one stays near chance. On `describe`, prompt tuning states
 # almost no fact right after 100 steps; LoRA and full fine-tuning learn the task. Frozen weights alone are not the reason: prefix tuning (lesson 06) freezes them too, and learns far more.
 #
-# But these runs start from noise. In the first figure, embeddings are ahead, so the weak seed may be due to this start. And 100 steps may be too few ("Going further").
+# But these runs start from noise, which was behind embeddings in the first figure. That may explain the weak seed. And 100 steps may be too few ("Going further").
 # The paper (Lester et al.) finds that prompt tuning comes closer to full fine-tuning the larger the model is. Our 3-million-parameter base fits that, but three seeds prove little.
 #
 # Now look at the column *forgetting*. No weight has changed, and yet the model forgets. Part of this is there at step 0: noise in front of a text disturbs it. Training adds the rest. With the adapter disabled, the base is back, exactly:
@@ -407,7 +407,7 @@ check("04.mixed", mixed)
 # %% [markdown]
 # ## What people use today
 #
-# Often LoRA. The server vLLM removed its support for trained prompts [in 2025](https://github.com/vllm-project/vllm/pull/20588), and
+# Often, they use LoRA. The server vLLM removed its support for trained prompts [in 2025](https://github.com/vllm-project/vllm/pull/20588), and
 # kept LoRA. Hugging Face peft publishes a [benchmark](https://github.com/huggingface/peft/tree/main/method_comparison/MetaMathQA): a 3B model learns grade-school mathematics in 5,000 steps.
 
 # %%
@@ -493,7 +493,7 @@ claim(longer.validation[-1]["slot_loss"] < 0.9 * mean, "with 300 steps it learns
 claim(max(taught) < longer.score < 0.6, "some facts are right, far fewer than with LoRA")
 
 # %% [markdown]
-# In this example, the text after 100 steps is broken. After 300, the sentences look like those of the task, but most values are not those of the prompt: it copies badly. The curve is almost flat at the end. That need not be a limit: the schedule lowers the learning rate to zero there.
+# In this example, the text after 100 steps is broken. After 300, the sentences look like those of the task, but most values are not those of the prompt: it copies badly. The curve is almost flat at the end. That need not be a limit of the method: towards the end of each run, the learning rate falls to zero.
 #
 # Is the low score the fault of this seed, of the rate, or of the noise? Stored runs of 300 steps vary all three. Each line below is the mean of three other seeds on validation examples. (The loss is the mean over all tokens of the completions.)
 
@@ -520,7 +520,7 @@ claim(max(prompts) < 0.3, "prompt tuning learns little at any of these rates, fr
 claim(prefix > 0.7, "prefix tuning learns most of it")
 
 # %% [markdown]
-# It is not this seed: three others score little too. Nor is it the start, or one bad rate: prompt tuning learns little of `describe` at each rate that we tried, from both starts. At their best rates, both starts score about the same. The loss is lowest at the largest rates, so still larger ones may help a little. We did not try them, nor more steps. Prefix tuning (lesson 06) trains vectors in every layer,
+# The low score is not due to this seed: three others score little too. Nor is it due to the start, or to one bad rate: prompt tuning learns little of `describe` at each rate that we tried, from both starts. At their best rates, both starts score about the same. The loss is lowest at the largest rates, so still larger ones may help a little. We did not try them, nor more steps. Prefix tuning (lesson 06) trains vectors in every layer,
 # and learns most of it. Embeddings disturb old text less at step 0, but after training both starts forget about equally.
 #
 # Few trained parameters do not make a step cheap: the gradient of P goes back through all layers, and each text is 20 tokens longer.
@@ -544,7 +544,7 @@ loss = task_loss(one, sentiment.validation, base.end)["loss"]
 claim(loss < undecided, "a single virtual token does better than undecided")
 
 # %% [markdown]
-# In this run, one virtual token gets almost as far as twenty.
+# In this run, one virtual token reaches almost the accuracy of twenty.
 #
 # ## What breaks it: unseen tokens
 #
@@ -569,7 +569,7 @@ claim(min(losses[:2]) > 2, "with frozen rows, neither learns these tokens")
 claim(losses[2] < 1, "LoRA that trains their rows does better")
 
 # %% [markdown]
-# In 50 steps, with one seed, neither prompt tuning nor LoRA learns to write these tokens. Pretraining never showed them to the model, and their rows in the embedding, and in the output head that is tied to it, are frozen. If LoRA trains these rows as well,
+# In 50 steps, with one seed, neither prompt tuning nor LoRA learns to write these tokens. The model never saw them in pretraining, and their rows in the embedding (which is also the output head) are frozen. If LoRA trains these rows as well,
 # the loss falls steeply, so the frozen rows are at least a part of the reason. (It has not yet learned which of the two to write.) So check the tokens of your data before you choose a method.
 #
 # ## More exercises

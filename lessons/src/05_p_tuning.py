@@ -169,7 +169,7 @@ def keep(H, network):
 check("05.keep", keep)
 
 # %% [markdown]
-# Now minipeft's [class](../minipeft/methods/p_tuning.py): the line with `# (1)` computes P. The next cell checks that the model's logits are those of the equation, and that `keep_output` keeps them. The paper also puts virtual tokens between the words of a prompt. Here, as in Hugging Face peft, they all come first.
+# Now minipeft's [class](../minipeft/methods/p_tuning.py): the line with `# (1)` computes P. The next cell checks the model's logits against the equation, before and after `keep_output`. The paper also puts virtual tokens between the words of a prompt. Here, as in Hugging Face peft, they all come first.
 
 # %%
 torch.manual_seed(0)
@@ -243,9 +243,9 @@ check("05.rows", mlp_rows, lstm_rows)
 # What else does the network change?
 #
 # - **The start.** At step 0, P is the output of an untrained network. These numbers are much smaller than prompt tuning's noise.
-# - **The step.** A step changes every weight of the network a little, and each virtual token depends on many weights. All push it the same way, so they add up: at the same learning rate, P moves further than in prompt tuning.
+# - **The step.** A step moves every weight of the network in the direction that lowers the loss. Each virtual token depends on many weights, so these small moves add up: at the same learning rate, P moves further than in prompt tuning.
 #
-# We train three kinds for 50 steps: `plain` is prompt tuning from noise, `small noise` is prompt tuning from noise divided by 10, and `MLP` is P-tuning. All get the rate 10⁻². Each gets two more, so that its best is among them.
+# We train three kinds for 50 steps: `plain` is prompt tuning from noise, `small noise` is prompt tuning from noise divided by 10, and `MLP` is P-tuning. All get the rate 10⁻². Each also gets two other rates, so that its best is among the three.
 
 
 # %%
@@ -490,7 +490,7 @@ claim(highest["p_tuning, LSTM"] < 0.05, "with the BiLSTM, every run stays near z
 # ## Version two is another method
 #
 # *P-tuning v2* ([Liu et al. 2021](https://arxiv.org/abs/2110.07602)) is not a better network. It gives every layer virtual keys and values of its own, and needs no network: it is prefix tuning, the subject of lesson 06. Below, `PrefixTuningConfig` makes it, and a test shows the difference.
-# Change trained numbers, one at a time: which is the first block of the GPT whose output changes?
+# We change trained numbers, one at a time. Which is the first block of the GPT whose output changes?
 
 
 # %%

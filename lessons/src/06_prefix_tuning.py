@@ -587,7 +587,7 @@ claim(abs(more["network"].score - prefix.score) < 0.4, "the network makes no lar
 #
 # ## What breaks it: the learning rate, and the mask
 #
-# AdamW changes a number by about the learning rate per step, however large the number is. The prefix's numbers start near 1, and weights are much smaller. So
+# AdamW changes a number by about the learning rate per step, however large the number is. The prefix's numbers start with a size of about 1, and weights are much smaller. So
 # we expect that a prefix needs a far larger learning rate than LoRA. The figure shows how much larger, from a sweep that comes with minipeft.
 
 # %%

@@ -604,7 +604,7 @@ report.show(
 )  # fmt: skip
 
 # %% [markdown]
-# Left: the cross terms of `linear` destroy what the adapters learned. `cat` and `svd` keep more, but not all. Here `describe` suffers; with other seeds it was `sentiment`. Right, with equal weights: at the
+# Left: the cross terms of `linear` destroy what the adapters learned. `cat` and `svd` keep more, but not all. Here `describe` suffers. (With other seeds, not shown here, it was `sentiment`.) Right, with equal weights: at the
 # smallest weight `describe` scores 0, and weights above 1 do damage too. Now take all ten pairs.
 
 # %%
@@ -726,7 +726,7 @@ for seed, m in zip(SEEDS, models, strict=True):
 # %% [markdown]
 # In these two runs, the negative of an update is not the opposite skill.
 #
-# peft has more combination types. [TIES](https://arxiv.org/abs/2306.01708) drops small entries. Then the adapters vote on the sign of each entry: larger values count more. Entries with the other sign are dropped. [DARE](https://arxiv.org/abs/2311.03099) drops entries at
+# peft has more combination types. [TIES](https://arxiv.org/abs/2306.01708) drops small entries. Then the adapters vote on the sign of each entry: larger values count more. Entries with the sign that lost are dropped. [DARE](https://arxiv.org/abs/2311.03099) drops entries at
 # random, and rescales the rest.
 #
 # ## The wrong α

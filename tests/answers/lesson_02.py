@@ -117,6 +117,19 @@ class MyLora(nn.Module):  # the bias is not frozen
 
 
 # %% 02.my_lora wrong
+class MyLora(nn.Module):  # A is zero, and B random
+    def __init__(self, layer, r, alpha):
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.A = nn.Parameter(torch.zeros(r, layer.in_features))
+        self.B = nn.Parameter(torch.randn(layer.out_features, r))
+        self.scaling = alpha / r
+
+    def forward(self, x):
+        return self.layer(x) + self.scaling * (x @ self.A.T @ self.B.T)
+
+
+# %% 02.my_lora wrong
 class MyLora(nn.Module):  # B is detached, so it never trains
     def __init__(self, layer, r, alpha):
         super().__init__()

@@ -24,7 +24,8 @@ def bytes_per_parameter(bytes_per_parameter, draw):
     mistakes = {
         4: "Those are the weights only.",
         8: "Weights and gradients. What does AdamW remember?",
-        12: "AdamW remembers two numbers per parameter. Did you count the gradient?",
+        12: "AdamW remembers two numbers per parameter. Did you count the gradient? (With weights "
+        "and gradients in bfloat16, 12 is right. Here they are in float32.)",
     }
     answered(bytes_per_parameter, 16, mistakes, "Count the float32 numbers per parameter.")
 
@@ -103,7 +104,9 @@ def my_lora(MyLora, draw):
         compare("the output at the start", y, plain(x), inputs, mistakes)
         for name, matrix, shape in (("A", A, (r, n_in)), ("B", B, (n_out, r))):
             has_shape(f"self.{name}", matrix, shape, inputs)
-        ensure(bool(A.any()), "self.A is zero at the start, so nothing would ever train")
+        both = "A and B are both zero at the start, so nothing would ever train"
+        swapped = "A is zero at the start and B is not: here it is the other way round"
+        ensure(bool(A.any()), swapped if B.any() else both)
         if n_in == 400:
             spread = A.std().item() * n_in**0.5
             ensure(
