@@ -128,7 +128,7 @@ for name, q in (("Q orthonormal", Q), ("Q not orthonormal", skew)):
 assert torch.allclose(torch.linalg.svdvals(update(P, E, Q, 1))[:3], E.abs())
 
 # %% [markdown]
-# **Exercise 2.** A triplet was pruned: e is zero, p and q are not. Which of `"p"`, `"e"` and `"q"` get a nonzero gradient from the task's loss? And which would, if
+# **Exercise 2.** A triplet was pruned: e is zero, p and q are not. Which of `"p"`, `"e"` and `"q"` get a nonzero gradient from the task's loss? And which of them get one, if
 # all three were zero? Answer with lists of names, `[]` for none.
 
 # %% tags=["exercise"]
@@ -149,7 +149,7 @@ check("03.stays", only_e_zero, all_zero)
 # ## Importance
 #
 # Should the triplets with the smallest |e| go? AdaLoRA asks instead how much the *loss* depends on them. The *sensitivity* of a weight w (an entry of P, Λ or Q) with gradient g is
-# I = |w · g|: its distance from zero, times the slope. It estimates how much the loss would change if w became zero. (In training, g is computed before a step, and w is read after it.) In this example, size would choose wrongly:
+# I = |w · g|: its distance from zero, times the slope. It estimates how much the loss would change if w became zero. In this example, size would choose wrongly:
 
 # %%
 small = AdaLoraConfig(init_r=2, target_r=1, total_step=1, lora_alpha=2)
@@ -247,7 +247,7 @@ check("03.scores", triplet_scores)
 # ## The budget
 #
 # All triplets of all matrices compete. The *budget* is how many may stay. (It counts triplets, not parameters.) Here it falls from 16 · 12 = 192 to 16 · 8 = 128:
-# it is 128 + 64 (1 − t)³, rounded down. t is 0 at step `tinit`, grows evenly, and is 1 when `tfinal` steps are left.
+# it is 128 + 64 (1 − t)³, rounded down. t is 0 up to step `tinit`, then grows evenly. It is 1 in the last `tfinal` steps.
 #
 # **Exercise 5.** Halfway, at t = 1/2, how many of the 64 triplets are still to be pruned?
 
@@ -385,7 +385,7 @@ right.set(
 report.show(figure, "Ranks by step, and at the end by matrix: attention keeps less than the MLPs.")
 
 # %% [markdown]
-# Attention keeps less. Is that chance? Compare with random pruning, and with four stored runs.
+# Attention keeps less. Is that chance? Compare with random pruning, and with three stored runs (other seeds).
 
 
 # %%
@@ -397,11 +397,13 @@ lots = [torch.randperm(192, generator=torch.Generator().manual_seed(i))[:128] fo
 chance = [torch.bincount(lot // 12, minlength=16).float().std().item() for lot in lots]
 print(f"pruned at random: attention 8.0, standard deviation of the 16 ranks {mean(chance):.1f}")
 stored = compare.load(DATA / "results" / "1m" / "compare.json")
-found = [history[-1], *(r.ranks for r in stored if r.method == "adalora")]
-for name, r in zip(["this run", *(f"stored run {i}" for i in range(1, 5))], found, strict=True):
+found = {"this run": history[-1]}  # seed 0
+found |= {f"seed {r.seed}": r.ranks for r in stored if r.method == "adalora" and r.seed}
+for name, r in found.items():
     print(
-        f"{name:16}: attention {attention_rank(r):.1f}, standard deviation {stdev(r.values()):.1f}"
+        f"{name:8}: attention {attention_rank(r):.1f}, standard deviation {stdev(r.values()):.1f}"
     )
+found = found.values()
 claim(all(stdev(r.values()) > max(chance) for r in found), "the ranks differ more than by chance")
 claim(all(attention_rank(r) < 7.2 for r in found), "attention keeps less rank than the MLPs")
 
@@ -412,7 +414,7 @@ print(f"parameters: this run keeps {kept:,}; LoRA with r = 8 trains {evenly:,}")
 claim(kept > evenly, "AdaLoRA keeps more parameters than LoRA of the same mean rank")
 
 # %% [markdown]
-# The pattern is not chance.
+# The pattern is not chance. (The MLPs' matrices are larger, so AdaLoRA keeps more parameters than LoRA.)
 #
 # Does attention need an adapter less? We placed LoRA on all layers, on attention alone, or on the MLPs alone, each time with about the same number of parameters.
 
@@ -563,7 +565,7 @@ for name, method in (("with penalty", "adalora"), ("without", "adalora, no penal
     )
 
 # %% [markdown]
-# With the penalty they agree in this matrix. Without it, the update is much larger than Λ says. The stored runs show that the penalty also keeps the whole update small, probably because p and q stay near length 1, and mostly e can grow.
+# With the penalty they agree in this matrix. Without it, the update is much larger than Λ says. The stored runs show that the penalty also keeps the whole update small, probably because p and q stay near length 1, so that mostly e grows.
 #
 # A smaller update may also forget less. The figure shows forgetting with and without weight decay, ten runs per point. All settings were chosen to score at least 90 % on validation examples.
 
@@ -595,11 +597,11 @@ claim(max(v for (_, m), v in forgets.items() if m == "o") < 0.3, "with decay, al
 
 # %% [markdown]
 # Without decay, the penalty decides: without it, AdaLoRA forgets about as much as LoRA. With decay, all four forget little, and full fine-tuning least. So here AdaLoRA forgets less because of its penalty, and not because of its triplets or ranks.
-# (Whether the small update is the reason, these runs do not show.) <!-- claim: finals-forgetting -->
+# (These runs do not show whether the small update is the reason.) <!-- claim: finals-forgetting -->
 #
 # The penalty asks for two things: unit lengths and right angles.
 #
-# **Exercise 7, harder.** Write `angles(layers)`, a penalty for the angles only. Each matrix holds vectors: the rows of `lora_A`, the columns of `lora_B`. For each matrix, make the square matrix
+# **Exercise 7, harder.** Write `angles(layers)`, a penalty for the angles only. Each matrix holds vectors: the rows of `lora_A`, the columns of `lora_B`. For each of them, make a square table
 # of the inner products of its vectors, each with each. Set the diagonal to zero, and take the Frobenius norm, `.norm()`. Return the mean over all matrices.
 
 
@@ -619,7 +621,7 @@ check("03.angles", angles)
 
 # %% [markdown]
 # Try it: `model, *_ = adapt(penalty=angles)`, and then `text_loss(model, base.held_out) - text_loss(base.pretrained, base.held_out)` is its forgetting. Guess first, then compare with the squares in the figure. If it is near AdaLoRA's, right angles are enough.
-# If it is near the value without a penalty, it takes unit lengths. In between, both help. (Inner products also grow with the lengths, so this penalty is not only about angles.)
+# If it is near the value without a penalty, unit lengths are needed. In between, both help. (Inner products also grow with the lengths, so this penalty is not only about angles.)
 #
 # ## Does the uncertainty matter?
 #

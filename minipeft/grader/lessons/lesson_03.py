@@ -38,7 +38,7 @@ def lora_rank(lora_rank, draw):
 )
 def forgets_less(forgets_less, draw):
     mistakes = {
-        "rank": "The rank was 8 in all of these runs.",
+        "rank": "The rank of LoRA was 8 in all runs.",
         "steps": "All of these runs had 100 steps.",
     }
     answered(forgets_less, "weight decay", mistakes, "Choose one of the three texts.")
