@@ -374,7 +374,7 @@ claim(min(p[key] for p in columns.values() for key in list(titles)[:2]) > 0.95, 
 
 # %% [markdown]
 # All bases copy. But look at the last two rows. Row three allows a shortcut: if a text has only one person, the model can answer with that person. Row four has three people: naming one of them is
-# right one time in three. All bases do better than one in three, but none reaches its value in row three.
+# right one time in three. All bases do better than that, but none reaches its value in row three.
 #
 # ## Watch it learn to copy
 #
@@ -486,7 +486,7 @@ claim(max(share for _, share in twin_points) < 0.15, "the twin never copies")
 # ## Look inside
 #
 # How could a model copy? After "Again: Rita", a head could find the earlier "Rita", and attend to the token *after* it: "Clay". Such a head is an *induction head*
-# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). A list has several commas, so there it must also use the word before.
+# ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). A list has several commas: at a comma, it must also use the word before.
 #
 # When the model is about to copy a word, how much weight does each head put on this word in the original list?
 
@@ -565,7 +565,7 @@ report.show(
 
 # %% [markdown]
 # Orange boxes mark the word that must come next. Both models have a head that looks there (the figure shows the base's). Is it an induction head? It could also follow a rule about
-# positions, such as "look 10 tokens back". Read a list back in *reverse order*: then such a rule finds the wrong name. (Here we measure second words only: the model cannot know which name comes next.)
+# positions, such as "look 10 tokens back". Read a list back in *reverse order*: then such a rule finds the wrong name. (We measure second words only: nothing in the text tells that the order is reversed.)
 #
 # **Your guess:** in which of the two models does the head still find the right name?
 

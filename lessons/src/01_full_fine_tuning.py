@@ -359,7 +359,7 @@ claim(full[-1]["score"] > 0.85, "the fine-tuned model states most facts")
 
 # %% [markdown]
 # A model that cannot do the task at all makes most of the improvement in the loss. So we report template and slot tokens separately, and count facts in generated text. We compare with
-# the *random base*: a model that starts from random weights, trained on the same examples. (These runs come with minipeft: the mean of four seeds, at the learning rate with the lowest validation loss.) What the random base learns comes from the training examples only.
+# the *random base*: a model that starts from random weights, trained on the same examples. (Its curve is the mean of four stored runs, at its own best learning rate.) What the random base learns comes from the training examples only.
 
 # %%
 records = compare.load(DATA / "results" / "1m" / "compare.json")
@@ -424,7 +424,7 @@ for point in [*full[2:11:2], full[-1]]:
     )
 
 # %% [markdown]
-# The estimate is rough. Tokens are not equally hard. And the loss is measured after the correct text, but generation continues the model's own text, with its errors.
+# The estimate is rough. Tokens are not equally hard. And the loss is measured with the correct text so far, but generation continues the model's own text, with its errors.
 #
 # ## What it forgets
 #
@@ -475,7 +475,7 @@ claim(
 # %% [markdown]
 # ## Comparing fairly: learning rates
 #
-# Two methods may only be compared if each has its own learning rate. The figure shows sweeps that come with minipeft, one seed per point. LoRA is the subject of the next lesson.
+# Two methods may only be compared if each has its own best learning rate. The figure shows sweeps that come with minipeft, one seed per point. LoRA is the subject of the next lesson.
 
 # %%
 wanted = {("full", False): "full", ("lora", False): "lora", ("full", True): compare.RANDOM}

@@ -247,7 +247,7 @@ check("03.scores", triplet_scores)
 # ## The budget
 #
 # All triplets of all matrices compete. The *budget* is how many may stay. (It counts triplets, not parameters.) Here it falls from 16 · 12 = 192 to 16 · 8 = 128:
-# it is 128 + 64 (1 − t)³, rounded down. t is 0 up to step `tinit`, then grows evenly. It is 1 in the last `tfinal` steps.
+# it is 128 + 64 (1 − t)³, rounded down. t is 0 up to step `tinit`, then grows evenly. In the last `tfinal` steps, t is 1.
 #
 # **Exercise 5.** Halfway, at t = 1/2, how many of the 64 triplets are still to be pruned?
 
@@ -506,7 +506,7 @@ report.show(figure, "Slot accuracy of full, LoRA, AdaLoRA and random ranks: the 
 claim(abs(mean(scores["AdaLoRA"]) - mean(scores["LoRA"])) < 0.08, "AdaLoRA and LoRA are level")
 
 # %% [markdown]
-# Random ranks score nearly the same. (Three pairs cannot exclude a small cost.) AdaLoRA scores a little below LoRA. So a pattern can be more than chance, without a clear gain in score.
+# Random ranks score nearly the same. (Slot loss is higher here, but not with other seeds.) AdaLoRA scores a little below LoRA. So a pattern can be more than chance, without a clear gain in score.
 #
 # ## Should you use it today?
 #
@@ -532,7 +532,7 @@ claim(abs(mean(scores["AdaLoRA"]) - mean(scores["LoRA"])) < 0.08, "AdaLoRA and L
 #
 # <details><summary>2. Two weights have the same average sensitivity, but one jumps between batches. Which has the higher importance, and why?</summary>The one that jumps: its average is less certain, so pruning it is riskier.</details>
 #
-# <details><summary>3. AdaLoRA gave the last layers most of the rank. What do you ask?</summary>Do other seeds agree? And does a run with random ranks score less?</details>
+# <details><summary>3. Suppose AdaLoRA gives the last layers most rank. What do you ask?</summary>Do other seeds agree? And does a run with random ranks score less?</details>
 #
 # **To read:** the paper, [Zhang et al. 2023](https://arxiv.org/abs/2303.10512), section 3.
 #
@@ -620,7 +620,7 @@ def angles(layers):
 check("03.angles", angles)
 
 # %% [markdown]
-# Try it: `model, *_ = adapt(penalty=angles)`, and then `text_loss(model, base.held_out) - text_loss(base.pretrained, base.held_out)` is its forgetting. Guess first, then compare with the squares in the figure. If it is near AdaLoRA's, right angles are enough.
+# Try it: `model, *_ = adapt(penalty=angles)`, and then `text_loss(model, base.held_out) - text_loss(base.pretrained, base.held_out)` is its forgetting. Guess first, then compare with the squares in the last figure. If it is near AdaLoRA's, right angles are enough.
 # If it is near the value without a penalty, unit lengths are needed. In between, both help. (Inner products also grow with the lengths, so this penalty is not only about angles.)
 #
 # ## Does the uncertainty matter?

@@ -370,7 +370,7 @@ print(f"P-tuning forgets {less['on']:.2f} less; at step 0 {less['start']:.2f} le
 assert ours.forgot("off") == 0  # without the virtual tokens, the model is the base
 
 # %% [markdown]
-# In this seed P-tuning also forgets less. About half of this is there at step 0: small virtual tokens disturb less than noise. (The file includes the network, so that training can continue.)
+# In this seed P-tuning also forgets less. About half of this difference is there before training: small virtual tokens disturb less than large ones. (The saved file includes the network, so that training can continue.)
 #
 # The figure shows more seeds, on two bases. (Stored runs, 400 test examples; the run above used 64.)
 
@@ -441,7 +441,7 @@ for name, (accuracy, number, rate) in published.items():
     print(f"{name:42} {accuracy:.0%} right, {number:10,} trained, learning rate {rate:g}")
 
 # %% [markdown]
-# P-tuning trains three times as many parameters as this LoRA, and solves fewer problems. Now compare the two runs of prompt tuning. They used the same rate, which may be too low for noise: it needs a larger one than embeddings (lesson 04). Our advice: LoRA first. If you need virtual tokens, start them small, and try several rates, before you add a network.
+# P-tuning trains three times as many parameters as this LoRA, and solves fewer problems. Now compare the two runs of prompt tuning. They used the same rate, which may be too low for noise: noise needs a larger rate than embeddings (lesson 04). Our advice: LoRA first. If you need virtual tokens, start them small, and try several rates, before you add a network.
 #
 # ## Summary
 #
