@@ -314,12 +314,16 @@ def double(double, draw):
         4 + 32 / 32: "That is with scales in float32: double quantization makes them 8 bits.",
         4 + 8 / 32: "The scales have a scale too: a float32 for every 256 of them.",
         4 + 8 / 64 + 32 / (64 * 256): "That is for blocks of 64.",
+        4 + 8 / 32 + 32 / (64 * 256): "256 scales belong to 32 · 256 weights, not 64 · 256.",
         4 + 8 / 32 + 32 / 256: "256 scales belong to 32 · 256 weights.",
         4 + 8 / 32 + 8 / (32 * 256): "The scale of the scales is a float32, with 32 bits.",
     }
     for value, text in mistakes.items():
         ensure(not _near(double, value), f"{double}. {text}")
-    ensure(_near(double, 4 + 8 / 32 + 32 / (32 * 256)), f"{double!r}. Add the three parts.")
+    ensure(
+        _near(double, 4 + 8 / 32 + 32 / (32 * 256)),
+        f"{double!r}. Code, scale, and scale of scales: divide each by the weights that share it.",
+    )
 
 
 def _near(got, value: float) -> bool:
