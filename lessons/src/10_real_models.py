@@ -219,7 +219,7 @@ check("10.blocks", blocks)
 # %% [markdown]
 # ## Which method, on which layers?
 #
-# Start with LoRA on all linear layers. If memory is short, add checkpointing, then QLoRA. If you have enough, try full fine-tuning too.
+# Start with LoRA on all linear layers. If memory is short, add checkpointing, then QLoRA. If you have enough memory, try full fine-tuning too.
 # [HYPERPARAMETERS.md](HYPERPARAMETERS.md) has learning rates and ranks, with sources.
 #
 # Each family of models names its layers differently. minipeft finds attention and MLP from the model's structure. The table counts LoRA parameters at rank 1: sum those that you use, and multiply by your rank.
@@ -264,7 +264,7 @@ for place in ("attention", "mlp", "all-linear"):
     model = adapted.unload()
 
 # %% [markdown]
-# **Exercise 3.** In peft, an entry of `target_modules` matches a layer if the layer's name is the entry, or ends with a dot and the entry. If at least one entry matches a layer, peft says nothing about entries that match none (minipeft raises an error). A colleague copies `["q_proj",
+# **Exercise 3.** In peft, an entry of `target_modules` matches a layer if the layer's name is the entry, or ends with a dot and the entry. As long as one entry matches, peft does not report the entries that match nothing. A colleague copies `["q_proj",
 # "v_proj", "dense"]` to a model with the layers `attention.query_key_value`, `attention.dense`, `mlp.dense_h_to_4h` and `mlp.dense_4h_to_h`. Which of them get an adapter?
 
 # %% tags=["exercise"]
@@ -433,7 +433,7 @@ claim(round(fewer) == 2, "with decay, two right answers fewer of twenty")
 
 # %% [markdown]
 # At the common rate for LoRA, the model learned too little. With five times that rate, about half of the answers are right, but the model forgot. The last run decays the adapter
-# towards its start (ηλ is rate times decay). It forgot less, and has two right answers fewer.
+# towards its start (lesson 02; ηλ is rate times decay). It forgot less, and has two right answers fewer.
 #
 # **Exercise 6.** Can two answers be chance? A share p of n independent answers has the standard error √(p (1 − p) / n). Compute it for 8 right answers of 20.
 
@@ -520,8 +520,8 @@ check("10.serve", as_merged, as_adapters)
 # ## Which findings hold on a real model?
 #
 # Lessons 01 to 09 used our own bases. Here are their main findings once more, on two of these bases and on SmolLM2. The task is `describe`, and on SmolLM2 there
-# are 60 steps. Each method has two settings: the best one without decay, and the best one with any decay that was tried. Both were chosen on validation examples, and run with
-# five new seeds (ten on the 1M base), and scored on test examples. The first three rows give forgetting in nats per token, without decay → with decay, and the change of the score. Brackets hold 95 percent intervals; "–" means: not measured. [RESULTS.md](../data/RESULTS.md) has the details.
+# are 60 steps. Each method has two settings, chosen on validation examples: the best without decay, and the best when decay is allowed. They were run with
+# five new seeds (ten on the 1M base), and scored on test examples. Below, the first three rows of the table give forgetting in nats per token (without decay → with decay) and the change of the score. Brackets hold 95 percent intervals; "–" means: not measured. [RESULTS.md](../data/RESULTS.md) has the details.
 #
 # **Your guess:** SmolLM2 is far larger than our bases, and was trained on real text. With weight decay, which of `"full"`, `"lora"` and `"qlora"` forgets least on it? Which forgets most?
 
@@ -775,7 +775,7 @@ print(f"llama-2-7b, computed: full {full} (in 16 bits), LoRA {lora} (in 32 bits)
 # their number. Activations are not divided: each process keeps those of its own texts.
 #
 # **Exercise 9.** Write `cards(divided, activations, card)`: the smallest number of cards on which it fits. All three are in bytes: `divided` is the sum of the parts that are divided, `activations` what each process keeps, `card`
-# the memory of one card. Exactly full still fits. Return 0 if no number of cards is enough.
+# the memory of one card. A card may be filled to its last byte. Return 0 if no number of cards is enough.
 
 
 # %% tags=["exercise"]
