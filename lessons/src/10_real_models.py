@@ -264,7 +264,7 @@ for place in ("attention", "mlp", "all-linear"):
     model = adapted.unload()
 
 # %% [markdown]
-# **Exercise 3.** In peft, an entry of `target_modules` matches a layer if the layer's name is the entry, or ends with a dot and the entry. As long as one entry matches, peft does not report the entries that match nothing. A colleague copies `["q_proj",
+# **Exercise 3.** In peft, an entry of `target_modules` matches a layer if the layer's name is the entry, or ends with a dot and the entry. An entry that matches nothing raises no error in peft, as long as another entry matches. A colleague copies `["q_proj",
 # "v_proj", "dense"]` to a model with the layers `attention.query_key_value`, `attention.dense`, `mlp.dense_h_to_4h` and `mlp.dense_4h_to_h`. Which of them get an adapter?
 
 # %% tags=["exercise"]
@@ -520,7 +520,7 @@ check("10.serve", as_merged, as_adapters)
 # ## Which findings hold on a real model?
 #
 # Lessons 01 to 09 used our own bases. Here are their main findings once more, on two of these bases and on SmolLM2. The task is `describe`, and on SmolLM2 there
-# are 60 steps. Each method has two settings, chosen on validation examples: the best without decay, and the best when decay is allowed. They were run with
+# are 60 steps. Each method has two settings, chosen on validation examples: the best without decay, and the best with any decay. They were run with
 # five new seeds (ten on the 1M base), and scored on test examples. Below, the first three rows of the table give forgetting in nats per token (without decay → with decay) and the change of the score. Brackets hold 95 percent intervals; "–" means: not measured. [RESULTS.md](../data/RESULTS.md) has the details.
 #
 # **Your guess:** SmolLM2 is far larger than our bases, and was trained on real text. With weight decay, which of `"full"`, `"lora"` and `"qlora"` forgets least on it? Which forgets most?
