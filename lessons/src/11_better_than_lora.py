@@ -240,10 +240,10 @@ check("11.vectors", vera_numbers, ia3_numbers)
 # %% [markdown]
 # ## The tournament
 #
-# The task is `describe`. All methods, and full fine-tuning as a reference, get 21 settings each:
+# The task is `describe`. All methods, and full fine-tuning as a reference, get 21 settings ((IA)³: 25):
 # - six learning rates, each twice the one before, in the method's own range;
 # - at each rate, no decay and two decays towards the start (lesson 02); at the three highest rates, a third decay too;
-# - (IA)³ gets a seventh rate, as its sixth was the best with decay;
+# - for (IA)³ a seventh rate, as its sixth was the best;
 # - three seeds, 100 steps; r = 8 and α = 16, for VeRA r = 256.
 #
 # First without decay:
@@ -413,7 +413,7 @@ claim(least["full"][1]["forgetting"] < min(rivals.values()), "full fine-tuning f
 #
 # ## What does a step cost?
 #
-# DoRA computes all of V in every step, and PiSSA subtracts B₀ A₀ each time. Here are the times of a training step, in multiples of LoRA's (this takes a few minutes). LoRA, rsLoRA and LoRA+ do the same work, so their
+# DoRA computes all of V in every step, and PiSSA subtracts B₀ A₀ each time. Here are the times of a training step, in multiples of LoRA's (this takes a minute or two). LoRA, rsLoRA and LoRA+ do the same work, so their
 # differences are noise. If these are large, the machine was busy: run the cell again.
 
 # %% tags=["timing"]
