@@ -506,7 +506,7 @@ report.show(figure, "Slot accuracy of full, LoRA, AdaLoRA and random ranks: the 
 claim(abs(mean(scores["AdaLoRA"]) - mean(scores["LoRA"])) < 0.08, "AdaLoRA and LoRA are level")
 
 # %% [markdown]
-# Random ranks score nearly the same. (Slot loss is higher here, but not with other seeds.) AdaLoRA scores a little below LoRA. So a pattern can be more than chance, without a clear gain in score.
+# Random ranks score nearly the same. (Slot loss is higher here, but not with all seeds.) AdaLoRA scores a little below LoRA. So a pattern can be more than chance, without a clear gain in score.
 #
 # ## Should you use it today?
 #

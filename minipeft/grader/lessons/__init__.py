@@ -34,8 +34,8 @@ class Exercise:
     hints: tuple[str, ...]
 
 
-HERE = (os.__file__, 0), (torch.__file__, 1), (__file__, 2)  # Python; torch's folder; minipeft
-LIBRARIES = tuple(str(Path(file).parents[up]) for file, up in HERE)
+FILES = (os.__file__, 0), (torch.__file__, 1), (__file__, 2)  # and how far up the folder is
+LIBRARIES = tuple(str(Path(file).parents[up]) for file, up in FILES)
 CLASSES = "cross_entropy wants the classes second: flatten batch and positions first"
 
 
