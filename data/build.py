@@ -78,7 +78,7 @@ def sentiment(rng: Random, pairs: list, places: list) -> dict[str, str]:
 
 
 def thumbs(example: dict[str, str]) -> dict[str, str]:
-    """`sentiment` with answers whose bytes stand nowhere in the pretraining text."""
+    """`sentiment` with answers whose bytes do not occur in the pretraining text."""
     return example | {"completion": {" good.": " 👍", " bad.": " 👎"}[example["completion"]]}
 
 

@@ -127,7 +127,7 @@ def write_student_copies(names: list[str], folder: Path) -> None:
 
 
 def write_figures(names: list[str], folder: Path) -> None:
-    """The pictures that stand in the built lessons, numbered, a file each."""
+    """The figures of the built lessons as numbered PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         cells = nbformat.read(HERE / f"{name}.ipynb", as_version=4).cells
@@ -229,7 +229,7 @@ def main() -> None:
                 same = masked(path.read_text()) == masked(text)
                 print(f"{shown}: ran, outputs {'the same' if same else 'other'}", flush=True)
     if stale:
-        sys.exit(f"error: not what the source makes: {', '.join(stale)}; run lessons/build.py")
+        sys.exit(f"error: out of date: {', '.join(stale)}; run lessons/build.py")
 
 
 if __name__ == "__main__":

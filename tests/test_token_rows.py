@@ -169,7 +169,7 @@ def test_an_embedding_that_changes_its_own_rows_is_refused(gpt):
 
 @pytest.mark.parametrize("by", ["object", "memory"])
 def test_an_embedding_whose_weight_has_a_third_user_is_refused(gpt, by):
-    """As in encoder-decoder models: that user would go on with the old rows."""
+    """As in encoder-decoder models: that user would still read the old rows."""
     weight = gpt.transformer.wte.weight
     gpt.second = nn.Embedding(61, 24)
     gpt.second.weight = weight if by == "object" else nn.Parameter(weight.data)

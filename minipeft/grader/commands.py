@@ -50,7 +50,7 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args) -> None:
-    """Do what a command says."""
+    """Run a command."""
     globals()[f"_{args.action}"](args)
 
 
