@@ -259,7 +259,7 @@ def fault_of(attempt: Attempt, folder: Path, names: list[str], must_fail: bool) 
 def in_children(numbers: list[int], run_one: Callable) -> dict[int, str]:
     """The faults by number. A child takes one after the other; after a crash, the next child.
 
-    run_one(number, note) calls note(text) before it starts, and then returns what is wrong, or None.
+    run_one(number, note) calls note(text) first, and then returns what is wrong, or None.
     """
     faults, rest = {}, list(numbers)
     while rest:
