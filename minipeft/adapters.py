@@ -28,7 +28,7 @@ from minipeft.methods.pissa import PissaLinear
 from minipeft.methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from minipeft.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig
 from minipeft.methods.qlora import Linear4bit, QLoraLinear, QuantizedLinear
-from minipeft.methods.vera import VeraConfig, VeraLinear, vera_layers
+from minipeft.methods.vera import Projections, VeraConfig, VeraLinear
 from minipeft.prompt_adapter import PromptAdapter
 from minipeft.targets import find_targets
 from minipeft.token_rows import token_rows
@@ -36,8 +36,7 @@ from minipeft.token_rows import token_rows
 
 class WeightAdapter(Adapter):
     """A method that wraps layers of the base. A wrapping layer has the attributes `base_layer`,
-    `weight` (W') and `bias`, and, unless it is a bottleneck, `merge`, `unmerge` and
-    `merge_into_base`."""
+    `weight` (W') and `bias` (b'), and, unless it is a bottleneck, `merge` and `unmerge`."""
 
     layers: dict[str, nn.Module]
 
@@ -77,6 +76,18 @@ class WeightAdapter(Adapter):
 
     def places(self) -> dict[str, Tensor]:
         return WeightAdapter.tensors(self)  # they share memory with the layers
+
+
+@torch.no_grad()
+def merge_into_base(layer: nn.Module) -> nn.Module:
+    """Overwrite W and b of the base layer with W' and b' for good. Return the base layer, to be
+    used in place of this one. 4 bits cannot hold W': then return a layer of the original class."""
+    base = layer.base_layer
+    if isinstance(layer, QLoraLinear):
+        return base.plain(layer.merged())
+    for name, parameter in base.named_parameters(recurse=False):
+        parameter.copy_(getattr(layer, name, parameter))
+    return base
 
 
 class LoraAdapter(WeightAdapter):
@@ -128,7 +139,8 @@ class VeraAdapter(WeightAdapter):
     def new_layers(self, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
         for name, base_layer in targets.items():
             self.check_layer(name, base_layer)
-        return vera_layers(targets, self.config)
+        shared = Projections(list(targets.values()), self.config)
+        return {name: VeraLinear(layer, self.config, shared) for name, layer in targets.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         projections = next(iter(self.layers.values())).projections

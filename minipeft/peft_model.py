@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minipeft.adapter import Adapter
-from minipeft.adapters import make_adapter
+from minipeft.adapters import make_adapter, merge_into_base
 from minipeft.base_model import (
     count_parameters,
     freeze_statistics,
@@ -255,7 +255,7 @@ class PeftModel(nn.Module):
             dtypes = restored_dtypes(self.base_model)
         model = self.base_model if inplace else copy.deepcopy(self.base_model)
         for name in tqdm(names, "merging", disable=not progressbar):
-            model.set_submodule(name, model.get_submodule(name).merge_into_base())
+            model.set_submodule(name, merge_into_base(model.get_submodule(name)))
         for name, layer in quantized_layers(model).items():  # dequantize the remaining layers
             model.set_submodule(name, layer.plain())
         if dtypes:

@@ -53,11 +53,6 @@ class TokenRows(nn.Module):
     def unmerge(self) -> None:
         """Nothing to do."""
 
-    @torch.no_grad()
-    def merge_into_base(self) -> nn.Module:
-        self.base_layer.weight.copy_(self.weight)
-        return self.base_layer
-
 
 def token_rows(model: nn.Module, ids: list[int]) -> dict[str, TokenRows]:
     """Return the layers that replace a model's embedding, and a head tied to it, by name.

@@ -30,6 +30,8 @@ FILES = {
 }
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 LORA_CONFIG = SimpleNamespace(**LORA, lora_dropout=0.0, use_rslora=False)
+NAMES = ["0", "2"]  # of the linear layers: these four files take a list
+SUCCESSOR = SimpleNamespace(**vars(LORA_CONFIG) | {"target_modules": NAMES})
 ADALORA = {"init_r": 2, "target_r": 1, "total_step": 9, "target_modules": "all-linear"}
 WEIGHT_METHODS: dict[str, Callable[[ModuleType, nn.Module], object]] = {
     "lora": lambda m, model: m.add_lora(model, m.LoraConfig(**LORA)),
@@ -37,10 +39,10 @@ WEIGHT_METHODS: dict[str, Callable[[ModuleType, nn.Module], object]] = {
     "qlora": lambda m, model: m.add_qlora(m.quantize_model(model), LORA_CONFIG),
     "bitfit": lambda m, model: m.add_bitfit(model, m.BitFitConfig()),
     "bottleneck": lambda m, model: m.add_bottleneck(model, m.BottleneckConfig("all-linear")),
-    "dora": lambda m, model: m.add_dora(model, LORA_CONFIG),
-    "pissa": lambda m, model: m.add_pissa(model, LORA_CONFIG),
-    "vera": lambda m, model: m.add_vera(model, m.VeraConfig(4, "all-linear")),
-    "ia3": lambda m, model: m.add_ia3(model, m.IA3Config("all-linear", ["2", "down_proj"])),
+    "dora": lambda m, model: m.add_dora(model, SUCCESSOR),
+    "pissa": lambda m, model: m.add_pissa(model, SUCCESSOR),
+    "vera": lambda m, model: m.add_vera(model, m.VeraConfig(4, NAMES)),
+    "ia3": lambda m, model: m.add_ia3(model, m.IA3Config(NAMES, ["2"])),
 }
 PROMPT_METHODS: dict[str, Callable[[ModuleType, nn.Module], nn.Module]] = {
     "prompt_tuning": lambda m, model: m.PromptEmbedding(model, m.PromptTuningConfig(3)),

@@ -62,13 +62,6 @@ class SsfLinear(nn.Module):
     def unmerge(self) -> None:
         self.merged = None
 
-    @torch.no_grad()
-    def merge_into_base(self) -> nn.Module:
-        weight, bias = self.weight, self.bias
-        self.base_layer.weight.copy_(weight)
-        self.base_layer.bias.copy_(bias)
-        return self.base_layer
-
 
 @pytest.fixture
 def ssf(monkeypatch) -> SsfConfig:

@@ -244,8 +244,7 @@ def test_a_process_that_ends_or_hangs_is_wrong_and_the_rest_is_graded(tmp_path):
         "return self.scaling * (self.lora_B", "import os; os._exit(0)\n        (self.lora_B"
     )
     source = source.replace('"""Discard W\'', '"""W\'').replace(
-        "        self.merged_weight = None\n\n    @torch.no_grad()\n    def merge_into",
-        "        while True: pass\n\n    @torch.no_grad()\n    def merge_into",
+        "        self.merged_weight = None\n", "        while True: pass\n"
     )
     (tmp_path / "lora.py").write_text(source)
     results = grading.run_level("lora", tmp_path, "pieces", 0, seconds=3)

@@ -9,6 +9,7 @@ from test_qlora import Conv1D
 from torch import nn
 
 from minipeft import GPT, LoraConfig, get_peft_model
+from minipeft.adapters import merge_into_base
 from minipeft.methods.lora import LoraLinear, add_lora, merge_lora, remove_lora, unmerge_lora
 from minipeft.targets import find_targets, list_targets
 
@@ -78,7 +79,7 @@ def test_the_merged_weight_is_w_plus_s_b_a():
     layer.unmerge()
     layer.lora_B.weight.data.zero_()
     assert layer(x).tolist() == [[7, 15]], "an unmerged layer must use W, A and B again"
-    layer = by_hand().merge_into_base()
+    layer = merge_into_base(by_hand())
     assert type(layer) is nn.Linear, "the base layer must be returned"
     assert layer.weight.tolist() == [[4, 2], [9, 10]], "W must be overwritten with W + s B A"
 
@@ -127,7 +128,7 @@ def test_a_conv1d_of_transformers_stores_its_weight_transposed():
     assert torch.allclose(x @ layer.weight, y - layer.bias, atol=1e-6)
     layer.eval().merge()
     assert torch.allclose(model(x), y, atol=1e-6)
-    assert torch.allclose(layer.merge_into_base()(x), y, atol=1e-6)
+    assert torch.allclose(merge_into_base(layer)(x), y, atol=1e-6)
 
 
 # --- in a model ---

@@ -24,6 +24,7 @@ from minipeft import (
     get_peft_model,
     prompt_adapter,
 )
+from minipeft.adapters import merge_into_base
 from minipeft.lab import DATA
 from minipeft.lab.base import load_tokenizer
 from minipeft.methods.adalora import RankAllocator, SVDLinear, add_adalora, orthogonality
@@ -450,7 +451,7 @@ def test_the_update_of_adalora_is_b_diag_e_a():
     layer.unmerge()
     layer.lora_E.data.zero_()
     assert layer(x).tolist() == [[7, 15]], "an unmerged layer must use W, A, E and B again"
-    merged = by_hand().merge_into_base()
+    merged = merge_into_base(by_hand())
     assert type(merged) is nn.Linear
     assert merged.weight.flatten().tolist() == close([4, 2, -3, -2])
 
@@ -505,7 +506,7 @@ def test_a_conv1d_of_transformers_gets_an_svd_in_its_own_orientation():
     assert torch.allclose(x @ layer.weight + layer.bias, y, atol=1e-5)
     layer.eval().merge()
     assert torch.allclose(model(x), y, atol=1e-5)
-    assert torch.allclose(layer.merge_into_base()(x), y, atol=1e-5)
+    assert torch.allclose(merge_into_base(layer)(x), y, atol=1e-5)
 
 
 class Schedule(RankAllocator):

@@ -24,6 +24,7 @@ from minipeft import (
     get_peft_model,
     quantize_model,
 )
+from minipeft.adapters import merge_into_base
 from minipeft.lab import recipes
 from minipeft.lab.finetune import build_model
 from minipeft.lab.recipes import RECIPES, RunConfig
@@ -373,7 +374,7 @@ def test_a_merged_layer_is_not_part_of_a_graph(name):
     layer = MERGED[name](base).eval()
     layer.merge()
     assert not layer(torch.ones(1, 6)).requires_grad, "the stored W' or b' must be a constant"
-    plain = MERGED[name](base).merge_into_base()
+    plain = merge_into_base(MERGED[name](base))
     assert not any(p.requires_grad for p in plain.parameters()), "merging must keep W frozen"
 
 
@@ -433,7 +434,7 @@ def test_bitfit_by_hand():
     assert layer(x)[0].tolist() == [13, 27], "an unmerged layer must use b and Δb again"
     assert base.bias.tolist() == [10, 20], "b must not change"
     layer.delta.data = torch.tensor([1.0, -1.0])
-    assert layer.merge_into_base() is base
+    assert merge_into_base(layer) is base
     assert base.bias.tolist() == [11, 19]
 
 
@@ -632,7 +633,7 @@ def test_merging_bitfit_on_a_plain_module_and_into_the_base():
     assert torch.equal(model(x), trained)
     layers["1"].unmerge()
     assert torch.equal(model(x), trained)
-    model.set_submodule("1", layers["1"].merge_into_base())
+    model.set_submodule("1", merge_into_base(layers["1"]))
     assert type(model[1]) is nn.LayerNorm
     assert torch.equal(model(x), trained)
 

@@ -19,6 +19,7 @@ from minipeft import (
     prepare_model_for_kbit_training,
     quantize_model,
 )
+from minipeft.adapters import merge_into_base
 from minipeft.methods.lora import add_lora
 from minipeft.methods.qlora import (
     DYNAMIC_MAP,
@@ -399,7 +400,7 @@ def test_the_output_of_qlora_is_w4_x_plus_b_plus_s_b_a_x():
     layer.unmerge()
     layer.lora_B.weight.data.zero_()
     assert layer(x).tolist() == [[11, 17]], "an unmerged layer must use W₄, A and B again"
-    plain = by_hand().merge_into_base()
+    plain = merge_into_base(by_hand())
     assert type(plain) is nn.Linear
     assert plain.weight.tolist() == [[4, 0], [5, 7]]
     assert plain.bias.tolist() == [10, 20]
@@ -698,7 +699,7 @@ def test_add_qlora_trains_and_merges_on_a_plain_module():
     trained = model.eval()(x)
     assert trained.square().mean() < plain.square().mean()
     for name, layer in layers.items():
-        model.set_submodule(name, layer.merge_into_base())
+        model.set_submodule(name, merge_into_base(layer))
     assert torch.allclose(model(x), trained, atol=1e-5)
 
 

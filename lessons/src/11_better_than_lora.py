@@ -468,7 +468,8 @@ for r in (1, 32):
 
 # %%
 model = base.model()
-layers = add_pissa(model, LoraConfig(init_lora_weights="pissa", target_modules="all-linear"))
+config = LoraConfig(init_lora_weights="pissa", target_modules=["c_attn", "c_fc", "c_proj"])
+layers = add_pissa(model, config)
 for layer in layers.values():
     layer.start_B.zero_()  # now nothing is subtracted
 ids = base.held_out[:16]

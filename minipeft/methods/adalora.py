@@ -144,12 +144,6 @@ class SVDLinear(nn.Module):
         """Discard W'. Outputs are again exactly those of W plus the adapter."""
         self.merged_weight = None
 
-    @torch.no_grad()
-    def merge_into_base(self) -> nn.Module:
-        """Overwrite W with W' and return the base layer, which then replaces this one."""
-        matrix(self.base_layer).copy_(self.merged())
-        return self.base_layer
-
 
 def orthogonality(layers: dict[str, SVDLinear]) -> Tensor:
     """The mean in equation (2), without γ: 0 if all rows of A and columns of B are orthonormal."""

@@ -82,12 +82,6 @@ class BitFitLayer(nn.Module):
         """Discard b'."""
         self.merged_bias = None
 
-    @torch.no_grad()
-    def merge_into_base(self) -> nn.Module:
-        """Overwrite b with b' and return the base layer, which then replaces this one."""
-        self.base_layer.bias.copy_(self.new_bias())
-        return self.base_layer
-
 
 def add_bitfit(model: nn.Module, config: BitFitConfig) -> dict[str, BitFitLayer]:
     """Freeze the model and replace each target with a BitFitLayer. Return the new layers by name.

@@ -22,7 +22,6 @@ be given.
 >>> layers = add_ia3(model, IA3Config(**names))
 """
 
-import re
 from dataclasses import dataclass, field
 
 import torch
@@ -34,8 +33,7 @@ from torch import Tensor, nn
 class IA3Config:
     """Which layers to adapt. Names are those of peft's IA3Config."""
 
-    target_modules: list[str] | str | None = None  # a list of names or endings of names, a
-    # regex for the full name, or "all-linear"
+    target_modules: list[str] | str | None = None  # a list of names or endings of names
     feedforward_modules: list[str] | None = None  # those of them whose input is multiplied
     task_type: str | None = None  # for example "CAUSAL_LM"
     inference_mode: bool = False  # load the adapter frozen
@@ -100,45 +98,25 @@ class IA3Linear(nn.Module):
         """Discard W' and b'."""
         self.merged_weight = self.merged_bias = None
 
-    @torch.no_grad()
-    def merge_into_base(self) -> nn.Module:
-        """Overwrite W and b for good. Return the base layer, to be used in place of this one."""
-        matrix(self.base_layer).copy_(self.merged())
-        if self.bias is not None:
-            self.base_layer.bias.copy_(self.bias)
-        return self.base_layer
-
 
 def add_ia3(model: nn.Module, config: IA3Config) -> dict[str, IA3Linear]:
-    """Freeze the model and replace each target with an IA3Linear. Return the new layers by name.
-
-    Raises ValueError if no linear layer matches `config.target_modules`.
-    """
-    if any(hasattr(m, "base_layer") for m in model.modules()):
-        raise ValueError("the model already has an adapter: remove it before adding another")
-    targets = find_targets(model, config.target_modules)
-    if not targets:
+    """Freeze the model, replace each target with an IA3Linear, and return the new layers by name.
+    Raises ValueError unless `target_modules` lists linear layers, by name or ending of a name."""
+    if isinstance(config.target_modules, str | None):
+        raise ValueError(f"add_ia3 needs a list of names, not {config.target_modules!r}")
+    ends = tuple(f".{name}" for name in config.target_modules)  # "proj" must not match "q_proj"
+    feedforward = tuple(f".{name}" for name in config.feedforward_modules)
+    layers = {
+        name: IA3Linear(layer, config, f".{name}".endswith(feedforward))
+        for name, layer in model.named_modules()
+        if f".{name}".endswith(ends) and type(layer).__name__ in ("Linear", "Conv1D")
+    }
+    if not layers:
         raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer")
-    feedforward = find_targets(model, config.feedforward_modules)
-    layers = {n: IA3Linear(layer, config, n in feedforward) for n, layer in targets.items()}
     model.requires_grad_(False)  # the new layers, which stay trainable, are not in it yet
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))
     return layers
-
-
-def find_targets(model: nn.Module, targets: list[str] | str | None) -> dict[str, nn.Module]:
-    """The linear layers that `targets` selects, by name."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    found = {}
-    for name, layer in model.named_modules():
-        if isinstance(targets, str):  # "all-linear" is all but the output head
-            chosen = layer is not head if targets == "all-linear" else re.fullmatch(targets, name)
-        else:
-            chosen = any(f".{name}".endswith(f".{ending}") for ending in targets or [])
-        if chosen and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"):
-            found[name] = layer
-    return found
 
 
 def matrix(layer: nn.Module) -> Tensor:

@@ -126,12 +126,6 @@ class LoraLinear(nn.Module):
         """Discard W'. Outputs are again exactly those of W plus the adapter."""
         self.merged_weight = None
 
-    @torch.no_grad()
-    def merge_into_base(self) -> nn.Module:
-        """Overwrite W with W' for good. Return the base layer, to be used in place of this one."""
-        matrix(self.base_layer).copy_(self.merged())
-        return self.base_layer
-
 
 def add_lora(model: nn.Module, config: LoraConfig) -> dict[str, LoraLinear]:
     """Freeze the model and replace each target with a LoraLinear. Return the new layers by name.

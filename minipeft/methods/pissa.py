@@ -1,9 +1,8 @@
 """PiSSA: start LoRA's factors at the largest singular directions of the weight.
 
-LoRA starts with an update of zero. PiSSA splits the weight W instead: its r largest singular
-directions go into B₀ and A₀, and what remains is frozen. Training continues from B₀ and A₀, so the
-first steps already change the directions of W that matter most. The adapted model starts out
-identical to the base model, because the two parts add up to W.
+LoRA starts with an update of zero. PiSSA splits W instead: its r largest singular directions become
+B₀ and A₀, and the rest is frozen. So the first steps already change the directions of W that matter
+most. The two parts add up to W: the adapted model starts out identical to the base model.
 
 Paper: Meng et al. 2024, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
 Language Models", arXiv 2404.02948.
@@ -18,15 +17,14 @@ Shapes: W (out, in), A and A₀ (r, in), B and B₀ (out, r), x (…, in), y (�
 first r columns of U and V; s = α / r, or α / √r with `use_rslora`.
 Trainable parameters: r · (in + out), summed over the adapted layers.
 
-Difference from Hugging Face peft, which writes W_res into the base model: we compute (4), and W is
-never changed, so that the model without its adapter is exactly the base. (4) also says how to save
-a PiSSA as an ordinary LoRA of rank 2 r: with the factors [B, -B₀] and [A; A₀].
+Difference from Hugging Face peft, which writes W_res into the model: we compute (4), and W stays as
+it is. By (4), a PiSSA is also an ordinary LoRA of rank 2 r, with the factors [B, -B₀] and [A; A₀].
 
->>> layers = add_pissa(model, LoraConfig(init_lora_weights="pissa", target_modules="all-linear"))
+>>> layers = add_pissa(model, LoraConfig(init_lora_weights="pissa", target_modules=["c_attn"]))
 """
 
 import math
-import re
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -69,9 +67,8 @@ class PissaLinear(nn.Module):
         y = self.base_layer(x)  # (…, out)
         x = x.to(self.lora_A.weight.dtype)
         start = F.linear(F.linear(x, self.start_A), self.start_B)  # B₀ A₀ x
-        return (y + self.scaling * (self.lora_B(self.lora_A(self.lora_dropout(x))) - start)).to(
-            y.dtype
-        )  # (4)
+        trained = self.lora_B(self.lora_A(self.lora_dropout(x)))  # B A dropout(x)
+        return (y + self.scaling * (trained - start)).to(y.dtype)  # (4)
 
     bias = property(lambda self: self.base_layer.bias)
 
@@ -99,22 +96,18 @@ class PissaLinear(nn.Module):
         """Discard W'. Outputs are again exactly those before merging."""
         self.merged_weight = None
 
-    @torch.no_grad()
-    def merge_into_base(self) -> nn.Module:
-        """Overwrite W with W' for good. Return the base layer, to be used in place of this one."""
-        matrix(self.base_layer).copy_(self.merged())
-        return self.base_layer
-
 
 def add_pissa(model: nn.Module, config) -> dict[str, PissaLinear]:
-    """Freeze the model and replace each target with a PissaLinear. Return the new layers by name.
-
-    Raises ValueError if no linear layer matches `config.target_modules`.
-    """
-    if any(hasattr(m, "base_layer") for m in model.modules()):
-        raise ValueError("the model already has an adapter: remove it before adding another")
-    targets = find_targets(model, config.target_modules)
-    layers = {name: PissaLinear(layer, config) for name, layer in targets.items()}
+    """Freeze the model, replace each target with a PissaLinear, and return the new layers by name.
+    Raises ValueError unless `target_modules` lists linear layers, by name or ending of a name."""
+    if isinstance(config.target_modules, str | None):
+        raise ValueError(f"add_pissa needs a list of names, not {config.target_modules!r}")
+    ends = tuple(f".{name}" for name in config.target_modules)  # "proj" must not match "q_proj"
+    layers = {
+        name: PissaLinear(layer, config)
+        for name, layer in model.named_modules()
+        if f".{name}".endswith(ends) and type(layer).__name__ in ("Linear", "Conv1D")
+    }
     if not layers:
         raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer")
     model.requires_grad_(False)  # the new layers, which stay trainable, are not in it yet
@@ -123,37 +116,19 @@ def add_pissa(model: nn.Module, config) -> dict[str, PissaLinear]:
     return layers
 
 
-def find_targets(model: nn.Module, targets: list[str] | str | None) -> dict[str, nn.Module]:
-    """The linear layers that `targets` selects, by name."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    found = {}
-    for name, layer in model.named_modules():
-        if isinstance(targets, str):  # "all-linear" is all but the output head
-            chosen = layer is not head if targets == "all-linear" else re.fullmatch(targets, name)
-        else:
-            chosen = any(f".{name}".endswith(f".{ending}") for ending in targets or [])
-        if chosen and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"):
-            found[name] = layer
-    return found
-
-
 def matrix(layer: nn.Module) -> Tensor:
     """The weight as (out, in); a view, not a copy. transformers' `Conv1D` stores (in, out)."""
     return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
 
 
 if __name__ == "__main__":  # scale the two largest singular values, which PiSSA starts at
-    from types import SimpleNamespace
-
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 30, bias=False))
-    w = model[0].weight.detach().clone()
+    model, x = nn.Sequential(nn.Linear(20, 30, bias=False)), torch.randn(64, 20)
+    w = model[0].weight.detach()
     u, s, vh = torch.linalg.svd(w, full_matrices=False)
     goal = w + u[:, :2] * s[:2] @ vh[:2]
     lora = {"r": 2, "lora_alpha": 2, "lora_dropout": 0.0, "use_rslora": False}
     (layer,) = add_pissa(model, SimpleNamespace(target_modules=["0"], **lora)).values()
-    x = torch.randn(64, 20)
-    assert torch.equal(model(x), x @ w.T), "it must start as the base"
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(300):
         F.mse_loss(model(x), x @ goal.T).backward()

@@ -320,12 +320,6 @@ class QLoraLinear(nn.Module):
         self.merged_weight = None
 
     @torch.no_grad()
-    def merge_into_base(self) -> nn.Module:
-        """Return a layer of the original class with W' in float32, to be used in place of this
-        one."""
-        return self.base_layer.plain(self.merged())
-
-    @torch.no_grad()
     def lost_by_rounding(self) -> float:
         """Error of quantizing W' again, relative to the update s B A (which must not be zero).
 

@@ -4,11 +4,8 @@ from . import mistake, right
 
 M = "nn.Parameter(w.detach().to(dtype).norm(dim=1))  # m"
 V = "return matrix(self.base_layer) + self.scaling * (self.lora_B.weight @ self.lora_A.weight)"
-RATIO = """        with torch.no_grad():  # ‖V‖ counts as a constant; a row may be 0
-            norm = self.directions().norm(dim=1).clamp(min=1e-12)
-        return self.lora_magnitude_vector / norm
-"""
-NORM = "norm = self.directions().norm(dim=1).clamp(min=1e-12)"
+NORM = "norm = self.directions().detach().norm(dim=1)"
+OVER = "self.lora_magnitude_vector / norm.clamp(min=1e-12)"
 WX = "wx = y if self.bias is None else y - self.bias"
 DROPOUT = "x = self.lora_dropout(x.to(self.lora_A.weight.dtype))  # (…, in)"
 LORA = "lora = self.lora_B(self.scaling * self.lora_A(x))"
@@ -50,15 +47,15 @@ VARIANTS = [
             (V, V.replace("return matrix", "v = matrix") + "\n        return F.normalize(v)")),
     mistake("a Conv1D's weight", "directions", "stores W transposed", (V, V.replace("matrix(self.base_layer)", "self.base_layer.weight"))),
     mistake("the norms of the columns", "ratio", "V's columns", (NORM, NORM.replace("dim=1", "dim=0"))),
-    mistake("a gradient through the norm", "ratio", "must count as a constant", ("with torch.no_grad():  # ‖V‖ counts", "with torch.enable_grad():  # ‖V‖ counts")),
-    mistake("all detached", "ratio", "m gets no gradient", (RATIO, RATIO.replace("vector / norm", "vector.detach() / norm"))),
-    mistake("the inverse ratio", "ratio", "the inverse", (RATIO, RATIO.replace("self.lora_magnitude_vector / norm", "norm / self.lora_magnitude_vector"))),
+    mistake("a gradient through the norm", "ratio", "must count as a constant", (NORM, NORM.replace(".detach()", ""))),
+    mistake("all detached", "ratio", "m gets no gradient", (OVER, OVER.replace("vector /", "vector.detach() /"))),
+    mistake("the inverse ratio", "ratio", "the inverse", (OVER, "norm / self.lora_magnitude_vector")),
     mistake("the norm of W", "ratio", "that of W", (NORM, NORM.replace("self.directions()", "matrix(self.base_layer)"))),
-    mistake("m without the norm", "ratio", "‖V‖ is not used", (RATIO, "        return self.lora_magnitude_vector\n")),
-    mistake("the norm without m", "ratio", "m is not used", (RATIO, RATIO.replace("self.lora_magnitude_vector / norm", "1 / norm"))),
-    mistake("the norm of all of V", "ratio", "per row", (NORM, "norm = self.directions().norm().clamp(min=1e-12)")),
-    mistake("a squared norm", "ratio", "squared", (NORM, "norm = self.directions().square().sum(1).clamp(min=1e-12)")),
-    mistake("0 / 0", "ratio", "not finite", (NORM, NORM.replace(".clamp(min=1e-12)", ""))),
+    mistake("m without the norm", "ratio", "‖V‖ is not used", (OVER, "self.lora_magnitude_vector")),
+    mistake("the norm without m", "ratio", "m is not used", (OVER, "1 / norm.clamp(min=1e-12)")),
+    mistake("the norm of all of V", "ratio", "per row", (NORM, "norm = self.directions().detach().norm()")),
+    mistake("a squared norm", "ratio", "squared", (NORM, "norm = self.directions().detach().square().sum(1)")),
+    mistake("0 / 0", "ratio", "not finite", (OVER, "self.lora_magnitude_vector / norm")),
     mistake("the bias is scaled", "forward", "b is multiplied by m / ‖V‖ too", (WX, "wx = y")),
     mistake("the bias is added twice", "forward", "multiplied, and added again",
             forward("x_a = self.lora_dropout(x.to(self.lora_A.weight.dtype))\nlora = self.lora_B(self.scaling * self.lora_A(x_a))\n"
@@ -92,7 +89,7 @@ VARIANTS = [
         "bias = self.bias\nxd = self.lora_dropout(x.to(self.lora_A.weight.dtype))\nwx = x @ matrix(self.base_layer).T\n"
         "y = self.ratio() * (wx + self.scaling * self.lora_B(self.lora_A(xd)))\nreturn (y if bias is None else y + bias).to(x.dtype)")),
     right("V in forward, with a helper",
-          (RATIO, "        return self.lora_magnitude_vector / lengths(self.directions().detach())\n"),
+          (OVER, "self.lora_magnitude_vector / lengths(self.directions().detach())"),
           ("class DoraLinear", "def lengths(v):\n    return v.pow(2).sum(-1).sqrt() + 1e-12\n\n\nclass DoraLinear")),
     right("parameters, and F.normalize",
           ("        self.lora_A = nn.Linear(self.in_features, self.r, bias=False)\n        self.lora_B = nn.Linear(self.r, self.out_features, bias=False)\n"
@@ -107,6 +104,6 @@ VARIANTS = [
           (LORA, "lora = self.scaling * (x @ self.lora_A.T @ self.lora_B.T)"),
           (MERGED, "return (self.lora_magnitude_vector[:, None] * F.normalize(v)).to(matrix(self.base_layer).dtype)")),
     right("the norm computed from W and the update", (NORM,
-          "update = self.scaling * self.lora_B.weight @ self.lora_A.weight\n            v = matrix(self.base_layer) + update\n"
-          "            norm = torch.where(v.any(1), v.norm(dim=1), 1.0)")),
+          "update = self.scaling * self.lora_B.weight @ self.lora_A.weight\n        v = matrix(self.base_layer) + update.detach()\n"
+          "        norm = torch.where(v.any(1), v.norm(dim=1), 1.0)")),
 ]  # fmt: skip

@@ -12,10 +12,6 @@ MERGED = "return (w * self.ia3_l).to(w.dtype)"
 MERGE = """        self.merged_weight = self.merged().contiguous()
         self.merged_bias = None if self.bias is None else self.bias.detach()  # no Parameter of ours
 """
-INTO_BASE = """        matrix(self.base_layer).copy_(self.merged())
-        if self.bias is not None:
-            self.base_layer.bias.copy_(self.bias)
-"""
 
 VARIANTS = [
     mistake("l starts at zero", "start", "starts at 0", (L, L.replace("ones", "zeros"))),
@@ -78,13 +74,6 @@ VARIANTS = [
     mistake("merging twice multiplies twice", "merge", "after merging again", (MERGE,
             "        w = matrix(self.base_layer) if self.merged_weight is None else self.merged_weight\n"
             "        self.merged_weight = w * self.ia3_l\n" + MERGE.splitlines()[1] + "\n")),
-    mistake("merge_into_base forgets the bias", "merge_into_base", "b is not multiplied", (INTO_BASE, INTO_BASE.splitlines()[0] + "\n")),
-    mistake("a new weight", "merge_into_base", "has a new weight",
-            (INTO_BASE, INTO_BASE.replace(INTO_BASE.splitlines()[0], "        self.base_layer.weight = nn.Parameter(self.weight.clone())"))),
-    mistake("a weight multiplied twice", "merge_into_base", "W twice",
-            (INTO_BASE, "        matrix(self.base_layer).copy_(self.merged())\n" + INTO_BASE)),
-    mistake("a bias multiplied twice", "merge_into_base", "the bias twice",
-            (INTO_BASE, INTO_BASE + "        if self.bias is not None:\n            self.base_layer.bias.copy_(self.bias)\n")),
     mistake("a float32 output", "a base in bfloat16 or float64", "the output of a torch.bfloat16 base",
             (OUT, "        return self.base_layer(x) * self.ia3_l[:, 0]\n")),
     mistake("a float32 W'", "a base in bfloat16 or float64", "merged() of a torch.bfloat16 base", (MERGED, "return w * self.ia3_l")),
@@ -98,7 +87,5 @@ VARIANTS = [
           (IN, "return self.base_layer(x * numbers(self).type_as(x))"),
           (MERGE, "        self.merged_weight = self.merged().clone()\n"
            "        self.merged_bias = self.bias.clone().detach() if self.bias is not None else None\n"),
-          (INTO_BASE, "        b = self.bias\n        if b is not None:\n            self.base_layer.bias.data[:] = b\n"
-           "        w = self.weight\n        self.base_layer.weight.data[:] = w\n"),
           ("class IA3Linear", "def numbers(layer):\n    return layer.ia3_l.view(-1)\n\n\nclass IA3Linear")),
 ]  # fmt: skip

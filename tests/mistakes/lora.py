@@ -15,8 +15,7 @@ FACTORS = """        self.lora_A = nn.Linear(self.in_features, self.r, bias=Fals
 DELTA = "return self.scaling * (self.lora_B.weight @ self.lora_A.weight)  # (out, r) @ (r, in)"
 MERGED = "return (w + self.delta()).to(w.dtype)  # (3): W + s B A"
 MERGE = "self.merged_weight = self.merged().contiguous()"
-UNMERGE = "        self.merged_weight = None\n\n    @torch.no_grad()\n    def merge_into_base"
-INTO_BASE = "matrix(self.base_layer).copy_(self.merged())"
+UNMERGE = "        self.merged_weight = None\n"
 FREEZE = (
     "    model.requires_grad_(False)  # first freeze: the LoRA layers made next stay trainable\n"
 )
@@ -93,10 +92,7 @@ VARIANTS = [
             (MERGE, "matrix(self.base_layer).add_(self.delta())\n        self.merged_weight = matrix(self.base_layer)")),
     mistake("unmerge subtracts", "unmerge", "",
             (UNMERGE, "        if self.merged_weight is not None:\n"
-             "            self.merged_weight = self.merged_weight - self.delta().detach()\n\n"
-             "    @torch.no_grad()\n    def merge_into_base")),
-    mistake("merge_into_base adds W twice", "merge_into_base", "",
-            (INTO_BASE, "matrix(self.base_layer).add_(self.merged())")),
+             "            self.merged_weight = self.merged_weight - self.delta().detach()\n")),
     mistake("'proj' matches 'q_proj'", "find_targets", "must not select",
             (ENDS, "    return {n: m for n, m in linear.items() if n.endswith(tuple(targets or []))}\n")),
     mistake("only full names", "find_targets", "must select",
@@ -118,8 +114,6 @@ VARIANTS = [
     mistake("any part of a name", "find_targets", "must not select",
             (ENDS, "    found = set(targets or [])\n    return {n: m for n, m in linear.items() "
              "if n in found or found & set(n.split('.')) or any(n.endswith('.' + t) for t in found)}\n")),
-    mistake("a new weight", "merge_into_base", "has a new weight",
-            (INTO_BASE, "self.base_layer.weight = nn.Parameter(self.weight.clone())")),
     mistake("α r", "scaling", "multiplied by r", (SCALING, "self.scaling = config.lora_alpha * self.r")),
     mistake("factors on the CPU", "factors", "on the device of the layer",
             ("factor.to(w.device, torch.promote", "factor.to(torch.promote")),
@@ -134,8 +128,6 @@ VARIANTS = [
              "        return y + self.scaling * (x @ a.T @ b.T)")),
     mistake("delta without gradients", "delta", "no gradient", (DELTA, DELTA.replace(
         "(self.lora_B.weight @ self.lora_A.weight)", "(self.lora_B.weight @ self.lora_A.weight).detach()"))),
-    mistake("Conv1D's weight replaced", "merge_into_base", "stores W transposed",
-            (INTO_BASE, "self.base_layer.weight.data = self.merged().clone()")),
     right("parameters and einsum", *WITH_PARAMETERS),
     right("A and B stored transposed",
           (FACTORS, PARAMETERS.replace("(self.r, self.in_features,", "(self.in_features, self.r,")

@@ -10,9 +10,8 @@ B = "self.lora_B.weight = nn.Parameter(u[:, : self.r] * root)"
 KEPT_A = 'self.register_buffer("start_A", self.lora_A.weight.detach().clone(), persistent=False)'
 KEPT_B = 'self.register_buffer("start_B", self.lora_B.weight.detach().clone(), persistent=False)'
 START = "start = F.linear(F.linear(x, self.start_A), self.start_B)  # B₀ A₀ x"
-Y = """return (y + self.scaling * (self.lora_B(self.lora_A(self.lora_dropout(x))) - start)).to(
-            y.dtype
-        )  # (4)"""
+Y = """trained = self.lora_B(self.lora_A(self.lora_dropout(x)))  # B A dropout(x)
+        return (y + self.scaling * (trained - start)).to(y.dtype)  # (4)"""
 X = "x = x.to(self.lora_A.weight.dtype)"
 BASE = "y = self.base_layer(x)  # (…, out)"
 LORA_A = "a = torch.cat([self.lora_A.weight, self.start_A])"

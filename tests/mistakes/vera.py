@@ -2,42 +2,45 @@
 
 from . import mistake, right
 
-BOUND = "bound = math.sqrt(6 / shape[1])  # Kaiming uniform"
-DRAWN = "drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)"
-BUFFER = "self.register_buffer(name, drawn.to(**where), persistent=False)"
-SIZES = '(("vera_A", config.r, max(ins)), ("vera_B", max(outs), config.r))'
+DRAW_A = "a = nn.init.kaiming_uniform_(torch.empty(config.r, max(ins)), generator=generator)"
+DRAW_B = "b = nn.init.kaiming_uniform_(torch.empty(max(outs), config.r), generator=generator)"
+DRAW = f"        {DRAW_A}\n        {DRAW_B}\n"
+BUFFERS = (
+    "self.vera_A, self.vera_B = nn.Buffer(a, persistent=False), nn.Buffer(b, persistent=False)"
+)
+WHERE = "self.to(w.device, torch.promote_types(w.dtype, torch.float32))"
 D = "self.vera_lambda_d = nn.Parameter(like.new_full((config.r,), config.d_initial))  # d"
 B = "self.vera_lambda_b = nn.Parameter(like.new_zeros(self.out_features))  # b"
 SHARED = "return p.vera_A[:, : self.in_features], p.vera_B[: self.out_features]"
 H = "h = self.vera_lambda_d * F.linear(self.vera_dropout(x.to(a.dtype)), a)  # (…, r)"
 Y = "return (y + self.vera_lambda_b * F.linear(h, b)).to(y.dtype)  # (1)"
-BASE = "        y = self.base_layer(x)  # (…, out)\n"
+BASE = "        y, (a, b) = self.base_layer(x), self.shared()  # y (…, out)\n"
 UPDATE = "update = (self.vera_lambda_b[:, None] * b) @ (self.vera_lambda_d[:, None] * a)"
 MERGED = "return (w + update).to(w.dtype)  # (2)"
-LAYERS = """    projections = Projections(list(targets.values()), config)
-    return {name: VeraLinear(layer, config, projections) for name, layer in targets.items()}
+LAYERS = """    projections = Projections(list(targets.values()), config)  # one pair, shared by all layers
+    layers = {name: VeraLinear(layer, config, projections) for name, layer in targets.items()}
 """
-OWN = "    return {n: VeraLinear(layer, config, Projections([layer], config)) for n, layer in targets.items()}\n"
+OWN = "    layers = {n: VeraLinear(layer, config, Projections([layer], config)) for n, layer in targets.items()}\n"
 
 VARIANTS = [
-    mistake("A and B of the smallest layer", "projections", "expected (20", (SIZES, SIZES.replace("max", "min"))),
-    mistake("A and B of the first layer", "projections", "of the first layer", (SIZES, SIZES.replace("max(ins)", "ins[0]").replace("max(outs)", "outs[0]"))),
-    mistake("ins and outs swapped", "projections", "the largest in and out", (SIZES, SIZES.replace("max(ins)", "X").replace("max(outs)", "max(ins)").replace("X", "max(outs)"))),
-    mistake("A and B transposed", "projections", "expected (20", (SIZES, '(("vera_A", max(ins), config.r), ("vera_B", config.r, max(outs)))')),
-    mistake("A and B are trained", "projections", "are Parameters", (BUFFER, "self.register_parameter(name, nn.Parameter(drawn.to(**where)))")),
-    mistake("A and B are no buffers", "projections", "register_buffer", (BUFFER, "setattr(self, name, drawn.to(**where))")),
-    mistake("the bound of the rows", "projections", "instead of that of columns?", (BOUND, "bound = math.sqrt(6 / shape[0])")),
-    mistake("the bound of a linear layer", "projections", "factor 6 missing?", (BOUND, "bound = math.sqrt(1 / shape[1])")),
-    mistake("a bound of one", "projections", "in ±1?", (BOUND, "bound = 1")),
-    mistake("positive numbers", "projections", "is from", (DRAWN, DRAWN.replace("-bound", "0"))),
-    mistake("normal numbers", "projections", "", (DRAWN, "drawn = torch.randn(shape, generator=generator) * math.sqrt(2 / shape[1])")),
-    mistake("without the generator", "projections", "another A", (DRAWN, DRAWN.replace(", generator=generator", ""))),
-    mistake("a fixed seed", "projections", "the same A", (DRAWN, DRAWN.replace("generator=generator", "generator=torch.Generator().manual_seed(len(name) + len(self._buffers))"))),
-    mistake("A and B from the same numbers", "projections", "seed it once", (DRAWN, "generator.manual_seed(config.projection_prng_key)\n            " + DRAWN)),
-    mistake("A and B in the base's dtype", "projections", "use .to(**where)", (BUFFER, BUFFER.replace("**where", "w.device, w.dtype"))),
-    mistake("A and B on the CPU", "projections", "use .to(**where)", (BUFFER, BUFFER.replace("**where", "where['dtype']"))),
+    mistake("A and B of the smallest layer", "projections", "expected (20", (DRAW, DRAW.replace("max", "min"))),
+    mistake("A and B of the first layer", "projections", "of the first layer", (DRAW, DRAW.replace("max(ins)", "ins[0]").replace("max(outs)", "outs[0]"))),
+    mistake("ins and outs swapped", "projections", "the largest in and out", (DRAW, DRAW.replace("max(ins)", "X").replace("max(outs)", "max(ins)").replace("X", "max(outs)"))),
+    mistake("A and B transposed", "projections", "expected (20", (DRAW, DRAW.replace("config.r, max(ins)", "max(ins), config.r").replace("max(outs), config.r", "config.r, max(outs)"))),
+    mistake("A and B are trained", "projections", "are Parameters", (BUFFERS, "self.vera_A, self.vera_B = nn.Parameter(a), nn.Parameter(b)")),
+    mistake("A and B are no buffers", "projections", "register_buffer", (BUFFERS, "self.vera_A, self.vera_B = a, b")),
+    mistake("the bound of the rows", "projections", "instead of that of columns?", (DRAW, DRAW.replace(", generator", ", mode='fan_out', generator"))),
+    mistake("the bound of a linear layer", "projections", "factor 6 missing?", (DRAW, DRAW.replace(", generator", ", a=5**0.5, generator"))),
+    mistake("a bound of one", "projections", "in ±1?", (DRAW, DRAW.replace("nn.init.kaiming_uniform_(", "nn.init.uniform_(").replace(", generator", ", -1, 1, generator"))),
+    mistake("positive numbers", "projections", "is from", (DRAW, DRAW.replace("generator=generator)", "generator=generator).abs_()"))),
+    mistake("normal numbers", "projections", "", (DRAW, DRAW.replace("kaiming_uniform_", "kaiming_normal_"))),
+    mistake("without the generator", "projections", "another A", (DRAW, DRAW.replace(", generator=generator", ""))),
+    mistake("a fixed seed", "projections", "the same A", (DRAW_A, DRAW_A.replace("generator=generator", "generator=torch.Generator().manual_seed(5)"))),
+    mistake("A and B from the same numbers", "projections", "seed it once", (DRAW_B, "generator.manual_seed(config.projection_prng_key)\n        " + DRAW_B)),
+    mistake("A and B in the base's dtype", "projections", "use self.to(", (WHERE, "self.to(w.device, w.dtype)")),
+    mistake("A and B on the CPU", "projections", "use self.to(", (WHERE, WHERE.replace("w.device, ", ""))),
     mistake("B is drawn first", "the A and B that Hugging Face peft draws", "draw A, and then B",
-            (SIZES, '(("vera_B", max(outs), config.r), ("vera_A", config.r, max(ins)))')),
+            (DRAW, f"        {DRAW_B}\n        {DRAW_A}\n")),
     mistake("b starts at one", "vectors", "starts at 1", (B, B.replace("new_zeros(self.out_features)", "new_ones(self.out_features)"))),
     mistake("b starts at d_initial", "vectors", "which is for d", (B, B.replace("new_zeros(self.out_features)", "new_full((self.out_features,), config.d_initial)"))),
     mistake("d and b are zero", "vectors", "neither of them gets a gradient", (D, D.replace("new_full((config.r,), config.d_initial)", "new_zeros(config.r)"))),
@@ -70,7 +73,7 @@ VARIANTS = [
     mistake("dropout on W's input", "forward", "input of W too", (BASE, "        x = self.vera_dropout(x)\n" + BASE), (H, H.replace("self.vera_dropout(x.to(a.dtype))", "x.to(a.dtype)"))),
     mistake("dropout after A", "forward", "it must act on x", (H, "h = self.vera_lambda_d * self.vera_dropout(F.linear(x.to(a.dtype), a))")),
     mistake("F.linear with a Conv1D's weight", "forward", "call the base layer",
-            (BASE, "        w = self.base_layer.weight\n        y = F.linear(x, w if w.shape[1] == x.shape[-1] else w.T, self.bias)\n")),
+            (BASE, "        w, (a, b) = self.base_layer.weight, self.shared()\n        y = F.linear(x, w if w.shape[1] == x.shape[-1] else w.T, self.bias)\n")),
     mistake("merged without d", "merged", "d is missing", (UPDATE, "update = (self.vera_lambda_b[:, None] * b) @ a")),
     mistake("merged without b", "merged", "b is missing", (UPDATE, "update = b @ (self.vera_lambda_d[:, None] * a)")),
     mistake("d on A's columns", "merged", "", (UPDATE, "update = (self.vera_lambda_b[:, None] * b) @ (self.vera_lambda_d * a)")),
@@ -78,24 +81,26 @@ VARIANTS = [
     mistake("only the update", "merged", "without W", (MERGED, "return update.to(w.dtype)")),
     mistake("W is changed", "merged", "must not", (MERGED, "with torch.no_grad():\n            w += update\n        return w.clone()")),
     mistake("b multiplies W", "merged", "b also multiplies W", (MERGED, "return (w * self.vera_lambda_b[:, None] + update).to(w.dtype)")),
-    mistake("A and B per layer", "vera_layers", "make Projections once", (LAYERS, OWN)),
-    mistake("A and B per layer, from a new seed", "vera_layers", "make Projections once",
-            (LAYERS, "    found = {}\n    for name, layer in targets.items():\n        config = dataclass_replace(config, projection_prng_key=len(found))\n"
-             "        found[name] = VeraLinear(layer, config, Projections(list(targets.values()), config))\n    return found\n"),
+    mistake("A and B per layer", "add_vera", "make Projections once", (LAYERS, OWN)),
+    mistake("A and B per layer, from a new seed", "add_vera", "make Projections once",
+            (LAYERS, "    layers = {}\n    for name, layer in targets.items():\n        config = dataclass_replace(config, projection_prng_key=len(layers))\n"
+             "        layers[name] = VeraLinear(layer, config, Projections(list(targets.values()), config))\n"),
             ("from dataclasses import dataclass, field", "from dataclasses import dataclass, field\nfrom dataclasses import replace as dataclass_replace")),
-    mistake("A and B of the first layer only", "vera_layers", "the list of all layers", (LAYERS, LAYERS.replace("list(targets.values())", "list(targets.values())[:1]"))),
-    mistake("a list of layers", "vera_layers", "must return a dict", (LAYERS, LAYERS.replace("{name: VeraLinear", "[VeraLinear").replace("items()}", "items()]"))),
+    mistake("A and B of the first layer only", "add_vera", "the list of all layers", (LAYERS, LAYERS.replace("list(targets.values())", "list(targets.values())[:1]"))),
+    mistake("a list of layers", "add_vera", "must return a dict", ("    return layers\n", "    return list(layers.values())\n")),
     mistake("a float32 output", "a base in bfloat16 or float64", "the output of a torch.bfloat16 base", (Y, Y.replace("return (", "return ").replace(").to(y.dtype)", ""))),
     right("matrix products, and the vectors in the matrices",
           (H, "h = self.vera_dropout(x.to(a.dtype)) @ (self.vera_lambda_d[:, None] * a).T"),
           (Y, "return y + ((h @ b.T) * self.vera_lambda_b).to(y.dtype)"),
           (UPDATE, "update = torch.einsum('o,or,r,ri->oi', self.vera_lambda_b, b, self.vera_lambda_d, a)")),
-    right("kaiming_uniform_ and loops",
-          (DRAWN, "drawn = torch.empty(shape)\n            nn.init.kaiming_uniform_(drawn, nonlinearity='relu', generator=generator)"),
+    right("uniform_ and loops",
+          (DRAW, "        a, b = torch.empty(config.r, max(ins)), torch.empty(max(outs), config.r)\n        for part in (a, b):\n"
+           "            part.uniform_(-((6 / part.shape[1]) ** 0.5), (6 / part.shape[1]) ** 0.5, generator=generator)\n"),
           (LAYERS, "    every, found = [layer for _, layer in targets.items()], {}\n    shared = Projections(every, config)\n"
-           "    for name in targets:\n        found[name] = VeraLinear(targets[name], config, shared)\n    return found\n")),
+           "    for name in targets:\n        found[name] = VeraLinear(targets[name], config, shared)\n    layers = found\n")),
     right("rand, narrow and diag",
-          (DRAWN, "drawn = (2 * torch.rand(shape, generator=generator) - 1) * bound"),
+          (DRAW_A, "a = (2 * torch.rand(config.r, max(ins), generator=generator) - 1) * (6 / max(ins)) ** 0.5"),
+          (BUFFERS, "for name, part in (('vera_A', a), ('vera_B', b)):\n            self.register_buffer(name, part, persistent=False)"),
           (SHARED, "return p.vera_A.narrow(1, 0, self.in_features), p.vera_B.narrow(0, 0, self.out_features)"),
           (UPDATE, "update = self.vera_lambda_b.diag() @ b @ self.vera_lambda_d.diag() @ a"),
           (D, "self.vera_lambda_d = nn.Parameter(torch.full_like(like[:, 0], config.d_initial))"),

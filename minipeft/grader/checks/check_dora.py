@@ -37,7 +37,7 @@ class Case(layers.Case):
         return ratio * self.w, ratio * update, self.b
 
     @staticmethod
-    def add(m: ModuleType, net: nn.Module, targets: list[str] | str, r: int) -> dict:
+    def add(m: ModuleType, net: nn.Module, targets: list[str], r: int) -> dict:
         return m.add_dora(net, config(r, 12.0, targets=targets))
 
     @property

@@ -32,7 +32,7 @@ class Case(layers.Case):
         return self.w * l, torch.zeros_like(self.w), scaled
 
     @staticmethod
-    def add(m: ModuleType, net: nn.Module, targets: list[str] | str, r: int) -> dict:
+    def add(m: ModuleType, net: nn.Module, targets: list[str], r: int) -> dict:
         return m.add_ia3(net, m.IA3Config(targets, FEEDFORWARD))
 
     @property
@@ -163,21 +163,6 @@ def merge(m: ModuleType, draw: Draw) -> None:
         ensure(not layer.merged_weight.requires_grad, "W' must not require a gradient")
 
 
-@CHECKS.add("pieces", "merge_into_base")
-def merge_into_base(m: ModuleType, draw: Draw) -> None:
-    for case in cases(Case, draw):
-        layer, weight = case.layer(m), case.base.weight
-        expected, shape = case.output(case.x), weight.shape
-        base = layer.merge_into_base()
-        ensure(base is case.base, "merge_into_base() must return the base layer itself")
-        ensure(base.weight is weight, "the layer has a new weight: write the values into the old "
-               "one, which other layers may share")  # fmt: skip
-        ensure(base.weight.shape == shape, f"the weight of the {case.kind} was {tuple(shape)}, and "
-               f"is now {tuple(base.weight.shape)}")  # fmt: skip
-        same("the base layer's output", base(case.x), expected, case=case.text,
-             guesses=known(case.wrong_outputs()))  # fmt: skip
-
-
 def from_values(m: ModuleType, i: int) -> tuple[nn.Module, Tensor]:
     """A layer with peft's numbers, and its input. The second is a feed-forward layer."""
     w, b, factors, x = WHOLE.tensors(f"W{i} b{i} l{i} x{i}")
@@ -198,10 +183,10 @@ def peft_output(m: ModuleType, draw: Draw) -> None:
 @CHECKS.add("values", "the weights and biases that peft merges")
 def peft_merged(m: ModuleType, draw: Draw) -> None:
     for i in (0, 1):
-        base = from_values(m, i)[0].merge_into_base()
+        layer = from_values(m, i)[0]
         w, b = WHOLE.tensors(f"merged{i} bias{i}")
-        same("W after merge_into_base()", base.weight, w)
-        same("b after merge_into_base()", base.bias, b)
+        same("merged()", layer.merged(), w)
+        same("bias", layer.bias, b)
 
 
 @CHECKS.add("losses", "the first ten losses on describe")

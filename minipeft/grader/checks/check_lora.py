@@ -282,25 +282,6 @@ def unmerge(m: ModuleType, draw: Draw) -> None:
         unchanged("W", w, case.base.weight)
 
 
-@CHECKS.add("pieces", "merge_into_base")
-def merge_into_base(m: ModuleType, draw: Draw) -> None:
-    for transposed in (False, True):
-        for case in cases(m, draw, transposed):
-            layer, weight = case.layer(m), case.base.weight
-            with with_case("with a Conv1D" if transposed else "with a Linear"):
-                base = layer.merge_into_base()
-            ensure(base is case.base, "merge_into_base() must return the base layer itself")
-            expected = case.plain(case.x) + case.x @ case.update.T
-            shape = case.base.weight.shape
-            ensure(base.weight.shape == (case.w.T if transposed else case.w).shape,
-                   f"the weight of the {type(base).__name__} now has the shape {tuple(shape)}: a "
-                   "Conv1D stores W transposed")  # fmt: skip
-            ensure(base.weight is weight, "the layer has a new weight: write the values into the "
-                   "old one, which other layers may share")  # fmt: skip
-            same("the update in the base layer's output", base(case.x), expected,
-                 factors=case.factors(), case=case.text, start=case.plain(case.x))  # fmt: skip
-
-
 @CHECKS.add("pieces", "find_targets")
 def find_targets(m: ModuleType, draw: Draw) -> None:
     net = Net()
@@ -448,9 +429,6 @@ def peft_output(m: ModuleType, draw: Draw) -> None:
 def peft_merged(m: ModuleType, draw: Draw) -> None:
     (expected,) = tensors("merged")
     same("merged()", from_values(m)[1].merged(), expected, 1e-5)
-    base, layer = from_values(m)
-    layer.merge_into_base()
-    same("W after merge_into_base()", base.weight, expected, 1e-5)
 
 
 @CHECKS.add("losses", "the first ten losses on describe")

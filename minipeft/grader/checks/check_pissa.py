@@ -38,7 +38,7 @@ class Case(layers.Case):
                 (self.w, self.update - self.top)}  # fmt: skip
 
     @staticmethod
-    def add(m: ModuleType, net: nn.Module, targets: list[str] | str, r: int) -> dict:
+    def add(m: ModuleType, net: nn.Module, targets: list[str], r: int) -> dict:
         return m.add_pissa(net, config(r, 12.0, targets=targets))
 
     @property

@@ -37,7 +37,8 @@ class Case(layers.Case):
         return m.VeraConfig(r=self.r, vera_dropout=self.dropout, d_initial=self.alpha)
 
     def make(self, m: ModuleType) -> nn.Module:
-        return m.vera_layers({"0": self.base, "1": self.other}, self.config(m))["0"]
+        config = self.config(m)
+        return m.VeraLinear(self.base, config, m.Projections([self.base, self.other], config))
 
     def layer(self, m: ModuleType) -> nn.Module:
         layer = super().layer(m)
@@ -51,7 +52,7 @@ class Case(layers.Case):
         return self.w, b[:, None] * (self.b_matrix * d @ self.a), self.b
 
     @staticmethod
-    def add(m: ModuleType, net: nn.Module, targets: list[str] | str, r: int) -> dict:
+    def add(m: ModuleType, net: nn.Module, targets: list[str], r: int) -> dict:
         return m.add_vera(net, m.VeraConfig(r=r, target_modules=targets))
 
 
@@ -94,7 +95,7 @@ def projections(m: ModuleType, draw: Draw) -> None:
         made = m.Projections([nn.Linear(3, 3, dtype=dtype, device="meta")], m.VeraConfig(r=2))
         for name, value in made.named_buffers():
             ensure((value.dtype, value.device.type) == (expected, "meta"), f"{name} of a {dtype} "
-                   f"base is in {value.dtype} on {value.device}: use .to(**where)")  # fmt: skip
+                   f"base is in {value.dtype} on {value.device}: use self.to(…)")  # fmt: skip
 
 
 def _range(name: str, value: Tensor, bound: float, rows: float) -> None:
@@ -203,12 +204,13 @@ def merged(m: ModuleType, draw: Draw) -> None:
         })  # fmt: skip
 
 
-@CHECKS.add("pieces", "vera_layers")
-def vera_layers(m: ModuleType, draw: Draw) -> None:
-    targets = {"a": nn.Linear(4, 3), "b.c": nn.Linear(2, 5), "d": Conv1D(nn.Linear(6, 2))}
+@CHECKS.add("pieces", "add_vera")
+def add_vera(m: ModuleType, draw: Draw) -> None:
+    targets = {"a": nn.Linear(4, 3), "b": nn.Linear(2, 5), "d": Conv1D(nn.Linear(6, 2))}
     before = {name: layer.weight.detach().clone() for name, layer in targets.items()}
-    found = m.vera_layers(targets, m.VeraConfig(r=3))
-    ensure(isinstance(found, dict) and set(found) == set(targets), "vera_layers must return a dict "
+    config = m.VeraConfig(r=3, target_modules=list(targets))
+    found = m.add_vera(nn.ModuleDict(targets), config)
+    ensure(isinstance(found, dict) and set(found) == set(targets), "add_vera must return a dict "
            "of layers with the names of the targets")  # fmt: skip
     for name, layer in found.items():
         ensure(isinstance(layer, m.VeraLinear), f"{name} must be a VeraLinear")
@@ -231,7 +233,8 @@ def from_values(m: ModuleType) -> tuple[nn.Module, nn.Module]:
         targets[i] = nn.Linear(w.shape[1], w.shape[0])
         targets[i].weight.data, targets[i].bias.data = w, bias
     config = m.VeraConfig(r=3, projection_prng_key=WHOLE.values["key"])
-    found = m.vera_layers(targets, config)
+    shared = m.Projections(list(targets.values()), config)
+    found = {i: m.VeraLinear(layer, config, shared) for i, layer in targets.items()}
     for i, layer in found.items():
         for name, value in zip((D, B), WHOLE.tensors(f"d{i} b{i}"), strict=True):
             set_factor(layer, name, value)
