@@ -30,7 +30,7 @@ FILES = {
 }
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 LORA_CONFIG = SimpleNamespace(**LORA, lora_dropout=0.0, use_rslora=False)
-NAMES = ["0", "2"]  # of the linear layers: these four files take a list
+NAMES = ["0", "2", "c_attn", "mlp.c_proj", "q_proj", "down_proj"]  # here, in GPT-2, in Llama
 SUCCESSOR = SimpleNamespace(**vars(LORA_CONFIG) | {"target_modules": NAMES})
 ADALORA = {"init_r": 2, "target_r": 1, "total_step": 9, "target_modules": "all-linear"}
 WEIGHT_METHODS: dict[str, Callable[[ModuleType, nn.Module], object]] = {
@@ -42,7 +42,7 @@ WEIGHT_METHODS: dict[str, Callable[[ModuleType, nn.Module], object]] = {
     "dora": lambda m, model: m.add_dora(model, SUCCESSOR),
     "pissa": lambda m, model: m.add_pissa(model, SUCCESSOR),
     "vera": lambda m, model: m.add_vera(model, m.VeraConfig(4, NAMES)),
-    "ia3": lambda m, model: m.add_ia3(model, m.IA3Config(NAMES, ["2"])),
+    "ia3": lambda m, model: m.add_ia3(model, m.IA3Config(NAMES, ["2", "mlp.c_proj", "down_proj"])),
 }
 PROMPT_METHODS: dict[str, Callable[[ModuleType, nn.Module], nn.Module]] = {
     "prompt_tuning": lambda m, model: m.PromptEmbedding(model, m.PromptTuningConfig(3)),
