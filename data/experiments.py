@@ -197,6 +197,12 @@ HIGHEST = {  # the next rate of each method in the tournament
     "full": 0.008, "lora": 0.08, "rslora": 0.04, "lora_plus": 0.02, "pissa": 0.02, "dora": 0.08,
     "vera": 0.8, "ia3": 0.8,
 }  # fmt: skip
+BY_RANK = {  # they and LoRA
+    f"{method}, r {r}": rates
+    for method, rates in (SUCCESSORS | {"lora": around(0.01)}).items()
+    for r in ((1, 8, 32) if method == "vera" else (1, 32))
+    if method != "ia3"
+}
 EDGE_RATES = {  # of tournament-ranks: where the best rate was at an edge
     "lora, r 1": (0.08,), "rslora, r 1": (0.04, 0.08), "pissa, r 1": (0.02, 0.04, 0.08),
     "dora, r 1": (0.08,), "lora_plus, r 1": (0.02,), "rslora, r 32": (0.000625,),
@@ -237,18 +243,10 @@ EXPERIMENTS = {
     "finals-tournament": Chosen(
         "tournament", tuple(range(5)), {"part": "test", "curve": True}, score=None
     ),
-    "tournament-ranks": Several((Grid(EDGE_RATES, (0.0, 0.04, 0.16)), Grid(EDGE_DECAY, (0.32,)), *(
-        Grid(
-            {
-                f"{method}, r {r}": rates
-                for method, rates in (SUCCESSORS | {"lora": around(0.01)}).items()
-                for r in ((1, 8, 32) if method == "vera" else (1, 32))
-                if method != "ia3"
-            },
-            decays,
-        )
-        for decays in ((0.0,), (0.04, 0.16))
-    ))),
+    "tournament-ranks": Several((
+        Grid(EDGE_RATES, (0.0, 0.04, 0.16)), Grid(EDGE_DECAY, (0.32,)),
+        Grid(BY_RANK, (0.0,)), Grid(BY_RANK, (0.04, 0.16)),
+    )),
     "finals-tournament-ranks": Chosen(
         "tournament-ranks", tuple(range(5)), {"part": "test"}, score=None
     ),
@@ -259,6 +257,13 @@ EXPERIMENTS = {
     ),
     "finals-tournament-sentiment": Chosen(
         "tournament-sentiment", tuple(range(5)), {"part": "test"}, score=None
+    ),
+    "tournament-sentiment-ranks": Grid(
+        {method: tuple(rate / 4 for rate in rates) for method, rates in BY_RANK.items()},
+        (0.0, 0.02, 0.04), common={"task": "sentiment"},
+    ),
+    "finals-tournament-sentiment-ranks": Chosen(
+        "tournament-sentiment-ranks", tuple(range(5)), {"part": "test"}, score=None
     ),
     "finals": Chosen("forgetting", tuple(range(10)), {"part": "test"}),
     "finals-sentiment": Chosen("sentiment", tuple(range(5)), {"part": "test"}),

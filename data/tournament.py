@@ -220,10 +220,15 @@ def on_ranks() -> str:
         "differences to the same five runs of LoRA, which may score low by chance. VeRA trains far "
         "fewer parameters at equal rank, and scores less."
     )
+    starred = any(point["star"] for point, _ in found.values())
+    star = " A star marks a rate or a decay at the edge of the grid." * starred
+    start = (
+        "At other ranks, with α = 2 r, LoRA and its successors at their chosen settings: test "
+        f"examples, five new seeds, paired by seed with LoRA of equal rank.{star} (At rank 8, the "
+        "runs are those above. Only VeRA was run again: above it has r = 256.)"
+    )
     return f"""
-At other ranks, with α = 2 r, LoRA and its successors at their chosen settings: test examples, five
-new seeds, paired by seed with LoRA of equal rank. A star marks a rate or a decay at the edge of the
-grid. (At rank 8, the runs are those above. Only VeRA was run again: above it has r = 256.)
+{fill(start)}
 
 {report.markdown_table(head, lines)}
 

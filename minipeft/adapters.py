@@ -125,6 +125,9 @@ class IA3Adapter(WeightAdapter):
 
     def new_layers(self, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
         endings = tuple(f".{ending}" for ending in self.config.feedforward_modules)
+        if endings and not any(f".{name}".endswith(endings) for name in targets):
+            wrong = self.config.feedforward_modules
+            raise ValueError(f"feedforward_modules={wrong!r} matches none of target_modules")
         for name, base_layer in targets.items():
             self.check_layer(name, base_layer)
         return {

@@ -202,7 +202,8 @@ def test_adding_finds_targets_by_whole_parts_at_the_end_of_their_names(name):
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["c_nothing"], "matches no linear layer"),
+        (["c_nothing"], "match no linear layer"),
+        ([], "match no linear layer"),
         (None, "needs a list of names, not None"),
         ("all-linear", "needs a list of names, not 'all-linear'"),
     ],
@@ -214,10 +215,13 @@ def test_adding_without_a_list_that_matches_is_refused(gpt, name, targets, messa
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_second_adapter_on_the_same_layers_is_refused(gpt, name):
+def test_a_second_adapter_is_refused_and_the_first_stays_trainable(gpt, name):
     ADD[name](gpt, CONFIGS[name]())
-    with pytest.raises(ValueError, match="matches no linear layer"):
-        ADD[name](gpt, CONFIGS[name]())
+    trained = [p for p in gpt.parameters() if p.requires_grad]
+    for targets in (ENDS, ["mlp.c_fc"]):
+        with pytest.raises(ValueError, match="or the model is adapted"):
+            ADD[name](gpt, CONFIGS[name](targets))
+    assert trained == [p for p in gpt.parameters() if p.requires_grad]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -225,7 +229,7 @@ def test_a_4bit_base_is_refused(gpt, name):
     quantize_model(gpt)
     with pytest.raises(ValueError, match="is a Linear4bit, which"):
         get_peft_model(gpt, CONFIGS[name]())
-    with pytest.raises(ValueError, match="matches no linear layer"):
+    with pytest.raises(ValueError, match="match no linear layer"):
         ADD[name](gpt, CONFIGS[name]())
 
 
@@ -436,6 +440,12 @@ def test_ia3_needs_a_list_of_feedforward_modules():
     for value in (None, "mlp.c_proj"):
         with pytest.raises(ValueError, match="feedforward_modules must be a list of names"):
             IA3Config(ENDS, value)
+
+
+def test_feedforward_modules_that_are_no_targets_are_refused(gpt):
+    for wrong in ("mlp.c_prj", "mlp.c_fc"):  # a typo, and a layer that is not adapted
+        with pytest.raises(ValueError, match=rf"feedforward_modules=\['{wrong}'\] matches none"):
+            get_peft_model(gpt, IA3Config(ENDS, [wrong]))
 
 
 # --- LoRA+ ---

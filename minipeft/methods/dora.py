@@ -11,12 +11,12 @@ Paper: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 240
     y = m / ‖V‖ · (W x + s B A dropout(x)) + b                 (3)  the same, without making W'
 
 Shapes: W (out, in), A (r, in), B (out, r), m and ‖V‖ (out,), x (…, in), y (…, out). ‖V‖ has one
-norm per row of V. (The paper stores W transposed, and says column.)
+norm per row of V. (The paper's W is transposed, so there it is one per column.)
 Trainable parameters: r · (in + out) + out, summed over the adapted layers.
 
 No gradient flows through ‖V‖ (section 4.3), which saves memory. But each step computes all of V, so
 DoRA is slower than LoRA. As in Hugging Face peft, its config is a LoraConfig. Difference from peft:
-dropout acts as in (3), and not on the input of W too.
+dropout acts only where (3) has it. In peft it also acts on an input of W.
 
 >>> layers = add_dora(model, LoraConfig(use_dora=True, target_modules=["q_proj", "v_proj"]))
 """
@@ -33,7 +33,8 @@ class DoraLinear(nn.Module):
     """A frozen linear layer with a LoRA on its directions and trained lengths, equation (3).
 
     base_layer: `nn.Linear`, or transformers' `Conv1D`, which stores W transposed.
-    config: a LoraConfig (lora.py), or any object with its r, lora_alpha, lora_dropout, use_rslora.
+    config: a LoraConfig (lora.py), or any object with its r, lora_alpha, lora_dropout, use_rslora
+    and, for add_dora, target_modules.
     While merged, calling it in training mode with gradients raises RuntimeError.
     """
 
@@ -99,8 +100,8 @@ class DoraLinear(nn.Module):
 
 def add_dora(model: nn.Module, config) -> dict[str, DoraLinear]:
     """Freeze the model, replace each target with a DoraLinear, and return the new layers by name.
-    Raises ValueError unless `target_modules` lists linear layers, by name or ending of a name."""
-    if isinstance(config.target_modules, str | None):
+    Targets: linear layers whose name or its end is listed. Raises ValueError if there are none."""
+    if not isinstance(config.target_modules, list):
         raise ValueError(f"add_dora needs a list of names, not {config.target_modules!r}")
     ends = tuple(f".{name}" for name in config.target_modules)  # "proj" must not match "q_proj"
     layers = {
@@ -108,9 +109,9 @@ def add_dora(model: nn.Module, config) -> dict[str, DoraLinear]:
         for name, layer in model.named_modules()
         if f".{name}".endswith(ends) and type(layer).__name__ in ("Linear", "Conv1D")
     }
-    if not layers:
-        raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer")
-    model.requires_grad_(False)  # the new layers, which stay trainable, are not in it yet
+    if not layers or any(hasattr(m, "base_layer") for m in model.modules()):
+        raise ValueError(f"{config.target_modules} match no linear layer, or the model is adapted")
+    model.requires_grad_(False)  # the new layers stay trainable: they are not in the model yet
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))
     return layers

@@ -10,13 +10,13 @@ In-Context Learning", arXiv 2205.05638.
     y = l · (W x + b)            W' = diag(l) W,   b' = l b    (1)  keys and values, section 3.3
     y = W (l · x) + b            W' = W diag(l)                (2)  `feedforward_modules`
 
-Shapes: W (out, in), b (out,), x (…, in), y (…, out); l (out, 1) in (1), (1, in) in (2).
-Trainable parameters: out in (1), in in (2), summed over the adapted layers.
+Shapes: W (out, in), b (out,), x (…, in), y (…, out). l is (out, 1) in (1) and (1, in) in (2): the
+product of W and l is then W'. Trainable parameters: `out` per layer with (1), `in` with (2).
 
-The paper adapts keys, values, and the activations inside the MLP, which are the input of the
-layer that ends it. In GPT-2 one layer makes queries, keys and values: with "attn.c_attn", the
-queries are multiplied too, as in Hugging Face peft. Difference from peft: both lists of names must
-be given.
+The paper adapts keys, values, and the activations inside the MLP: these are the input of its last
+layer. In GPT-2 one layer makes queries, keys and values: with "attn.c_attn", the queries are
+multiplied too, as in Hugging Face peft. Difference from peft: both lists of names must be given,
+but `feedforward_modules` may be [].
 
 >>> names = {"target_modules": ["attn.c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}
 >>> layers = add_ia3(model, IA3Config(**names))
@@ -34,9 +34,9 @@ class IA3Config:
     """Which layers to adapt. Names are those of peft's IA3Config."""
 
     target_modules: list[str] | str | None = None  # a list of names or endings of names
-    feedforward_modules: list[str] | None = None  # those of them whose input is multiplied
+    feedforward_modules: list[str] | None = None  # the targets whose input is multiplied
     task_type: str | None = None  # for example "CAUSAL_LM"
-    inference_mode: bool = False  # load the adapter frozen
+    inference_mode: bool = False  # with get_peft_model: load the adapter frozen
     peft_type: str = field(default="IA3", init=False)
 
     def __post_init__(self):
@@ -92,7 +92,7 @@ class IA3Linear(nn.Module):
     def merge(self) -> None:
         """Store W' and b'; from now on `forward` uses them. W and b do not change."""
         self.merged_weight = self.merged().contiguous()
-        self.merged_bias = None if self.bias is None else self.bias.detach()  # no Parameter of ours
+        self.merged_bias = None if self.bias is None else self.bias.detach()  # not as a Parameter
 
     def unmerge(self) -> None:
         """Discard W' and b'."""
@@ -101,8 +101,8 @@ class IA3Linear(nn.Module):
 
 def add_ia3(model: nn.Module, config: IA3Config) -> dict[str, IA3Linear]:
     """Freeze the model, replace each target with an IA3Linear, and return the new layers by name.
-    Raises ValueError unless `target_modules` lists linear layers, by name or ending of a name."""
-    if isinstance(config.target_modules, str | None):
+    Targets: linear layers whose name or its end is listed. Raises ValueError if there are none."""
+    if not isinstance(config.target_modules, list):
         raise ValueError(f"add_ia3 needs a list of names, not {config.target_modules!r}")
     ends = tuple(f".{name}" for name in config.target_modules)  # "proj" must not match "q_proj"
     feedforward = tuple(f".{name}" for name in config.feedforward_modules)
@@ -111,9 +111,9 @@ def add_ia3(model: nn.Module, config: IA3Config) -> dict[str, IA3Linear]:
         for name, layer in model.named_modules()
         if f".{name}".endswith(ends) and type(layer).__name__ in ("Linear", "Conv1D")
     }
-    if not layers:
-        raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer")
-    model.requires_grad_(False)  # the new layers, which stay trainable, are not in it yet
+    if not layers or any(hasattr(m, "base_layer") for m in model.modules()):
+        raise ValueError(f"{config.target_modules} match no linear layer, or the model is adapted")
+    model.requires_grad_(False)  # the new layers stay trainable: they are not in the model yet
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))
     return layers

@@ -2,15 +2,15 @@
 
 LoRA starts with an update of zero. PiSSA splits W instead: its r largest singular directions become
 B₀ and A₀, and the rest is frozen. So the first steps already change the directions of W that matter
-most. The two parts add up to W: the adapted model starts out identical to the base model.
+most. The two parts add up to W: without dropout, the model starts out identical to the base.
 
 Paper: Meng et al. 2024, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
 Language Models", arXiv 2404.02948.
 
     W = U S Vᵀ,   B₀ = U_r √(S_r / s),   A₀ = √(S_r / s) V_rᵀ  (1)  equations 2 and 3
     W_res = W - s B₀ A₀                                        (2)  what is frozen
-    y = W_res x + s B A x + b                                  (3)  equation 5
-      = W x + s (B A - B₀ A₀) x + b                            (4)  the same; W stays as it is
+    y = W_res x + s B A dropout(x) + b                         (3)  equation 5
+      = W x + s (B A dropout(x) - B₀ A₀ x) + b                 (4)  the same; W stays as it is
     W' = W + s (B A - B₀ A₀)                                   (5)  merging
 
 Shapes: W (out, in), A and A₀ (r, in), B and B₀ (out, r), x (…, in), y (…, out). U_r and V_r are the
@@ -18,7 +18,7 @@ first r columns of U and V; s = α / r, or α / √r with `use_rslora`.
 Trainable parameters: r · (in + out), summed over the adapted layers.
 
 Difference from Hugging Face peft, which writes W_res into the model: we compute (4), and W stays as
-it is. By (4), a PiSSA is also an ordinary LoRA of rank 2 r, with the factors [B, -B₀] and [A; A₀].
+it is. A PiSSA is also a LoRA with the same s and rank 2 r, made of [B, -B₀] and [A; A₀]: `as_lora`.
 
 >>> layers = add_pissa(model, LoraConfig(init_lora_weights="pissa", target_modules=["c_attn"]))
 """
@@ -35,7 +35,8 @@ class PissaLinear(nn.Module):
     """A frozen linear layer with a LoRA that starts at its largest singular directions, (4).
 
     base_layer: `nn.Linear`, or transformers' `Conv1D`, which stores W transposed.
-    config: a LoraConfig (lora.py), or any object with its r, lora_alpha, lora_dropout, use_rslora.
+    config: a LoraConfig (lora.py), or any object with its r, lora_alpha, lora_dropout, use_rslora
+    and, for add_pissa, target_modules.
     Raises ValueError if r is larger than a side of W.
     """
 
@@ -99,8 +100,8 @@ class PissaLinear(nn.Module):
 
 def add_pissa(model: nn.Module, config) -> dict[str, PissaLinear]:
     """Freeze the model, replace each target with a PissaLinear, and return the new layers by name.
-    Raises ValueError unless `target_modules` lists linear layers, by name or ending of a name."""
-    if isinstance(config.target_modules, str | None):
+    Targets: linear layers whose name or its end is listed. Raises ValueError if there are none."""
+    if not isinstance(config.target_modules, list):
         raise ValueError(f"add_pissa needs a list of names, not {config.target_modules!r}")
     ends = tuple(f".{name}" for name in config.target_modules)  # "proj" must not match "q_proj"
     layers = {
@@ -108,9 +109,9 @@ def add_pissa(model: nn.Module, config) -> dict[str, PissaLinear]:
         for name, layer in model.named_modules()
         if f".{name}".endswith(ends) and type(layer).__name__ in ("Linear", "Conv1D")
     }
-    if not layers:
-        raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer")
-    model.requires_grad_(False)  # the new layers, which stay trainable, are not in it yet
+    if not layers or any(hasattr(m, "base_layer") for m in model.modules()):
+        raise ValueError(f"{config.target_modules} match no linear layer, or the model is adapted")
+    model.requires_grad_(False)  # the new layers stay trainable: they are not in the model yet
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))
     return layers

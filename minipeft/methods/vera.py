@@ -1,8 +1,8 @@
 """VeRA: share one pair of random matrices between all layers, and train two vectors per layer.
 
-VeRA draws A and B once, at random, freezes them, and uses them in every layer: as many columns of A
-as the layer has inputs, and as many rows of B as it has outputs. A layer trains two vectors: d
-scales the r numbers between A and B, and b scales the outputs. b, and so the update, starts at 0.
+VeRA draws A and B once, at random, as large as the largest layer needs, and freezes them. A layer
+uses the first columns of A and the first rows of B, and trains two vectors: d scales the r numbers
+between A and B, and b scales the outputs. b starts at 0, so the model starts out unchanged.
 
 Paper: Kopiczko et al. 2024, "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454.
 
@@ -28,12 +28,12 @@ class VeraConfig:
 
     r: int = 256  # the rank, usually much larger than LoRA's
     target_modules: list[str] | str | None = None  # a list of names or endings of names
-    projection_prng_key: int = 0  # the seed of A and B; they are the numbers of peft
-    save_projection: bool = True  # save A and B too, and not only the vectors
+    projection_prng_key: int = 0  # the seed of A and B; peft draws the same numbers
+    save_projection: bool = True  # with get_peft_model: save A and B too, not only the vectors
     vera_dropout: float = 0.0  # applied to the adapter's input during training
     d_initial: float = 0.1  # d starts as this number
     task_type: str | None = None  # for example "CAUSAL_LM"
-    inference_mode: bool = False  # load the adapter frozen
+    inference_mode: bool = False  # with get_peft_model: load the adapter frozen
     peft_type: str = field(default="VERA", init=False)
 
 
@@ -46,10 +46,10 @@ class Projections(nn.Module):
             raise ValueError(f"r must be a positive integer, got {config.r}")
         outs, ins = zip(*(matrix(layer).shape for layer in layers), strict=True)
         w, generator = layers[0].weight, torch.Generator().manual_seed(config.projection_prng_key)
-        a = nn.init.kaiming_uniform_(torch.empty(config.r, max(ins)), generator=generator)
-        b = nn.init.kaiming_uniform_(torch.empty(max(outs), config.r), generator=generator)
-        self.vera_A, self.vera_B = nn.Buffer(a, persistent=False), nn.Buffer(b, persistent=False)
-        self.to(w.device, torch.promote_types(w.dtype, torch.float32))
+        A = nn.init.kaiming_uniform_(torch.empty(config.r, max(ins)), generator=generator)
+        B = nn.init.kaiming_uniform_(torch.empty(max(outs), config.r), generator=generator)
+        self.vera_A, self.vera_B = nn.Buffer(A, persistent=False), nn.Buffer(B, persistent=False)
+        self.to(w.device, torch.promote_types(w.dtype, torch.float32))  # float32 even for half W
 
 
 class VeraLinear(nn.Module):
@@ -71,9 +71,9 @@ class VeraLinear(nn.Module):
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("this layer is merged: call unmerge() to train, or model.eval()")
             return F.linear(x, self.merged_weight, self.bias)
-        y, (a, b) = self.base_layer(x), self.shared()  # y (…, out)
-        h = self.vera_lambda_d * F.linear(self.vera_dropout(x.to(a.dtype)), a)  # (…, r)
-        return (y + self.vera_lambda_b * F.linear(h, b)).to(y.dtype)  # (1)
+        y, (A, B) = self.base_layer(x), self.shared()  # y (…, out)
+        h = self.vera_lambda_d * F.linear(self.vera_dropout(x.to(A.dtype)), A)  # (…, r)
+        return (y + self.vera_lambda_b * F.linear(h, B)).to(y.dtype)  # (1)
 
     bias = property(lambda self: self.base_layer.bias)
     weight = property(lambda self: self.merged().t() if self.transposed else self.merged())  # W'
@@ -85,8 +85,8 @@ class VeraLinear(nn.Module):
 
     def merged(self) -> Tensor:
         """The merged weight W', (out, in), in the dtype of W."""
-        w, (a, b) = matrix(self.base_layer), self.shared()
-        update = (self.vera_lambda_b[:, None] * b) @ (self.vera_lambda_d[:, None] * a)
+        w, (A, B) = matrix(self.base_layer), self.shared()
+        update = (self.vera_lambda_b[:, None] * B) @ (self.vera_lambda_d[:, None] * A)
         return (w + update).to(w.dtype)  # (2)
 
     def merge(self) -> None:
@@ -100,8 +100,8 @@ class VeraLinear(nn.Module):
 
 def add_vera(model: nn.Module, config: VeraConfig) -> dict[str, VeraLinear]:
     """Freeze the model, replace each target with a VeraLinear, and return the new layers by name.
-    Raises ValueError unless `target_modules` lists linear layers, by name or ending of a name."""
-    if isinstance(config.target_modules, str | None):
+    Targets: linear layers whose name or its end is listed. Raises ValueError if there are none."""
+    if not isinstance(config.target_modules, list):
         raise ValueError(f"add_vera needs a list of names, not {config.target_modules!r}")
     ends = tuple(f".{name}" for name in config.target_modules)  # "proj" must not match "q_proj"
     targets = {
@@ -109,11 +109,11 @@ def add_vera(model: nn.Module, config: VeraConfig) -> dict[str, VeraLinear]:
         for name, layer in model.named_modules()
         if f".{name}".endswith(ends) and type(layer).__name__ in ("Linear", "Conv1D")
     }
-    if not targets:
-        raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer")
+    if not targets or any(hasattr(m, "base_layer") for m in model.modules()):
+        raise ValueError(f"{config.target_modules} match no linear layer, or the model is adapted")
     projections = Projections(list(targets.values()), config)  # one pair, shared by all layers
     layers = {name: VeraLinear(layer, config, projections) for name, layer in targets.items()}
-    model.requires_grad_(False)  # the new layers, which stay trainable, are not in it yet
+    model.requires_grad_(False)  # the new layers stay trainable: they are not in the model yet
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))
     return layers
@@ -128,8 +128,8 @@ if __name__ == "__main__":  # recover an update that was made with the same rand
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(20, 30)), torch.randn(256, 20)
     (layer,) = add_vera(model, VeraConfig(r=16, target_modules=["0"])).values()
-    w, (a, b) = layer.merged().detach(), layer.shared()
-    goal = w + (torch.randn(30, 1) * b) @ (0.1 * a)
+    w, (A, B) = layer.merged().detach(), layer.shared()
+    goal = w + (torch.randn(30, 1) * B) @ (0.1 * A)  # another b, and the d of the start
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(500):
         F.mse_loss(model(x), F.linear(x, goal, layer.bias)).backward()
