@@ -26,6 +26,7 @@ from torch import nn
 
 from minipeft import GPT, GPTConfig, PeftModel, PrefixTuningConfig, prefix_tuning
 from minipeft.grader.lessons import check, claim, hint, solution, solved
+from minipeft.grader.lessons.lesson_06 import FINISHED  # for exercises that you skip
 from minipeft.lab import DATA, compare, report, tasks
 from minipeft.lab.base import load_base
 from minipeft.lab.evaluate import complete, task_loss, text_loss
@@ -194,12 +195,7 @@ def attend(q, k, v, K_P, V_P):
 # %% tags=["check"]
 check("06.attend", attend)
 if not solved("06.attend"):
-
-    def attend(q, k, v, K_P, V_P):
-        mask = prefix_mask(len(K_P), len(q))
-        keys, values = torch.cat((K_P, k)), torch.cat((V_P, v))
-        return nn.functional.scaled_dot_product_attention(q, keys, values, mask)
-
+    attend = FINISHED["attend"]
 
 # %% [markdown]
 # Compare with minipeft, in a GPT with one layer and two heads.
@@ -394,10 +390,7 @@ def first_tokens(cache, p):
 # %% tags=["check"]
 check("06.first_tokens", first_tokens)
 if not solved("06.first_tokens"):
-
-    def first_tokens(cache, p):
-        return tuple(tuple(kv[:, :, :p] for kv in pair) for pair in cache)
-
+    first_tokens = FINISHED["first_tokens"]
 
 # %% [markdown]
 # With the first 20 tokens of a training example as its prefix, the model acts as if it had read them. We train this prefix.

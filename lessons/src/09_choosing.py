@@ -33,6 +33,7 @@ from minipeft import PeftModel
 from minipeft.data import choosing, experiments
 from minipeft.data.sections import at, paired, with_interval
 from minipeft.grader.lessons import check, claim, hint, solution, solved
+from minipeft.grader.lessons.lesson_09 import FINISHED  # for exercises that you skip
 from minipeft.lab import DATA, compare, report, tasks
 from minipeft.lab.base import load_base
 from minipeft.lab.evaluate import activation_bytes, task_loss
@@ -205,14 +206,8 @@ def front(points):
 
 # %% tags=["check"]
 check("09.front", front)
-if not solved("09.front"):  # until yours is right, later cells use this one
-
-    def front(points):
-        def beats(q, p):
-            return q != p and q[0] >= p[0] and q[1] <= p[1]
-
-        return [p for p in points if not any(beats(q, p) for q in points)]
-
+if not solved("09.front"):
+    front = FINISHED["front"]
 
 # %% [markdown]
 # Does `choosing.equal_score`, minipeft's own search, find the same least forgetting as our fronts?

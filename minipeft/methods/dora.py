@@ -1,4 +1,4 @@
-"""DoRA: train the length of each row of a weight apart from its direction.
+"""DoRA: train the length of each row of a weight separately from its direction.
 
 LoRA's update changes the lengths and the directions of W's rows together. DoRA writes a weight as
 lengths m times directions, V / ‖V‖. It trains m, and changes the directions with a LoRA. At the
@@ -16,9 +16,9 @@ Trainable parameters: r · (in + out) + out, summed over the adapted layers.
 
 No gradient flows through ‖V‖ (section 4.3), which saves memory. But each step computes all of V, so
 DoRA is slower than LoRA. As in Hugging Face peft, its config is a LoraConfig. Difference from peft:
-dropout acts only where (3) has it. In peft it also acts on an input of W.
+dropout acts on the input of A alone. In peft, a part of W x has it too.
 
->>> layers = add_dora(model, LoraConfig(use_dora=True, target_modules=["q_proj", "v_proj"]))
+>>> layers = add_dora(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
 """
 
 import math
@@ -33,8 +33,7 @@ class DoraLinear(nn.Module):
     """A frozen linear layer with a LoRA on its directions and trained lengths, equation (3).
 
     base_layer: `nn.Linear`, or transformers' `Conv1D`, which stores W transposed.
-    config: a LoraConfig (lora.py), or any object with its r, lora_alpha, lora_dropout, use_rslora
-    and, for add_dora, target_modules.
+    config: a LoraConfig (lora.py), or any object with the attributes of one that are read here.
     While merged, calling it in training mode with gradients raises RuntimeError.
     """
 
@@ -90,7 +89,7 @@ class DoraLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Compute W' and store it; from now on `forward` uses it. W, A, B and m do not change."""
+        """Compute W' and store it: `forward` uses it until unmerge(). W, A, B and m stay."""
         self.merged_weight = self.merged().contiguous()
 
     def unmerge(self) -> None:
@@ -100,17 +99,18 @@ class DoraLinear(nn.Module):
 
 def add_dora(model: nn.Module, config) -> dict[str, DoraLinear]:
     """Freeze the model, replace each target with a DoraLinear, and return the new layers by name.
-    Targets: linear layers whose name or its end is listed. Raises ValueError if there are none."""
-    if not isinstance(config.target_modules, list):
-        raise ValueError(f"add_dora needs a list of names, not {config.target_modules!r}")
-    ends = tuple(f".{name}" for name in config.target_modules)  # "proj" must not match "q_proj"
+    Targets are linear layers, listed by name or by its last parts, such as "mlp.c_proj"."""
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model already has an adapter: remove it before adding another")
+    names = config.target_modules
+    ends = tuple(f".{name}" for name in names) if isinstance(names, list) else ()
     layers = {
         name: DoraLinear(layer, config)
         for name, layer in model.named_modules()
         if f".{name}".endswith(ends) and type(layer).__name__ in ("Linear", "Conv1D")
     }
-    if not layers or any(hasattr(m, "base_layer") for m in model.modules()):
-        raise ValueError(f"{config.target_modules} match no linear layer, or the model is adapted")
+    if not layers:
+        raise ValueError(f"target_modules must be a list with linear layers, got {names!r}")
     model.requires_grad_(False)  # the new layers stay trainable: they are not in the model yet
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))

@@ -8,15 +8,14 @@ Paper: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and 
 In-Context Learning", arXiv 2205.05638.
 
     y = l · (W x + b)            W' = diag(l) W,   b' = l b    (1)  keys and values, section 3.3
-    y = W (l · x) + b            W' = W diag(l)                (2)  `feedforward_modules`
+    y = W (l · x) + b            W' = W diag(l),   b' = b      (2)  `feedforward_modules`
 
-Shapes: W (out, in), b (out,), x (…, in), y (…, out). l is (out, 1) in (1) and (1, in) in (2): the
-product of W and l is then W'. Trainable parameters: `out` per layer with (1), `in` with (2).
+Shapes: W (out, in), b (out,), x (…, in), y (…, out). l is stored as (out, 1) for (1) and as (1, in)
+for (2), so that W' is W times l. Trainable parameters: `out` per layer with (1), `in` with (2).
 
-The paper adapts keys, values, and the activations inside the MLP: these are the input of its last
-layer. In GPT-2 one layer makes queries, keys and values: with "attn.c_attn", the queries are
-multiplied too, as in Hugging Face peft. Difference from peft: both lists of names must be given,
-but `feedforward_modules` may be [].
+The paper adapts keys, values, and the activations inside the MLP, the input of its last layer. In
+GPT-2 one layer makes queries, keys and values: with "attn.c_attn", the queries are multiplied too,
+as in Hugging Face peft. Difference from peft: both lists must be given; the second may be [].
 
 >>> names = {"target_modules": ["attn.c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}
 >>> layers = add_ia3(model, IA3Config(**names))
@@ -48,7 +47,7 @@ class IA3Config:
 class IA3Linear(nn.Module):
     """A frozen linear layer whose outputs (1), or inputs (2), are multiplied by a vector.
 
-    base_layer: `nn.Linear`, or transformers' `Conv1D`, which stores W transposed.
+    base_layer: `nn.Linear`, or transformers' `Conv1D`, which stores W transposed. config: not used.
     """
 
     def __init__(self, base_layer: nn.Module, config: IA3Config, is_feedforward: bool = False):
@@ -90,9 +89,9 @@ class IA3Linear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Store W' and b'; from now on `forward` uses them. W and b do not change."""
+        """Store W' and b': `forward` uses them until unmerge(). W and b do not change."""
         self.merged_weight = self.merged().contiguous()
-        self.merged_bias = None if self.bias is None else self.bias.detach()  # not as a Parameter
+        self.merged_bias = None if self.bias is None else self.bias.detach()  # may be a Parameter
 
     def unmerge(self) -> None:
         """Discard W' and b'."""
@@ -101,18 +100,19 @@ class IA3Linear(nn.Module):
 
 def add_ia3(model: nn.Module, config: IA3Config) -> dict[str, IA3Linear]:
     """Freeze the model, replace each target with an IA3Linear, and return the new layers by name.
-    Targets: linear layers whose name or its end is listed. Raises ValueError if there are none."""
-    if not isinstance(config.target_modules, list):
-        raise ValueError(f"add_ia3 needs a list of names, not {config.target_modules!r}")
-    ends = tuple(f".{name}" for name in config.target_modules)  # "proj" must not match "q_proj"
+    Targets are linear layers, listed by name or by its last parts, such as "mlp.c_proj"."""
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model already has an adapter: remove it before adding another")
+    names = config.target_modules
+    ends = tuple(f".{name}" for name in names) if isinstance(names, list) else ()
     feedforward = tuple(f".{name}" for name in config.feedforward_modules)
     layers = {
         name: IA3Linear(layer, config, f".{name}".endswith(feedforward))
         for name, layer in model.named_modules()
         if f".{name}".endswith(ends) and type(layer).__name__ in ("Linear", "Conv1D")
     }
-    if not layers or any(hasattr(m, "base_layer") for m in model.modules()):
-        raise ValueError(f"{config.target_modules} match no linear layer, or the model is adapted")
+    if not layers:
+        raise ValueError(f"target_modules must be a list with linear layers, got {names!r}")
     model.requires_grad_(False)  # the new layers stay trainable: they are not in the model yet
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))

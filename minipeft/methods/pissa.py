@@ -13,14 +13,15 @@ Language Models", arXiv 2404.02948.
       = W x + s (B A dropout(x) - B₀ A₀ x) + b                 (4)  the same; W stays as it is
     W' = W + s (B A - B₀ A₀)                                   (5)  merging
 
-Shapes: W (out, in), A and A₀ (r, in), B and B₀ (out, r), x (…, in), y (…, out). U_r and V_r are the
-first r columns of U and V; s = α / r, or α / √r with `use_rslora`.
+Shapes: W (out, in), A and A₀ (r, in), B and B₀ (out, r), x (…, in), y (…, out). U_r, S_r and V_r are
+the parts of U, S and V for the r largest singular values. s = α / r, or α / √r with `use_rslora`.
 Trainable parameters: r · (in + out), summed over the adapted layers.
 
 Difference from Hugging Face peft, which writes W_res into the model: we compute (4), and W stays as
-it is. A PiSSA is also a LoRA with the same s and rank 2 r, made of [B, -B₀] and [A; A₀]: `as_lora`.
+it is. A₀ and B₀ are not saved, but computed from W again. `as_lora` gives a LoRA with rank 2 r and
+the same s (so with 2 α, or √2 α with `use_rslora`). Its factors are [B, -B₀] and [A; A₀].
 
->>> layers = add_pissa(model, LoraConfig(init_lora_weights="pissa", target_modules=["c_attn"]))
+>>> layers = add_pissa(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
 """
 
 import math
@@ -35,8 +36,7 @@ class PissaLinear(nn.Module):
     """A frozen linear layer with a LoRA that starts at its largest singular directions, (4).
 
     base_layer: `nn.Linear`, or transformers' `Conv1D`, which stores W transposed.
-    config: a LoraConfig (lora.py), or any object with its r, lora_alpha, lora_dropout, use_rslora
-    and, for add_pissa, target_modules.
+    config: a LoraConfig (lora.py), or any object with the attributes of one that are read here.
     Raises ValueError if r is larger than a side of W.
     """
 
@@ -90,7 +90,7 @@ class PissaLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Compute W' and store it; from now on `forward` uses it. W, A and B do not change."""
+        """Compute W' and store it: `forward` uses it until unmerge(). W, A and B do not change."""
         self.merged_weight = self.merged().contiguous()
 
     def unmerge(self) -> None:
@@ -100,17 +100,18 @@ class PissaLinear(nn.Module):
 
 def add_pissa(model: nn.Module, config) -> dict[str, PissaLinear]:
     """Freeze the model, replace each target with a PissaLinear, and return the new layers by name.
-    Targets: linear layers whose name or its end is listed. Raises ValueError if there are none."""
-    if not isinstance(config.target_modules, list):
-        raise ValueError(f"add_pissa needs a list of names, not {config.target_modules!r}")
-    ends = tuple(f".{name}" for name in config.target_modules)  # "proj" must not match "q_proj"
+    Targets are linear layers, listed by name or by its last parts, such as "mlp.c_proj"."""
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model already has an adapter: remove it before adding another")
+    names = config.target_modules
+    ends = tuple(f".{name}" for name in names) if isinstance(names, list) else ()
     layers = {
         name: PissaLinear(layer, config)
         for name, layer in model.named_modules()
         if f".{name}".endswith(ends) and type(layer).__name__ in ("Linear", "Conv1D")
     }
-    if not layers or any(hasattr(m, "base_layer") for m in model.modules()):
-        raise ValueError(f"{config.target_modules} match no linear layer, or the model is adapted")
+    if not layers:
+        raise ValueError(f"target_modules must be a list with linear layers, got {names!r}")
     model.requires_grad_(False)  # the new layers stay trainable: they are not in the model yet
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))
@@ -125,16 +126,15 @@ def matrix(layer: nn.Module) -> Tensor:
 if __name__ == "__main__":  # scale the two largest singular values, which PiSSA starts at
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(20, 30, bias=False)), torch.randn(64, 20)
-    w = model[0].weight.detach()
-    u, s, vh = torch.linalg.svd(w, full_matrices=False)
-    goal = w + u[:, :2] * s[:2] @ vh[:2]
     lora = {"r": 2, "lora_alpha": 2, "lora_dropout": 0.0, "use_rslora": False}
     (layer,) = add_pissa(model, SimpleNamespace(target_modules=["0"], **lora)).values()
+    change = layer.scaling * layer.start_B @ layer.start_A
+    goal = layer.base_layer.weight + change
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(300):
         F.mse_loss(model(x), x @ goal.T).backward()
         optimizer.step()
         optimizer.zero_grad()
-    error = (layer.merged() - goal).norm() / (goal - w).norm()
+    error = (layer.merged() - goal).norm() / change.norm()
     assert error < 1e-3
     print(f"pissa.py: rank 2 doubled the two largest singular values, error {error:.1e}")

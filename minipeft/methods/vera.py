@@ -38,7 +38,7 @@ class VeraConfig:
 
 
 class Projections(nn.Module):
-    """A and B for the largest of these layers. One module, which moves to a device only once."""
+    """A and B for the largest of these layers, in a module that all layers share."""
 
     def __init__(self, layers: list[nn.Module], config: VeraConfig):
         super().__init__()
@@ -55,15 +55,14 @@ class Projections(nn.Module):
 class VeraLinear(nn.Module):
     """A frozen `nn.Linear`, or `Conv1D` of transformers, plus an update from A and B, (1)."""
 
-    def __init__(self, base_layer: nn.Module, config: VeraConfig, projections: Projections):
+    def __init__(self, base_layer: nn.Module, config: VeraConfig, shared: Projections):
         super().__init__()
-        self.base_layer, self.projections = base_layer, projections
+        self.base_layer, self.projections = base_layer, shared
         self.transposed = type(base_layer).__name__ == "Conv1D"
         self.out_features, self.in_features = matrix(base_layer).shape
         self.vera_dropout = nn.Dropout(config.vera_dropout)
-        like = projections.vera_A  # float32 even for a half base
-        self.vera_lambda_d = nn.Parameter(like.new_full((config.r,), config.d_initial))  # d
-        self.vera_lambda_b = nn.Parameter(like.new_zeros(self.out_features))  # b
+        self.vera_lambda_d = nn.Parameter(shared.vera_A.new_full((config.r,), config.d_initial))
+        self.vera_lambda_b = nn.Parameter(shared.vera_A.new_zeros(self.out_features))
         self.register_buffer("merged_weight", None, persistent=False)  # W' while merged; not saved
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +89,7 @@ class VeraLinear(nn.Module):
         return (w + update).to(w.dtype)  # (2)
 
     def merge(self) -> None:
-        """Compute W' and store it; from now on `forward` uses it. W does not change."""
+        """Compute W' and store it: `forward` uses it until unmerge(). W does not change."""
         self.merged_weight = self.merged().detach().contiguous()
 
     def unmerge(self) -> None:
@@ -100,17 +99,18 @@ class VeraLinear(nn.Module):
 
 def add_vera(model: nn.Module, config: VeraConfig) -> dict[str, VeraLinear]:
     """Freeze the model, replace each target with a VeraLinear, and return the new layers by name.
-    Targets: linear layers whose name or its end is listed. Raises ValueError if there are none."""
-    if not isinstance(config.target_modules, list):
-        raise ValueError(f"add_vera needs a list of names, not {config.target_modules!r}")
-    ends = tuple(f".{name}" for name in config.target_modules)  # "proj" must not match "q_proj"
+    Targets are linear layers, listed by name or by its last parts, such as "mlp.c_proj"."""
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model already has an adapter: remove it before adding another")
+    names = config.target_modules
+    ends = tuple(f".{name}" for name in names) if isinstance(names, list) else ()
     targets = {
         name: layer
         for name, layer in model.named_modules()
         if f".{name}".endswith(ends) and type(layer).__name__ in ("Linear", "Conv1D")
     }
-    if not targets or any(hasattr(m, "base_layer") for m in model.modules()):
-        raise ValueError(f"{config.target_modules} match no linear layer, or the model is adapted")
+    if not targets:
+        raise ValueError(f"target_modules must be a list with linear layers, got {names!r}")
     projections = Projections(list(targets.values()), config)  # one pair, shared by all layers
     layers = {name: VeraLinear(layer, config, projections) for name, layer in targets.items()}
     model.requires_grad_(False)  # the new layers stay trainable: they are not in the model yet
@@ -137,4 +137,4 @@ if __name__ == "__main__":  # recover an update that was made with the same rand
         optimizer.zero_grad()
     error = (layer.merged() - goal).norm() / (goal - w).norm()
     assert error < 0.01
-    print(f"vera.py: 46 parameters recovered a change of 600, error {error:.1e}")
+    print(f"vera.py: 46 parameters recovered a change of 600 weights, error {error:.1e}")

@@ -10,7 +10,7 @@ FORWARD = f"        if self.is_feedforward:\n            {IN}\n{OUT}"
 BIAS = "return b if b is None or self.is_feedforward else (b * self.ia3_l[:, 0]).to(b.dtype)"
 MERGED = "return (w * self.ia3_l).to(w.dtype)"
 MERGE = """        self.merged_weight = self.merged().contiguous()
-        self.merged_bias = None if self.bias is None else self.bias.detach()  # not as a Parameter
+        self.merged_bias = None if self.bias is None else self.bias.detach()  # may be a Parameter
 """
 
 VARIANTS = [

@@ -343,6 +343,14 @@ def n_bytes(cache_bytes, draw):
     answered(cache_bytes, 2 * n, mistakes, "Keys and values, tokens, layers, width, bytes.")
 
 
+def _first_tokens(cache: tuple, p: int) -> tuple:
+    return tuple((keys[:, :, :p], values[:, :, :p]) for keys, values in cache)
+
+
+# what the lesson uses for a function that is not right yet
+FINISHED = {"attend": _attention, "first_tokens": _first_tokens}
+
+
 @exercise(
     "06.gated",
     "a is the prefix's part of the sum of exp(score) over all keys.",

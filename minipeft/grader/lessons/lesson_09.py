@@ -117,6 +117,14 @@ def _beats(q: tuple, p: tuple) -> bool:
     return q != p and q[0] >= p[0] and q[1] <= p[1]
 
 
+def _front(points: list[tuple]) -> list[tuple]:
+    return [p for p in points if not any(_beats(q, p) for q in points)]
+
+
+# what the lesson uses for a function that is not right yet
+FINISHED = {"front": _front}
+
+
 @exercise(
     "09.choose",
     "Only one of the two dictionaries may decide which setting you take.",
