@@ -13,8 +13,8 @@ Language Models", arXiv 2404.02948.
       = W x + s (B A dropout(x) - B₀ A₀ x) + b                 (4)  the same; W stays as it is
     W' = W + s (B A - B₀ A₀)                                   (5)  merging
 
-Shapes: W (out, in), A and A₀ (r, in), B and B₀ (out, r), x (…, in), y (…, out). U_r, S_r and V_r are
-the parts of U, S and V for the r largest singular values. s = α / r, or α / √r with `use_rslora`.
+Shapes: W (out, in), A and A₀ (r, in), B and B₀ (out, r), x (…, in), y (…, out). U_r, S_r and V_r
+belong to the r largest singular values. s = α / r, or α / √r with `use_rslora`.
 Trainable parameters: r · (in + out), summed over the adapted layers.
 
 Difference from Hugging Face peft, which writes W_res into the model: we compute (4), and W stays as
