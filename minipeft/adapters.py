@@ -85,8 +85,9 @@ def merge_into_base(layer: nn.Module) -> nn.Module:
     base = layer.base_layer
     if isinstance(layer, QLoraLinear):
         return base.plain(layer.merged())
-    for name, parameter in base.named_parameters(recurse=False):
-        parameter.copy_(getattr(layer, name, parameter))
+    for name in ("weight", "bias"):
+        if (parameter := base._parameters.get(name)) is not None:
+            parameter.copy_(getattr(layer, name))
     return base
 
 
