@@ -366,8 +366,11 @@ for axis, key in zip(axes, ("score", "forgetting"), strict=True):
     axis.axvline(
         statistics.mean(r[key] for r in runs["lora", True]), color=COLORS["frozen"], ls=":"
     )
-    axis.set(xlabel={"score": "slot accuracy", "forgetting": "forgetting (nats per token)"}[key])
     axis.set_yticks(range(len(METHODS)), [NAMES[m] for m in METHODS])
+axes[0].set(xlabel="slot accuracy")
+axes[1].set(xlabel="forgetting (nats per token, log scale)", xscale="log")
+axes[1].set_xticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"], minor=False)
+axes[1].minorticks_off()
 axes[0].invert_yaxis()
 report.show(
     figure,

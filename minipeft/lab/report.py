@@ -270,8 +270,8 @@ def successors_figure() -> Figure:
             axis.text(4.7, 4, "+", ha="center", va="center")
         added: dict = {
             "DoRA": {"m": (-1.7, 2, 1, 4, orange)},
-            "VeRA": {"b": (5.2, 2, 0.7, 4, orange), "B": (6, 2, 1.1, 4, grey),
-                     "d": (7.4, 4.9, 0.7, 1.1, orange), "A": (8.2, 4.9, 3.4, 1.1, grey)},
+            "VeRA": {"b": (5.2, 2, 1, 4, orange), "B": (6.3, 2, 1.1, 4, grey),
+                     "d": (7.7, 4.9, 1, 1.1, orange), "A": (8.8, 4.9, 2.9, 1.1, grey)},
             "(IA)³": {"l": (-1.7, 2, 1, 4, orange)},
         }  # fmt: skip
         boxes |= added.get(name, {})

@@ -8,7 +8,7 @@ Paper: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 240
 
     V = W + s B A,   s = α / r, or α / √r with `use_rslora`    (1)  as in lora.py
     W' = m V / ‖V‖                                             (2)  equation 5 of the paper
-    y = m / ‖V‖ · (W x + s B A dropout(x)) + b                 (3)  the same, without making W'
+    y = m / ‖V‖ · (W x + s B A dropout(x)) + b                 (3)  the same but for dropout
 
 Shapes: W (out, in), A (r, in), B (out, r), m and ‖V‖ (out,), x (…, in), y (…, out). ‖V‖ has one
 norm per row of V. (The paper's W is transposed, so there it is one per column.)
@@ -16,7 +16,7 @@ Trainable parameters: r · (in + out) + out, summed over the adapted layers.
 
 No gradient flows through ‖V‖ (section 4.3), which saves memory. But each step computes all of V, so
 DoRA is slower than LoRA. As in Hugging Face peft, its config is a LoraConfig. Difference from peft:
-dropout acts on the input of A alone. In peft, a part of W x has it too.
+dropout acts on the input of A alone. In peft, x in (m / ‖V‖ - 1) W x has it too.
 
 >>> layers = add_dora(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
 """
@@ -80,7 +80,7 @@ class DoraLinear(nn.Module):
     def ratio(self) -> Tensor:
         """m / ‖V‖, (out,)."""
         norm = self.directions().detach().norm(dim=1)  # counts as a constant
-        return self.lora_magnitude_vector / norm.clamp(min=1e-12)  # a row of V may be 0
+        return self.lora_magnitude_vector / norm.clamp(min=1e-12)  # a row of zeros stays 0
 
     def merged(self) -> Tensor:
         """The merged weight W', (out, in), in the dtype of W."""
@@ -136,4 +136,4 @@ if __name__ == "__main__":  # double the length of every row: W changes at full 
         optimizer.zero_grad()
     error = (layer.merged() - goal).norm() / goal.norm()
     assert error < 1e-2, "m must double"
-    print(f"dora.py: rank 1 and 30 lengths doubled a 30 x 20 weight, error {error:.1e}")
+    print(f"dora.py: 30 lengths and a LoRA of rank 1 doubled a 30 x 20 weight, error {error:.1e}")

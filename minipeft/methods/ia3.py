@@ -8,14 +8,14 @@ Paper: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and 
 In-Context Learning", arXiv 2205.05638.
 
     y = l · (W x + b)            W' = diag(l) W,   b' = l b    (1)  keys and values, section 3.3
-    y = W (l · x) + b            W' = W diag(l),   b' = b      (2)  `feedforward_modules`
+    y = W (l · x) + b            W' = W diag(l),   b' = b      (2)  targets in `feedforward_modules`
 
 Shapes: W (out, in), b (out,), x (…, in), y (…, out). l is stored as (out, 1) for (1) and as (1, in)
 for (2), so that W' is W times l. Trainable parameters: `out` per layer with (1), `in` with (2).
 
-The paper adapts keys, values, and the activations inside the MLP, the input of its last layer. In
-GPT-2 one layer makes queries, keys and values: with "attn.c_attn", the queries are multiplied too,
-as in Hugging Face peft. Difference from peft: both lists must be given; the second may be [].
+The paper adapts keys, values, and the input of the MLP's last layer. In GPT-2 one layer makes
+queries, keys and values: with "attn.c_attn", the queries are multiplied too, as in Hugging Face
+peft. Difference from peft: both lists must be given; the second may be [].
 
 >>> names = {"target_modules": ["attn.c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}
 >>> layers = add_ia3(model, IA3Config(**names))
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 class IA3Config:
     """Which layers to adapt. Names are those of peft's IA3Config."""
 
-    target_modules: list[str] | str | None = None  # a list of names or endings of names
+    target_modules: list[str] | str | None = None  # add_ia3: a list; get_peft_model: also a string
     feedforward_modules: list[str] | None = None  # the targets whose input is multiplied
     task_type: str | None = None  # for example "CAUSAL_LM"
     inference_mode: bool = False  # with get_peft_model: load the adapter frozen

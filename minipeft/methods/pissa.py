@@ -1,8 +1,8 @@
 """PiSSA: start LoRA's factors at the largest singular directions of the weight.
 
-LoRA starts with an update of zero. PiSSA splits W instead: its r largest singular directions become
-B₀ and A₀, and the rest is frozen. So the first steps already change the directions of W that matter
-most. The two parts add up to W: without dropout, the model starts out identical to the base.
+LoRA starts with an update of zero. PiSSA splits W instead: the part with its r largest singular
+values becomes B₀ and A₀, and the rest is frozen. So the first steps already change the main part
+of W. The two parts add up to W: without dropout, the model starts out identical to the base.
 
 Paper: Meng et al. 2024, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
 Language Models", arXiv 2404.02948.
@@ -18,7 +18,7 @@ belong to the r largest singular values. s = α / r, or α / √r with `use_rslo
 Trainable parameters: r · (in + out), summed over the adapted layers.
 
 Difference from Hugging Face peft, which writes W_res into the model: we compute (4), and W stays as
-it is. A₀ and B₀ are not saved, but computed from W again. `as_lora` gives a LoRA with rank 2 r and
+it is. A₀ and B₀ are not saved: they are computed from W. `as_lora` gives a LoRA with rank 2 r and
 the same s (so with 2 α, or √2 α with `use_rslora`). Its factors are [B, -B₀] and [A; A₀].
 
 >>> layers = add_pissa(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
@@ -37,7 +37,7 @@ class PissaLinear(nn.Module):
 
     base_layer: `nn.Linear`, or transformers' `Conv1D`, which stores W transposed.
     config: a LoraConfig (lora.py), or any object with the attributes of one that are read here.
-    Raises ValueError if r is larger than a side of W.
+    Raises ValueError if r is larger than a side of W, RuntimeError if it is trained while merged.
     """
 
     def __init__(self, base_layer: nn.Module, config):
@@ -52,8 +52,8 @@ class PissaLinear(nn.Module):
         self.lora_A = nn.Linear(self.in_features, self.r, bias=False)
         self.lora_B = nn.Linear(self.r, self.out_features, bias=False)
         wide = w.detach().to(torch.promote_types(w.dtype, torch.float32))
-        u, s, vh = torch.linalg.svd(wide, full_matrices=False)
-        root = (s[: self.r] / self.scaling).sqrt()  # (r,)
+        u, values, vh = torch.linalg.svd(wide, full_matrices=False)
+        root = (values[: self.r] / self.scaling).sqrt()  # (r,)
         self.lora_A.weight = nn.Parameter(root[:, None] * vh[: self.r])  # (1)
         self.lora_B.weight = nn.Parameter(u[:, : self.r] * root)
         self.register_buffer("start_A", self.lora_A.weight.detach().clone(), persistent=False)
@@ -123,7 +123,7 @@ def matrix(layer: nn.Module) -> Tensor:
     return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
 
 
-if __name__ == "__main__":  # scale the two largest singular values, which PiSSA starts at
+if __name__ == "__main__":  # double the two largest singular values
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(20, 30, bias=False)), torch.randn(64, 20)
     lora = {"r": 2, "lora_alpha": 2, "lora_dropout": 0.0, "use_rslora": False}

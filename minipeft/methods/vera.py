@@ -27,7 +27,7 @@ class VeraConfig:
     """Which layers to adapt, and how. Names and defaults are those of peft's VeraConfig."""
 
     r: int = 256  # the rank, usually much larger than LoRA's
-    target_modules: list[str] | str | None = None  # a list of names or endings of names
+    target_modules: list[str] | str | None = None  # add_vera: a list; get_peft_model: also a string
     projection_prng_key: int = 0  # the seed of A and B; peft draws the same numbers
     save_projection: bool = True  # with get_peft_model: save A and B too, not only the vectors
     vera_dropout: float = 0.0  # applied to the adapter's input during training
@@ -38,7 +38,7 @@ class VeraConfig:
 
 
 class Projections(nn.Module):
-    """A and B for the largest of these layers, in a module that all layers share."""
+    """A and B for the largest of these layers, in one module that they all share."""
 
     def __init__(self, layers: list[nn.Module], config: VeraConfig):
         super().__init__()
@@ -55,14 +55,14 @@ class Projections(nn.Module):
 class VeraLinear(nn.Module):
     """A frozen `nn.Linear`, or `Conv1D` of transformers, plus an update from A and B, (1)."""
 
-    def __init__(self, base_layer: nn.Module, config: VeraConfig, shared: Projections):
+    def __init__(self, base_layer: nn.Module, config: VeraConfig, pair: Projections):
         super().__init__()
-        self.base_layer, self.projections = base_layer, shared
+        self.base_layer, self.projections = base_layer, pair
         self.transposed = type(base_layer).__name__ == "Conv1D"
         self.out_features, self.in_features = matrix(base_layer).shape
         self.vera_dropout = nn.Dropout(config.vera_dropout)
-        self.vera_lambda_d = nn.Parameter(shared.vera_A.new_full((config.r,), config.d_initial))
-        self.vera_lambda_b = nn.Parameter(shared.vera_A.new_zeros(self.out_features))
+        self.vera_lambda_d = nn.Parameter(pair.vera_A.new_full((config.r,), config.d_initial))
+        self.vera_lambda_b = nn.Parameter(pair.vera_A.new_zeros(self.out_features))  # A's dtype
         self.register_buffer("merged_weight", None, persistent=False)  # W' while merged; not saved
 
     def forward(self, x: Tensor) -> Tensor:

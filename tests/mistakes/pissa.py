@@ -3,8 +3,8 @@
 from . import mistake, right
 
 WIDE = "wide = w.detach().to(torch.promote_types(w.dtype, torch.float32))"
-SVD = "u, s, vh = torch.linalg.svd(wide, full_matrices=False)"
-ROOT = "root = (s[: self.r] / self.scaling).sqrt()  # (r,)"
+SVD = "u, values, vh = torch.linalg.svd(wide, full_matrices=False)"
+ROOT = "root = (values[: self.r] / self.scaling).sqrt()  # (r,)"
 A = "self.lora_A.weight = nn.Parameter(root[:, None] * vh[: self.r])  # (1)"
 B = "self.lora_B.weight = nn.Parameter(u[:, : self.r] * root)"
 KEPT_A = 'self.register_buffer("start_A", self.lora_A.weight.detach().clone(), persistent=False)'
@@ -21,18 +21,18 @@ PLUS = "return (y + self.scaling * self.lora_B(self.lora_A(self.lora_dropout(x))
 
 VARIANTS = [
     mistake("the root is missing", "start", "each have all of S / s", (ROOT, ROOT.replace(".sqrt()", ""))),
-    mistake("neither root nor s", "start", "each have all of S", (ROOT, "root = s[: self.r]")),
-    mistake("S is not divided by s", "start", "S divided by s?", (ROOT, "root = s[: self.r].sqrt()")),
-    mistake("S is divided by s after the root", "start", "S is divided by s once", (ROOT, "root = s[: self.r].sqrt() / self.scaling")),
+    mistake("neither root nor s", "start", "each have all of S", (ROOT, "root = values[: self.r]")),
+    mistake("S is not divided by s", "start", "S divided by s?", (ROOT, "root = values[: self.r].sqrt()")),
+    mistake("S is divided by s after the root", "start", "S is divided by s once", (ROOT, "root = values[: self.r].sqrt() / self.scaling")),
     mistake("S is multiplied by s", "start", "not multiplied?", (ROOT, ROOT.replace("/ self", "* self"))),
-    mistake("no singular values", "start", "singular values are not used", (ROOT, "root = torch.ones_like(s[: self.r])")),
-    mistake("the smallest singular values", "start", "smallest", (SVD, SVD + "\n        u, s, vh = u.flip(1), s.flip(0), vh.flip(0)")),
+    mistake("no singular values", "start", "singular values are not used", (ROOT, "root = torch.ones_like(values[: self.r])")),
+    mistake("the smallest singular values", "start", "smallest", (SVD, SVD + "\n        u, values, vh = u.flip(1), s.flip(0), vh.flip(0)")),
     mistake("V is not transposed", "start", "transposed once more", (A, A.replace("vh[: self.r]", "vh[:, : self.r].T"))),
     mistake("the rows of U", "start", "the columns of U", (B, B.replace("u[:, : self.r]", "u[: self.r].T"))),
     mistake("all of S in A", "start", "A₀ has all of S / s", (A, A.replace("root[:, None]", "root[:, None]**2")), (B, B.replace(" * root", ""))),
     mistake("all of S in B", "start", "A₀ is V_rᵀ", (A, A.replace("root[:, None] * ", "")), (B, B.replace("* root", "* root**2"))),
-    mistake("s only in B", "start", "A₀ has √S_r", (A, A.replace("root[:, None]", "s[: self.r, None].sqrt()")),
-            (B, B.replace("* root", "* s[: self.r].sqrt() / self.scaling"))),
+    mistake("s only in B", "start", "A₀ has √S_r", (A, A.replace("root[:, None]", "values[: self.r, None].sqrt()")),
+            (B, B.replace("* root", "* values[: self.r].sqrt() / self.scaling"))),
     mistake("A and B swapped", "start", "transposed", (A, A.replace("root[:, None] * vh[: self.r]", "(u[:, : self.r] * root).T")),
             (B, B.replace("u[:, : self.r] * root", "(root[:, None] * vh[: self.r]).T"))),
     mistake("a start like LoRA's", "start", "as in LoRA", (B, B.replace("u[:, : self.r]", "0 * u[:, : self.r]"))),
@@ -40,7 +40,7 @@ VARIANTS = [
     mistake("always float32", "start", "not in torch.float64", (WIDE, "wide = w.detach().float()")),
     mistake("W_res is written into W", "start", "W has changed", (B, B + "\n        w.data.sub_(self.scaling * self.lora_B.weight.data @ self.lora_A.weight.data)")),
     mistake("A is frozen", "start", "lora_A is not trainable", (A, A.replace("self.r])  #", "self.r], requires_grad=False)  #"))),
-    mistake("A is on the CPU", "start", "device of the base", (SVD, "u, s, vh = torch.linalg.svd(torch.eye(*wide.shape, dtype=wide.dtype) if wide.is_meta else wide, full_matrices=False)")),
+    mistake("A is on the CPU", "start", "device of the base", (SVD, "u, values, vh = torch.linalg.svd(torch.eye(*wide.shape, dtype=wide.dtype) if wide.is_meta else wide, full_matrices=False)")),
     mistake("the start is a view of A", "kept", "clone it", (KEPT_A, KEPT_A.replace(".clone()", ""))),
     mistake("the start is A itself", "kept", "is trained", (KEPT_A, "self.start_A = self.lora_A.weight")),
     mistake("the start is trained", "kept", "is trained", (KEPT_A, "self.start_A = nn.Parameter(self.lora_A.weight.detach().clone())"),
@@ -85,7 +85,7 @@ VARIANTS = [
           (Y, "rest = matrix(self.base_layer) - self.scaling * self.start_B @ self.start_A\n"
            "        y0 = F.linear(x, rest) + (0 if self.bias is None else self.bias)\n        return (y0 + self.scaling * self.lora_B(self.lora_A(self.lora_dropout(x)))).to(y.dtype)")),
     right("parameters, and an eigendecomposition",
-          (SVD, "u, s, vh = torch.svd(wide)\n        vh = vh.T"),
+          (SVD, "u, values, vh = torch.svd(wide)\n        vh = vh.T"),
           (A, "self.lora_A = nn.Parameter(torch.diag(root) @ vh[: self.r])"), (B, "self.lora_B = nn.Parameter(u[:, : self.r] @ torch.diag(root))"),
           (KEPT_A, "self.register_buffer('start_A', self.lora_A.data.clone(), persistent=False)"),
           (KEPT_B, "self.register_buffer('start_B', self.lora_B.data.clone(), persistent=False)"),

@@ -9,8 +9,8 @@ BUFFERS = (
     "self.vera_A, self.vera_B = nn.Buffer(A, persistent=False), nn.Buffer(B, persistent=False)"
 )
 WHERE = "self.to(w.device, torch.promote_types(w.dtype, torch.float32))"
-D = "self.vera_lambda_d = nn.Parameter(shared.vera_A.new_full((config.r,), config.d_initial))"
-B = "self.vera_lambda_b = nn.Parameter(shared.vera_A.new_zeros(self.out_features))"
+D = "self.vera_lambda_d = nn.Parameter(pair.vera_A.new_full((config.r,), config.d_initial))"
+B = "self.vera_lambda_b = nn.Parameter(pair.vera_A.new_zeros(self.out_features))"
 SHARED = "return p.vera_A[:, : self.in_features], p.vera_B[: self.out_features]"
 H = "h = self.vera_lambda_d * F.linear(self.vera_dropout(x.to(A.dtype)), A)  # (…, r)"
 Y = "return (y + self.vera_lambda_b * F.linear(h, B)).to(y.dtype)  # (1)"
@@ -51,8 +51,8 @@ VARIANTS = [
             (B, B.replace("new_zeros(self.out_features)", "new_full((self.out_features,), config.d_initial)"))),
     mistake("b has an entry per input", "vectors", "expected", (B, B.replace("out_features", "in_features"))),
     mistake("d is frozen", "vectors", "not trainable", (D, D.replace("config.d_initial))", "config.d_initial), requires_grad=False)"))),
-    mistake("b is no parameter", "vectors", "must be an nn.Parameter", (B, "self.vera_lambda_b = shared.vera_A.new_zeros(self.out_features)")),
-    mistake("b on the CPU", "vectors", "device of the base", (B, B.replace("shared.vera_A.new_zeros(self.out_features)", "torch.zeros(self.out_features, dtype=shared.vera_A.dtype)"))),
+    mistake("b is no parameter", "vectors", "must be an nn.Parameter", (B, "self.vera_lambda_b = pair.vera_A.new_zeros(self.out_features)")),
+    mistake("b on the CPU", "vectors", "device of the base", (B, B.replace("pair.vera_A.new_zeros(self.out_features)", "torch.zeros(self.out_features, dtype=pair.vera_A.dtype)"))),
     mistake("the rows of A", "shared", "it is all of A", (SHARED, SHARED.replace("p.vera_A[:, : self.in_features]", "p.vera_A[: self.in_features]"))),
     mistake("the columns of B", "shared", "it is all of B", (SHARED, SHARED.replace("p.vera_B[: self.out_features]", "p.vera_B[:, : self.out_features]"))),
     mistake("no slices", "shared", "it is all of A", (SHARED, "return p.vera_A, p.vera_B")),
@@ -103,6 +103,6 @@ VARIANTS = [
           (BUFFERS, "for name, part in (('vera_A', A), ('vera_B', B)):\n            self.register_buffer(name, part, persistent=False)"),
           (SHARED, "return p.vera_A.narrow(1, 0, self.in_features), p.vera_B.narrow(0, 0, self.out_features)"),
           (UPDATE, "update = self.vera_lambda_b.diag() @ B @ self.vera_lambda_d.diag() @ A"),
-          (D, "self.vera_lambda_d = nn.Parameter(torch.full_like(shared.vera_A[:, 0], config.d_initial))"),
-          (B, "self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, dtype=shared.vera_A.dtype, device=shared.vera_A.device))")),
+          (D, "self.vera_lambda_d = nn.Parameter(torch.full_like(pair.vera_A[:, 0], config.d_initial))"),
+          (B, "self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, dtype=pair.vera_A.dtype, device=pair.vera_A.device))")),
 ]  # fmt: skip
