@@ -26,7 +26,7 @@ VARIANTS = [
     mistake("S is divided by s after the root", "start", "S is divided by s once", (ROOT, "root = values[: self.r].sqrt() / self.scaling")),
     mistake("S is multiplied by s", "start", "not multiplied?", (ROOT, ROOT.replace("/ self", "* self"))),
     mistake("no singular values", "start", "singular values are not used", (ROOT, "root = torch.ones_like(values[: self.r])")),
-    mistake("the smallest singular values", "start", "smallest", (SVD, SVD + "\n        u, values, vh = u.flip(1), s.flip(0), vh.flip(0)")),
+    mistake("the smallest singular values", "start", "smallest", (SVD, SVD + "\n        u, values, vh = u.flip(1), values.flip(0), vh.flip(0)")),
     mistake("V is not transposed", "start", "transposed once more", (A, A.replace("vh[: self.r]", "vh[:, : self.r].T"))),
     mistake("the rows of U", "start", "the columns of U", (B, B.replace("u[:, : self.r]", "u[: self.r].T"))),
     mistake("all of S in A", "start", "A₀ has all of S / s", (A, A.replace("root[:, None]", "root[:, None]**2")), (B, B.replace(" * root", ""))),
