@@ -28,6 +28,7 @@ from IPython.display import Markdown, display
 from minipeft import LoraConfig, PagedAdamW, PeftModel, get_peft_model, qlora, quantize_model
 from minipeft.data import bits  # rounding to other levels
 from minipeft.grader.lessons import check, claim, hint, solution, solved
+from minipeft.grader.lessons.lesson_07 import FINISHED  # for exercises that you skip
 from minipeft.lab import DATA, compare, memory, report, tasks
 from minipeft.lab.base import load_base
 from minipeft.lab.evaluate import complete, task_loss, text_loss
@@ -785,16 +786,19 @@ def correct(W, Q, r, alpha):
 
 # %% tags=["check"]
 check("07.correct", correct)
+if not solved("07.correct"):
+    correct = FINISHED["correct"]
 
 # %%
 torch.manual_seed(0)
 corrected, squares, noise = coarse("int2"), [], []
 for layer, W in zip(find_targets(corrected, "all-linear").values(), weights, strict=True):
-    u, s, vh = torch.linalg.svd(W - layer.weight.detach(), full_matrices=False)
-    layer.weight.data += u[:, :8] * s[:8] @ vh[:8]  # rank 8
-    squares.append((s[:8].square().sum() / s.square().sum()).item())
-    s = torch.linalg.svdvals(torch.randn_like(W))
-    noise.append((s[:8].square().sum() / s.square().sum()).item())
+    Q = layer.weight.detach().clone()
+    A, B = correct(W, Q, 8, 16)
+    layer.weight.data += 16 / 8 * B @ A
+    for shares, matrix in ((squares, W - Q), (noise, torch.randn_like(W))):
+        s = torch.linalg.svdvals(matrix)
+        shares.append((s[:8].square().sum() / s.square().sum()).item())
 left = changed(truth, log_probabilities(corrected))
 print(f"int2: changed top tokens {live['int2']:.1%}, corrected with rank 8 {left:.1%}")
 print(f"rank 8 corrects {mean(squares):.0%} of the squared error", end="; ")

@@ -373,6 +373,15 @@ def merges(two_merges, draw):
             compare(f"the {name} merge", merged, start + update, inputs, mistakes)
 
 
+def _correct(W, Q, r: int, alpha: float) -> tuple[Tensor, Tensor]:
+    u, s, vh = torch.linalg.svd(W - Q, full_matrices=False)
+    return vh[:r], u[:, :r] * s[:r] * r / alpha
+
+
+# what the lesson uses for a function that is not right yet
+FINISHED = {"correct": _correct}
+
+
 @exercise(
     "07.correct",
     "Take the SVD of the error W - Q. The product (α/r) B A must be its r largest parts.",
