@@ -72,7 +72,7 @@ check("11.alpha", alpha)
 # %%
 report.show(
     report.successors_figure(),
-    "Seven small drawings: LoRA beside a frozen weight, and what each of the six other methods changes in this picture.",
+    "Seven small drawings: LoRA next to a frozen weight, and what each of the six other methods changes in this picture.",
 )
 
 # %% [markdown]

@@ -8,7 +8,7 @@ Paper: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 240
 
     V = W + s B A,   s = α / r, or α / √r with `use_rslora`    (1)  as in lora.py
     W' = m V / ‖V‖                                             (2)  equation 5 of the paper
-    y = m / ‖V‖ · (W x + s B A dropout(x)) + b                 (3)  the same but for dropout
+    y = m / ‖V‖ · (W x + s B A dropout(x)) + b                 (3)  forward, without making W'
 
 Shapes: W (out, in), A (r, in), B (out, r), m and ‖V‖ (out,), x (…, in), y (…, out). ‖V‖ has one
 norm per row of V. (The paper's W is transposed, so there it is one per column.)
