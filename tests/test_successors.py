@@ -217,6 +217,12 @@ def test_adding_without_a_list_that_matches_is_refused(gpt, name, targets, messa
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_a_string_is_not_read_as_a_list_of_letters(name):
+    with pytest.raises(ValueError, match="must be a list with linear layers, got '0'"):
+        ADD[name](nn.Sequential(nn.Linear(6, 8)), CONFIGS[name]("0"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_second_adapter_is_refused_and_the_first_stays_trainable(gpt, name):
     ADD[name](gpt, CONFIGS[name]())
     trained = [p for p in gpt.parameters() if p.requires_grad]
