@@ -19,6 +19,7 @@ from minipeft.data import (
     tournament,
     transfer,
 )
+from minipeft.data.choosing import edges, operating_points
 from minipeft.data.experiments import Grid, Setting
 from minipeft.data.sections import paired, with_interval
 from minipeft.lab.tasks import Example
@@ -535,10 +536,17 @@ def test_at_other_ranks_no_successor_of_lora_is_ahead_of_it():
 
 
 def test_sentiment_is_too_easy_to_rank_the_successors_of_lora():
-    runs = [run for rows in tournament.finals("tournament-sentiment").values() for run in rows]
-    assert len(runs) == 2 * 8 * 5
-    assert min(run["score"] for run in runs) > 0.99
-    assert max(run["forgetting"] for run in runs) < 0.05
+    for name, methods in (("tournament-sentiment", 8), ("tournament-sentiment-ranks", 13)):
+        runs = [run for rows in tournament.finals(name).values() for run in rows]
+        assert len(runs) == 2 * methods * 5
+        assert min(run["score"] for run in runs) > 0.99
+        assert max(run["forgetting"] for run in runs if run["decay"]) < 0.05
+    most = max(runs, key=lambda run: run["forgetting"])
+    assert (most["method"], most["decay"]) == ("lora_plus, r 32", 0.0)
+    trials = tournament.grid_points("tournament-sentiment-ranks")
+    points = [p for decayed in (False, True) for p in operating_points(trials, decayed)]
+    lowest = [p for p in points if edges(p, trials).get("learning_rate", 9) < p["learning_rate"]]
+    assert (len(lowest), len(points)) == (15, 26)
 
 
 def test_steps_to_a_score_are_counted_in_twenties():
