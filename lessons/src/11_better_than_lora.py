@@ -83,7 +83,7 @@ report.show(
 # - **VeRA** draws one random A and one random B for the whole model, and trains two vectors per layer ([paper](https://arxiv.org/abs/2310.11454)).
 # - **(IA)³** multiplies each output of a layer, or each input, by a trained number ([paper](https://arxiv.org/abs/2205.05638)).
 #
-# **Your guess:** all get about as many settings. Order the seven by their score on `describe`, best first. And why?
+# **Your guess:** each gets about as many learning rates and decays. Order the seven by their score on `describe`, best first. And why?
 
 # %%
 guess = None  # for example ["dora", "lora", "lora_plus", "pissa", "rslora", "vera", "ia3"]
@@ -107,7 +107,7 @@ check("11.rslora", same_scaling)
 
 
 # %% [markdown]
-# All train for ten steps with the same seed:
+# rsLoRA and two LoRAs, ten steps each, with the same seed:
 
 # %%
 losses = {}
@@ -245,8 +245,8 @@ check("11.vectors", vera_numbers, ia3_numbers)
 #
 # The task is `describe`. All methods, and full fine-tuning as a reference, get 21 settings ((IA)³: 25):
 # - six learning rates, each twice the one before, in the method's own range;
-# - at each rate, no decay and two decays towards the start (lesson 02); at the three highest rates, a third decay too;
-# - for (IA)³ a seventh rate, as its sixth was the best;
+# - at each rate, no decay and two decays towards the start (lesson 02); at the three highest rates a third one;
+# - for (IA)³ a seventh rate, with all four: with decay, its sixth was best;
 # - three seeds, 100 steps; r = 8 and α = 16, for VeRA r = 256.
 #
 # First without decay:
@@ -292,7 +292,7 @@ check("11.unfair", unfair)
 
 # %%
 tuned = {m: max(p["score"] for p in plain if p["method"] == m) for m in METHODS[1:]}
-rate = tournament.ONE_RATE  # a quarter of 0.01
+rate = tournament.ONE_RATE  # LoRA's lowest
 (lora,) = (p["score"] for p in plain if (p["method"], p["learning_rate"]) == ("lora", rate))
 lines = [
     [NAMES[m], f"{tuned[m]:.2f}", f"{tuned[m] - lora:+.2f}", f"{tuned[m] - tuned['lora']:+.2f}"]
@@ -310,11 +310,11 @@ at_rates = {p["learning_rate"]: p["score"] for p in plain if p["method"] == "lor
 claim(at_rates[max(at_rates)] < 0.05, "at its highest rate, LoRA scores near zero")
 
 # %% [markdown]
-# Your function would choose LoRA's highest rate, where it scores near zero. Nobody would believe that. So this table takes LoRA's lowest rate: almost all win. The last column is the fair one.
+# Your function would choose LoRA's highest rate. There LoRA scores near zero: nobody would believe that. So this table takes LoRA's lowest rate: almost all win. The last column is the fair one.
 #
 # ## Who wins, then?
 #
-# Now decay joins in. For each method, look at all settings within two hundredths of its best validation score, and take the one that forgets least. This setting is trained with
+# Now decay joins in. For each method, take all settings whose validation score is at most two hundredths below its best. The one that forgets least is trained with
 # new seeds. For the same seed, all methods see the same examples in the same order, so we subtract LoRA's result seed by seed.
 #
 # **Exercise 7.** Write the verdict. It is `"better"` or `"worse"` if the t interval of the mean difference excludes zero, and else `"not shown"`. For n differences, the
@@ -379,7 +379,7 @@ report.show(
 
 # %% [markdown]
 # Full fine-tuning beats LoRA on score and on forgetting. Of the six, none does both. DoRA, PiSSA and LoRA+ score a little higher; the first two forget more, and for LoRA+ we see no difference. rsLoRA forgets more, and a higher score is not shown. VeRA and (IA)³ score lower, and forget more. (With fourteen comparisons, an interval that
-# hardly excludes zero proves little.) A setting that changes the model more may both score higher and forget more. So compare at equal scores. In the next table, an entry is the least forgetting of all settings that reach the score on validation examples: first without decay, then with decay allowed. (–: none does.)
+# hardly excludes zero proves little.) A setting that changes the model more may both score higher and forget more. So compare at equal scores. The next table shows the least forgetting of all settings that reach a score on validation examples, *without decay → with decay allowed*. (–: none does.)
 
 # %%
 display(Markdown(tournament.equal_table(found)))
@@ -419,7 +419,7 @@ claim(least["full"][1]["forgetting"] < min(rivals.values()), "full fine-tuning f
 #
 # ## What does a step cost?
 #
-# DoRA computes all of V in every step, and PiSSA subtracts B₀ A₀ each time. Here are the times of a training step, in multiples of LoRA's (this takes a minute or two). LoRA, rsLoRA and LoRA+ do the same work, so their
+# DoRA computes all of V in every step, PiSSA subtracts B₀ A₀ each time, and VeRA's r is 256. Here are the times of a training step, in multiples of LoRA's (this takes a minute or two). LoRA, rsLoRA and LoRA+ do the same work, so their
 # differences are noise. If these are large, the machine was busy: run the cell again.
 
 # %% tags=["timing"]
@@ -459,7 +459,7 @@ claim(max(forgot) < 0.05, "with decay, no run forgets much")
 #
 # ## At other ranks
 #
-# All this was rank 8. **Guess first:** do LoRA, rsLoRA, LoRA+, PiSSA and DoRA differ more at rank 1, or at rank 32? (In the table, η is the learning rate, and ηλ the share by which weights decay per step.)
+# All this was rank 8. **Guess first:** do LoRA, rsLoRA, LoRA+, PiSSA and DoRA differ more at rank 1, or at rank 32? (In the table, η is the learning rate. ηλ, η times the weight decay λ, is the share by which weights decay per step.)
 
 # %%
 display(Markdown(tournament.on_ranks()))
