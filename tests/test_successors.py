@@ -179,6 +179,49 @@ def test_a_bfloat16_base_gets_a_float32_adapter(gpt, ids, name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("training", [True, False])
+def test_new_layers_have_the_mode_and_the_device_of_the_model(name, training):
+    model = nn.Sequential(nn.Linear(6, 8, device="meta")).train(training)
+    layer = ADD[name](model, CONFIGS[name](["0"]))["0"]
+    assert {m.training for m in layer.modules()} == {training}
+    assert {p.device.type for p in (*layer.parameters(), *layer.buffers())} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["dora", "vera"])
+def test_dropout_acts_on_the_update_alone(name):
+    config = CONFIGS[name](["0"])
+    setattr(config, "vera_dropout" if name == "vera" else "lora_dropout", 0.5)
+    model, x = nn.Sequential(nn.Linear(6, 8)), torch.randn(5, 6)
+    before = model(x)
+    ADD[name](model, config)
+    assert torch.equal(model.train()(x), before)  # the update is zero, and W x has no dropout
+    filled(model)
+    assert not torch.allclose(model(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))
+
+
+def test_pissas_dropout_acts_on_b_a_x_alone():
+    config = LoraConfig(r=4, lora_dropout=0.5, target_modules=["0"])
+    model, x = nn.Sequential(nn.Linear(6, 8)), torch.randn(5, 6)
+    layer = add_pissa(model, config)["0"]
+    dropped = model.train()(x)
+    layer.lora_B.weight.data.zero_()
+    rest = model(x)
+    assert torch.equal(rest, model(x))  # W_res x has no dropout
+    assert not torch.allclose(dropped, rest, atol=1e-3)
+    layer.lora_B.weight.data.copy_(layer.start_B)
+    assert not torch.allclose(model(x), model(x))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_merged_weight_is_not_saved(name):
+    layer = layer_of(name, nn.Linear(6, 8))
+    before = list(layer.state_dict())
+    layer.merge()
+    assert list(layer.state_dict()) == before
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_training_while_merged_raises_an_error(name):
     layer = layer_of(name, nn.Linear(6, 8))
     layer.merge()
@@ -281,6 +324,13 @@ def test_doras_norm_counts_as_a_constant_in_the_gradient():
         (a.grad, b.grad, m.grad), torch.autograd.grad(y.sum(), (a, b, m)), strict=True
     ):
         assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_doras_a_starts_as_lora_does():
+    torch.manual_seed(0)
+    layer = DoraLinear(nn.Linear(400, 8), LoraConfig(r=50, target_modules=["0"]))
+    assert 0.99 / 20 < layer.lora_A.weight.abs().max() <= 1 / 20  # 1 / √in
+    assert not layer.lora_B.weight.any()
 
 
 def test_a_row_of_zeros_stays_zero_and_gives_no_nan():
@@ -480,6 +530,15 @@ def test_lora_plus_gives_b_a_higher_rate_and_both_follow_the_schedule(gpt, ids):
     names = {p: name for name, p in model.named_parameters()}
     assert all("lora_A" in names[p] for p in groups[0]["params"])
     assert all("lora_B" in names[p] for p in groups[1]["params"])
+
+
+def test_lora_plus_puts_every_parameter_into_one_group_and_vectors_into_that_of_b(gpt):
+    model = get_peft_model(gpt, CONFIGS["dora"]())
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    slow, fast = ([names[p] for p in g["params"]] for g in lora_plus_groups(model, 1e-3))
+    assert sorted(slow + fast) == sorted(names.values())
+    assert all("lora_A" in name for name in slow)
+    assert sum("lora_magnitude_vector" in name for name in fast) == 4
 
 
 @pytest.mark.parametrize(("decay_to", "left"), [("zero", 0.99), ("start", 1.0)])

@@ -245,8 +245,8 @@ check("11.vectors", vera_numbers, ia3_numbers)
 #
 # The task is `describe`. All methods, and full fine-tuning as a reference, get 21 settings ((IA)³: 25):
 # - six learning rates, each twice the one before, in the method's own range;
-# - at each rate, no decay and two decays towards the start (lesson 02); at the three highest rates a third one;
-# - for (IA)³ a seventh rate, with all four: with decay, its sixth was best;
+# - at each rate, no decay and two decays towards the start (lesson 02); at the three highest rates a third decay;
+# - for (IA)³ a seventh rate with every decay, as its sixth was best with decay;
 # - three seeds, 100 steps; r = 8 and α = 16, for VeRA r = 256.
 #
 # First without decay:
@@ -314,7 +314,7 @@ claim(at_rates[max(at_rates)] < 0.05, "at its highest rate, LoRA scores near zer
 #
 # ## Who wins, then?
 #
-# Now decay joins in. For each method, take all settings whose validation score is at most two hundredths below its best. The one that forgets least is trained with
+# Now decay joins in. For each method, take the settings whose validation score is at most two hundredths below its best. Of these, the one that forgets least is trained with
 # new seeds. For the same seed, all methods see the same examples in the same order, so we subtract LoRA's result seed by seed.
 #
 # **Exercise 7.** Write the verdict. It is `"better"` or `"worse"` if the t interval of the mean difference excludes zero, and else `"not shown"`. For n differences, the
@@ -379,7 +379,7 @@ report.show(
 
 # %% [markdown]
 # Full fine-tuning beats LoRA on score and on forgetting. Of the six, none does both. DoRA, PiSSA and LoRA+ score a little higher; the first two forget more, and for LoRA+ we see no difference. rsLoRA forgets more, and a higher score is not shown. VeRA and (IA)³ score lower, and forget more. (With fourteen comparisons, an interval that
-# hardly excludes zero proves little.) A setting that changes the model more may both score higher and forget more. So compare at equal scores. The next table shows the least forgetting of all settings that reach a score on validation examples, *without decay → with decay allowed*. (–: none does.)
+# hardly excludes zero proves little.) A setting that changes the model more may both score higher and forget more. So compare at equal scores. The next table shows the least forgetting of all settings that reach a score on validation examples, *without decay → with or without*. (–: none does.)
 
 # %%
 display(Markdown(tournament.equal_table(found)))
@@ -420,7 +420,7 @@ claim(least["full"][1]["forgetting"] < min(rivals.values()), "full fine-tuning f
 # ## What does a step cost?
 #
 # DoRA computes all of V in every step, PiSSA subtracts B₀ A₀ each time, and VeRA's r is 256. Here are the times of a training step, in multiples of LoRA's (this takes a minute or two). LoRA, rsLoRA and LoRA+ do the same work, so their
-# differences are noise. If these are large, the machine was busy: run the cell again.
+# differences are noise. Run it when nothing else runs on your machine; if these differences are large, run it again.
 
 # %% tags=["timing"]
 seconds = {}
@@ -455,7 +455,7 @@ for decayed in (False, True):
 claim(max(forgot) < 0.05, "with decay, no run forgets much")
 
 # %% [markdown]
-# Every method learns it, at every rank. With decay, none forgets much. So this task cannot rank the methods. Before you trust a benchmark, ask whether it could have shown a difference.
+# Every method learns it, at every rank. With decay, none forgets much. So their scores on this task cannot rank the methods. Before you trust a benchmark, ask whether it could have shown a difference.
 #
 # ## At other ranks
 #
@@ -475,7 +475,7 @@ for r in (1, 32):
             claim(statistics.mean(gaps) <= report.interval(gaps), f"r = {r}: none is clearly ahead")
 
 # %% [markdown]
-# They differ more at rank 1. But there the seeds differ more too, and no interval of these five excludes zero. At rank 32 all five score about the same. So the small leads of DoRA, PiSSA and LoRA+ with decay at rank 8 do not show at the other two ranks.
+# They differ more at rank 1. But there the seeds differ more too, and no interval of these five excludes zero. At rank 32 all five score about the same. So the small leads of DoRA, PiSSA and LoRA+ with decay at rank 8 are not confirmed at the other two ranks.
 #
 # ## What breaks it: a start that is not subtracted
 #
