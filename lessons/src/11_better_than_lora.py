@@ -83,7 +83,7 @@ report.show(
 # - **VeRA** draws one random A and one random B for the whole model, and trains two vectors per layer ([paper](https://arxiv.org/abs/2310.11454)).
 # - **(IA)³** multiplies each output of a layer, or each input, by a trained number ([paper](https://arxiv.org/abs/2205.05638)).
 #
-# **Your guess:** each gets about as many learning rates and decays. Order the seven by their score on `describe`, best first. And why?
+# **Your guess:** each gets about as many learning rates and decays. Order the seven by score on `describe`, best first. And why?
 
 # %%
 guess = None  # for example ["dora", "lora", "lora_plus", "pissa", "rslora", "vera", "ia3"]
@@ -244,7 +244,7 @@ check("11.vectors", vera_numbers, ia3_numbers)
 # ## The tournament
 #
 # The task is `describe`. All methods, and full fine-tuning as a reference, get 21 settings ((IA)³: 25):
-# - six learning rates, each twice the one before, in the method's own range;
+# - six learning rates in its own range, each twice the one before;
 # - at each rate, no decay and two decays towards the start (lesson 02); at the three highest rates a third decay;
 # - for (IA)³ a seventh rate with every decay, as its sixth was best with decay;
 # - three seeds, 100 steps; r = 8 and α = 16, for VeRA r = 256.
