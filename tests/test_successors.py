@@ -214,11 +214,12 @@ def test_pissas_dropout_acts_on_b_a_x_alone():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_merged_weight_is_not_saved(name):
+def test_a_merged_weight_is_not_saved_and_is_a_constant(name):
     layer = layer_of(name, nn.Linear(6, 8))
     before = list(layer.state_dict())
     layer.merge()
     assert list(layer.state_dict()) == before
+    assert not layer.merged_weight.requires_grad
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -291,6 +292,13 @@ def test_the_labs_recipe_trains(base, ids, name):
     batch = {"input_ids": ids, "labels": ids}
     losses = train_loop(model, [[batch]] * 4, run, RECIPES[name]).losses
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("layer", [DoraLinear, PissaLinear])
+def test_the_scaling_of_dora_and_pissa_is_loras(layer):
+    for rslora, s in ((False, 6 / 4), (True, 6 / 2)):
+        config = LoraConfig(r=4, lora_alpha=6, use_rslora=rslora)
+        assert layer(nn.Linear(6, 8), config).scaling == s
 
 
 # --- DoRA ---
@@ -498,6 +506,18 @@ def test_ia3_needs_a_list_of_feedforward_modules():
     for value in (None, "mlp.c_proj"):
         with pytest.raises(ValueError, match="feedforward_modules must be a list of names"):
             IA3Config(ENDS, value)
+
+
+def test_feedforward_modules_are_found_by_the_end_of_their_names(gpt):
+    config = IA3Config(["attn.c_proj", "mlp.c_proj", "c_fc"], ["mlp.c_proj", "1.mlp.c_fc", "fc"])
+    for layers in (add_ia3(GPT(tiny_config()), config), adapted(gpt, config)):
+        found = [name for name, layer in layers.items() if layer.is_feedforward]
+        start = "transformer.h"
+        assert found == [f"{start}.0.mlp.c_proj", f"{start}.1.mlp.c_fc", f"{start}.1.mlp.c_proj"]
+
+
+def adapted(model: nn.Module, config: IA3Config) -> dict[str, nn.Module]:
+    return get_peft_model(model, config).adapters["default"].layers
 
 
 def test_feedforward_modules_that_are_no_targets_are_refused(gpt):

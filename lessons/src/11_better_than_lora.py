@@ -244,7 +244,7 @@ check("11.vectors", vera_numbers, ia3_numbers)
 # ## The tournament
 #
 # The task is `describe`. All methods, and full fine-tuning as a reference, get 21 settings ((IA)³: 25):
-# - six learning rates in its own range, each twice the one before;
+# - six learning rates, each twice the one before, in their own ranges;
 # - at each rate, no decay and two decays towards the start (lesson 02); at the three highest rates a third decay;
 # - for (IA)³ a seventh rate with every decay, as its sixth was best with decay;
 # - three seeds, 100 steps; r = 8 and α = 16, for VeRA r = 256.
