@@ -33,7 +33,7 @@ class DoraLinear(nn.Module):
     """A frozen linear layer with a LoRA on its directions and trained lengths, equation (3).
 
     base_layer: `nn.Linear`, or transformers' `Conv1D`, which stores W transposed.
-    config: a LoraConfig (lora.py), or any object with the attributes of one that are read here.
+    config: a LoraConfig (lora.py), or an object with the attributes that are read here.
     While merged, calling it in training mode with gradients raises RuntimeError.
     """
 
@@ -99,7 +99,7 @@ class DoraLinear(nn.Module):
 
 def add_dora(model: nn.Module, config) -> dict[str, DoraLinear]:
     """Freeze the model, replace each target with a DoraLinear, and return the new layers by name.
-    Targets are linear layers, listed by name or by its last parts, such as "mlp.c_proj"."""
+    Targets are the linear layers whose name, or the end of it ("mlp.c_proj"), is in the list."""
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("the model already has an adapter: remove it before adding another")
     names = config.target_modules

@@ -100,7 +100,7 @@ class IA3Linear(nn.Module):
 
 def add_ia3(model: nn.Module, config: IA3Config) -> dict[str, IA3Linear]:
     """Freeze the model, replace each target with an IA3Linear, and return the new layers by name.
-    Targets are linear layers, listed by name or by its last parts, such as "mlp.c_proj"."""
+    Targets are the linear layers whose name, or the end of it ("mlp.c_proj"), is in the list."""
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("the model already has an adapter: remove it before adding another")
     names = config.target_modules

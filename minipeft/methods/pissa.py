@@ -8,7 +8,7 @@ Paper: Meng et al. 2024, "PiSSA: Principal Singular Values and Singular Vectors 
 Language Models", arXiv 2404.02948.
 
     W = U S Vᵀ,   B₀ = U_r √(S_r / s),   A₀ = √(S_r / s) V_rᵀ  (1)  equations 2 and 3
-    W_res = W - s B₀ A₀                                        (2)  what is frozen
+    W_res = W - s B₀ A₀                                        (2)  what is left of W
     y = W_res x + s B A dropout(x) + b                         (3)  equation 5
       = W x + s (B A dropout(x) - B₀ A₀ x) + b                 (4)  the same; W stays as it is
     W' = W + s (B A - B₀ A₀)                                   (5)  merging
@@ -36,7 +36,7 @@ class PissaLinear(nn.Module):
     """A frozen linear layer with a LoRA that starts at its largest singular directions, (4).
 
     base_layer: `nn.Linear`, or transformers' `Conv1D`, which stores W transposed.
-    config: a LoraConfig (lora.py), or any object with the attributes of one that are read here.
+    config: a LoraConfig (lora.py), or an object with the attributes that are read here.
     Raises ValueError if r is larger than a side of W, RuntimeError if it is trained while merged.
     """
 
@@ -100,7 +100,7 @@ class PissaLinear(nn.Module):
 
 def add_pissa(model: nn.Module, config) -> dict[str, PissaLinear]:
     """Freeze the model, replace each target with a PissaLinear, and return the new layers by name.
-    Targets are linear layers, listed by name or by its last parts, such as "mlp.c_proj"."""
+    Targets are the linear layers whose name, or the end of it ("mlp.c_proj"), is in the list."""
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("the model already has an adapter: remove it before adding another")
     names = config.target_modules

@@ -1,8 +1,8 @@
 """VeRA: share one pair of random matrices between all layers, and train two vectors per layer.
 
-VeRA draws A and B once, at random, as large as the largest layer needs, and freezes them. A layer
-uses the first columns of A and the first rows of B, and trains two vectors: d scales the r numbers
-between A and B, and b scales the outputs. b starts at 0, so the model starts out unchanged.
+VeRA draws A and B once, at random, and freezes them. Their sizes are the largest in and out of all
+layers: each layer uses the first columns of A and rows of B. It trains two vectors: d scales the r
+numbers between A and B, and b what B gives. b starts at 0, so the model starts out unchanged.
 
 Paper: Kopiczko et al. 2024, "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454.
 
@@ -38,7 +38,7 @@ class VeraConfig:
 
 
 class Projections(nn.Module):
-    """A and B for the largest of these layers, in one module that they all share."""
+    """A and B for the largest in and out of these layers, in one module that they all share."""
 
     def __init__(self, layers: list[nn.Module], config: VeraConfig):
         super().__init__()
@@ -99,7 +99,7 @@ class VeraLinear(nn.Module):
 
 def add_vera(model: nn.Module, config: VeraConfig) -> dict[str, VeraLinear]:
     """Freeze the model, replace each target with a VeraLinear, and return the new layers by name.
-    Targets are linear layers, listed by name or by its last parts, such as "mlp.c_proj"."""
+    Targets are the linear layers whose name, or the end of it ("mlp.c_proj"), is in the list."""
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("the model already has an adapter: remove it before adding another")
     names = config.target_modules
@@ -129,7 +129,7 @@ if __name__ == "__main__":  # recover an update that was made with the same rand
     model, x = nn.Sequential(nn.Linear(20, 30)), torch.randn(256, 20)
     (layer,) = add_vera(model, VeraConfig(r=16, target_modules=["0"])).values()
     w, (A, B) = layer.merged().detach(), layer.shared()
-    goal = w + (torch.randn(30, 1) * B) @ (0.1 * A)  # another b, and the d of the start
+    goal = w + (torch.randn(30, 1) * B) @ (0.1 * A)  # another b, and d as it starts
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(500):
         F.mse_loss(model(x), F.linear(x, goal, layer.bias)).backward()
