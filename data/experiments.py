@@ -197,7 +197,7 @@ HIGHEST = {  # the next rate of each method in the tournament
     "full": 0.008, "lora": 0.08, "rslora": 0.04, "lora_plus": 0.02, "pissa": 0.02, "dora": 0.08,
     "vera": 0.8, "ia3": 0.8,
 }  # fmt: skip
-BY_RANK = {  # they and LoRA
+BY_RANK = {  # LoRA and its successors, for other ranks than 8
     f"{method}, r {r}": rates
     for method, rates in (SUCCESSORS | {"lora": around(0.01)}).items()
     for r in ((1, 8, 32) if method == "vera" else (1, 32))
