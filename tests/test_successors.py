@@ -254,7 +254,7 @@ def test_adding_finds_targets_by_whole_parts_at_the_end_of_their_names(name):
     ],
 )
 def test_adding_without_a_list_that_matches_is_refused(gpt, name, targets, message):
-    message = f"target_modules must be a list with linear layers, got {message}"
+    message = f"target_modules must be a list that names linear layers, got {message}"
     with pytest.raises(ValueError, match=message):
         ADD[name](gpt, CONFIGS[name](targets))
     assert all(p.requires_grad for p in gpt.parameters())
@@ -262,7 +262,7 @@ def test_adding_without_a_list_that_matches_is_refused(gpt, name, targets, messa
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_string_is_not_read_as_a_list_of_letters(name):
-    with pytest.raises(ValueError, match="must be a list with linear layers, got '0'"):
+    with pytest.raises(ValueError, match="must be a list that names linear layers, got '0'"):
         ADD[name](nn.Sequential(nn.Linear(6, 8)), CONFIGS[name]("0"))
 
 
@@ -281,7 +281,7 @@ def test_a_4bit_base_is_refused(gpt, name):
     quantize_model(gpt)
     with pytest.raises(ValueError, match="is a Linear4bit, which"):
         get_peft_model(gpt, CONFIGS[name]())
-    with pytest.raises(ValueError, match="must be a list with linear layers"):
+    with pytest.raises(ValueError, match="must be a list that names linear layers"):
         ADD[name](gpt, CONFIGS[name]())
 
 
@@ -461,11 +461,14 @@ def test_a_vera_file_without_its_projections_is_smaller_and_gives_the_same_logit
     assert sizes[1] < 0.3 * sizes[0]
 
 
-def test_vera_refuses_a_rank_below_1(gpt):
-    for add in (add_vera, get_peft_model):
-        with pytest.raises(ValueError, match="r must be a positive integer, got 0"):
-            add(gpt, VeraConfig(r=0, target_modules=ENDS))
-        assert all(p.requires_grad for p in gpt.parameters())
+@pytest.mark.parametrize("add", [add_vera, get_peft_model])
+@pytest.mark.parametrize("settings", [{"r": 0}, {"r": True}, {"r": 2.5}, {"vera_dropout": 1.0}])
+def test_vera_names_a_bad_setting_and_its_value(gpt, settings, add):
+    config = VeraConfig(**settings, target_modules=ENDS)
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=f"r must be a positive integer, and .*{name}={value}"):
+        add(gpt, config)
+    assert all(p.requires_grad for p in gpt.parameters())
 
 
 # --- (IA)³ ---

@@ -112,7 +112,7 @@ def add_ia3(model: nn.Module, config: IA3Config) -> dict[str, IA3Linear]:
         if f".{name}".endswith(ends) and type(layer).__name__ in ("Linear", "Conv1D")
     }
     if not layers:
-        raise ValueError(f"target_modules must be a list with linear layers, got {names!r}")
+        raise ValueError(f"target_modules must be a list that names linear layers, got {names!r}")
     model.requires_grad_(False)  # the new layers stay trainable: they are not in the model yet
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))

@@ -2,7 +2,7 @@
 
 VeRA draws A and B once, at random, and freezes them. Their sizes are the largest in and out of all
 layers: each layer uses the first columns of A and rows of B. It trains two vectors: d scales the r
-numbers between A and B, and b what B gives. b starts at 0, so the model starts out unchanged.
+numbers between A and B, and b the outputs of B. b starts at 0, so the model starts out unchanged.
 
 Paper: Kopiczko et al. 2024, "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454.
 
@@ -42,8 +42,8 @@ class Projections(nn.Module):
 
     def __init__(self, layers: list[nn.Module], config: VeraConfig):
         super().__init__()
-        if config.r < 1:
-            raise ValueError(f"r must be a positive integer, got {config.r}")
+        if type(config.r) is not int or config.r < 1 or config.vera_dropout >= 1:
+            raise ValueError(f"r must be a positive integer, and vera_dropout below 1, in {config}")
         outs, ins = zip(*(matrix(layer).shape for layer in layers), strict=True)
         w, generator = layers[0].weight, torch.Generator().manual_seed(config.projection_prng_key)
         A = nn.init.kaiming_uniform_(torch.empty(config.r, max(ins)), generator=generator)
@@ -110,7 +110,7 @@ def add_vera(model: nn.Module, config: VeraConfig) -> dict[str, VeraLinear]:
         if f".{name}".endswith(ends) and type(layer).__name__ in ("Linear", "Conv1D")
     }
     if not targets:
-        raise ValueError(f"target_modules must be a list with linear layers, got {names!r}")
+        raise ValueError(f"target_modules must be a list that names linear layers, got {names!r}")
     projections = Projections(list(targets.values()), config)  # one pair, shared by all layers
     layers = {name: VeraLinear(layer, config, projections) for name, layer in targets.items()}
     model.requires_grad_(False)  # the new layers stay trainable: they are not in the model yet
